@@ -1,0 +1,61 @@
+"""k-diffusion: Karras et al. (2022) diffusion models for PyTorch.
+
+`import k_diffusion as K` is cheap: submodules (`K.sampling`, `K.models`, ...) load on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.3.0.dev0"
+
+_SUBMODULES = (
+    "augmentation",
+    "config",
+    "denoisers",
+    "densities",
+    "external",
+    "layers",
+    "likelihood",
+    "models",
+    "noise",
+    "sampling",
+    "schedules",
+    "solvers",
+    "training",
+    "utils",
+)
+
+if TYPE_CHECKING:
+    from . import (  # noqa: F401
+        augmentation,
+        config,
+        denoisers,
+        densities,
+        external,
+        layers,
+        likelihood,
+        models,
+        noise,
+        sampling,
+        schedules,
+        solvers,
+        training,
+        utils,
+    )
+    from .denoisers import Denoiser
+
+__all__ = ["Denoiser", "__version__", *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name == "Denoiser":
+        from .denoisers import Denoiser
+
+        return Denoiser
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

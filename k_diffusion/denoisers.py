@@ -1,0 +1,172 @@
+"""Karras preconditioning (EDM, arXiv:2206.00364), loss weightings and the denoising losses.
+
+A denoiser is called as `model(x, sigma)` with x: (n, ...) noised data and sigma: (n,), and returns
+its estimate of the clean data, like x.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .utils import append_dims
+
+Weighting = Callable[[torch.Tensor], torch.Tensor]
+
+# Weights of the squared error of the network's output F; that of the denoiser's output D is
+# c_out^2 times as large, with c_out^2 = sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2).
+WEIGHTINGS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    # EDM, equation 8: every noise level has unit loss for an untrained network.
+    "karras": lambda sigma, sigma_data: torch.ones_like(sigma),
+    # SNR = 1 / sigma^2 softly limited to 1 / sigma_data^2 (arXiv:2303.09556, made smooth as in
+    # arXiv:2401.11605, section 3.1).
+    "soft-min-snr": lambda sigma, sigma_data: (
+        (sigma * sigma_data / (sigma**2 + sigma_data**2)) ** 2
+    ),
+    # SNR = 1 / sigma^2, which is the plain squared error of the estimated noise (DDPM).
+    "snr": lambda sigma, sigma_data: sigma_data**2 / (sigma**2 + sigma_data**2),
+}
+
+
+def dct(x: torch.Tensor) -> torch.Tensor:
+    """Orthonormal DCT-II over all dimensions after the second: 1-D to 3-D data, (n, c, ...).
+
+    Raises ValueError for fewer than three dimensions.
+    """
+    if x.ndim < 3:
+        raise ValueError(f"dct needs (n, c, ...) of at least 3 dimensions, got {tuple(x.shape)}")
+    for dim in range(2, x.ndim):
+        n = x.shape[dim]
+        k = torch.arange(n, dtype=x.dtype, device=x.device)
+        basis = torch.cos(math.pi / n * torch.outer(k, k + 0.5)) * math.sqrt(2 / n)
+        basis[0] /= math.sqrt(2)
+        x = (x.movedim(dim, -1) @ basis.T).movedim(-1, dim)
+    return x
+
+
+def frequency_weights(x: torch.Tensor, scales: int) -> torch.Tensor:
+    """Weights of the DCT coefficients of x: (n, c, ...), one octave of frequency counting one more.
+
+    A frequency f in (0, 1/2] has weight min(-log2 f, scales); of several axes the highest frequency
+    decides. At scales 1 all weights are 1.
+    """
+    weights = x.new_full((), float(scales))
+    for dim, n in enumerate(x.shape[2:], start=2):
+        f = torch.linspace(0.5 / n, 0.5, n, dtype=x.dtype, device=x.device)
+        weights = torch.minimum(weights, append_dims(-f.log2(), x.ndim - dim))
+    return weights
+
+
+class Denoiser(nn.Module):
+    """Karras et al. preconditioning around a network F (arXiv:2206.00364, equation 7 and table 1).
+
+    D(x, sigma) = c_skip x + c_out F(c_in x, sigma).  The network gets sigma itself, and `**kwargs`;
+    inside, models use c_noise = ln(sigma) / 4. At sigma = 0 the result is x.
+
+    sigma_data: the standard deviation of the data. weighting: a key of `WEIGHTINGS`, or a function
+    from sigma: (n,) to weights (n,) of the squared error of F. scales: above 1, the loss weighs
+    low spatial frequencies more, in the domain of the discrete cosine transform.
+    """
+
+    def __init__(
+        self,
+        inner_model: nn.Module,
+        sigma_data: float = 1.0,
+        weighting: str | Weighting = "karras",
+        scales: int = 1,
+    ):
+        super().__init__()
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+        if scales < 1:
+            raise ValueError(f"scales must be at least 1, got {scales}")
+        if not callable(weighting) and weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"unknown loss weighting {weighting!r}; use one of {', '.join(WEIGHTINGS)}, "
+                "or a function of sigma"
+            )
+        self.inner_model = inner_model
+        self.sigma_data = sigma_data
+        self.weighting = weighting
+        self.scales = scales
+
+    def get_scalings(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """c_skip, c_out, c_in of table 1, shaped like sigma."""
+        total = sigma**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), total.rsqrt()
+
+    def loss(
+        self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """Weighted denoising loss per sample (equation 8). input, noise: (n, ...), sigma: (n,).
+
+        Returns (n,), the mean over all other dimensions; finite at sigma = 0 also.
+        """
+        output = self._network(input + noise * append_dims(sigma, input.ndim), sigma, **kwargs)
+        error = self._squared_error(output, self._target(input, noise, sigma))
+        return error * self._weight(sigma)
+
+    def forward(self, input: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        c_skip, c_out, _ = self.get_scalings(sigma)
+        output = self._network(input, sigma, **kwargs)
+        return append_dims(c_skip, input.ndim) * input + append_dims(c_out, input.ndim) * output
+
+    def _network(self, x: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> Any:
+        c_in = append_dims(self.get_scalings(sigma)[2], x.ndim)
+        # The network takes the logarithm of sigma.
+        return self.inner_model(c_in * x, sigma.clamp(min=torch.finfo(sigma.dtype).tiny), **kwargs)
+
+    def _target(
+        self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor
+    ) -> torch.Tensor:
+        """(input - c_skip x) / c_out with x = input + sigma noise, free of its 0 / 0."""
+        sigma = append_dims(sigma, input.ndim)
+        total = sigma**2 + self.sigma_data**2
+        return (sigma / self.sigma_data * input - self.sigma_data * noise) / total.sqrt()
+
+    def _weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        if callable(self.weighting):
+            return self.weighting(sigma)
+        return WEIGHTINGS[self.weighting](sigma, self.sigma_data)
+
+    def _squared_error(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Mean squared error per sample, (n,), weighted by frequency where scales > 1."""
+        error = output - target
+        if self.scales == 1:
+            return error.pow(2).flatten(1).mean(1)
+        return (frequency_weights(error, self.scales) * dct(error).pow(2)).flatten(1).mean(1)
+
+
+class DenoiserWithVariance(Denoiser):
+    """A denoiser whose network also estimates the log variance of its error, one value a sample.
+
+    In the loss, the network is called with `return_variance=True` and returns (F, logvar: (n,)).
+    """
+
+    def loss(
+        self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """Gaussian negative log-likelihood per sample, (n,): (error / e^logvar + logvar) / 2."""
+        x = input + noise * append_dims(sigma, input.ndim)
+        output, logvar = self._network(x, sigma, return_variance=True, **kwargs)
+        error = self._squared_error(output, self._target(input, noise, sigma))
+        return self._weight(sigma) * (error * torch.exp(-logvar) + logvar) / 2
+
+
+class SimpleLossDenoiser(Denoiser):
+    """A denoiser trained on the squared error of the noise it estimates, (x - D) / sigma.
+
+    This simple loss of DDPM (arXiv:2006.11239, equation 14) is the `snr` weighting; `weighting` is
+    accepted and not used.
+    """
+
+    def loss(
+        self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """||(x - D) / sigma - noise||^2 per sample, (n,), the mean over all other dimensions."""
+        return super().loss(input, noise, sigma, **kwargs)
+
+    def _weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        return WEIGHTINGS["snr"](sigma, self.sigma_data)

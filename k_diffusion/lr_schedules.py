@@ -1,0 +1,99 @@
+"""Learning-rate schedules with an exponential warm-up. Step them once per optimizer step."""
+
+from typing import Any
+
+from torch import optim
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class _WarmupLR(LRScheduler):
+    """(1 - warmup^(k + 1)) max(min_lr, lr decay(k)) at step k."""
+
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        warmup: float,
+        min_lr: float,
+        last_epoch: int,
+    ):
+        if not 0 <= warmup < 1:
+            raise ValueError(f"warmup must be at least 0 and below 1, got {warmup}")
+        self.warmup = warmup
+        self.min_lr = min_lr
+        super().__init__(optimizer, last_epoch)
+
+    def decay(self, step: int) -> float:
+        return 1.0
+
+    def get_lr(self) -> list[Any]:
+        warmup = 1 - self.warmup ** (self.last_epoch + 1)
+        decay = self.decay(self.last_epoch)
+        return [warmup * max(self.min_lr, lr * decay) for lr in self.base_lrs]
+
+
+class InverseLR(_WarmupLR):
+    """Inverse power decay: lr (1 + k / inv_gamma)^-power at step k, then warm-up.
+
+    At k = inv_gamma the factor is 2^-power. warmup: 0 for none, 0.99 to reach 63% in 100 steps.
+    min_lr bounds the decay, before the warm-up. `verbose` is accepted and has no effect. Raises
+    ValueError unless inv_gamma > 0 and 0 <= warmup < 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        inv_gamma: float = 1.0,
+        power: float = 1.0,
+        warmup: float = 0.0,
+        min_lr: float = 0.0,
+        last_epoch: int = -1,
+        verbose: bool = False,
+    ):
+        if not inv_gamma > 0:
+            raise ValueError(f"inv_gamma must be positive, got {inv_gamma}")
+        self.inv_gamma = inv_gamma
+        self.power = power
+        super().__init__(optimizer, warmup, min_lr, last_epoch)
+
+    def decay(self, step: int) -> float:
+        return (1 + step / self.inv_gamma) ** -self.power
+
+
+class ExponentialLR(_WarmupLR):
+    """Exponential decay: the learning rate shrinks to `decay` times itself every `num_steps` steps.
+
+    warmup, min_lr and verbose as in `InverseLR`. Raises ValueError unless num_steps > 0 and
+    0 <= warmup < 1.
+    """
+
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        num_steps: float,
+        decay: float = 0.5,
+        warmup: float = 0.0,
+        min_lr: float = 0.0,
+        last_epoch: int = -1,
+        verbose: bool = False,
+    ):
+        if not num_steps > 0:
+            raise ValueError(f"num_steps must be positive, got {num_steps}")
+        self.num_steps = num_steps
+        self.rate = decay
+        super().__init__(optimizer, warmup, min_lr, last_epoch)
+
+    def decay(self, step: int) -> float:
+        return self.rate ** (step / self.num_steps)
+
+
+class ConstantLRWithWarmup(_WarmupLR):
+    """A constant learning rate, after the warm-up of `InverseLR`. `verbose` has no effect."""
+
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        warmup: float = 0.0,
+        last_epoch: int = -1,
+        verbose: bool = False,
+    ):
+        super().__init__(optimizer, warmup, 0.0, last_epoch)

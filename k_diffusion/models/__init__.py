@@ -1,0 +1,50 @@
+"""The denoiser models: `image_v1`, `image_transformer_v1`, `image_transformer_v2`."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .flags import checkpointing as checkpointing
+from .flags import get_checkpointing as get_checkpointing
+
+if TYPE_CHECKING:
+    from . import (  # noqa: F401
+        attention,
+        axial_rope,
+        flags,
+        flops,
+        image_transformer_v1,
+        image_transformer_v2,
+        image_v1,
+        rope,
+        transformer,
+    )
+    from .image_transformer_v1 import ImageTransformerDenoiserModelV1
+    from .image_transformer_v2 import ImageTransformerDenoiserModelV2
+    from .image_v1 import ImageDenoiserModelV1
+
+_MODELS = {
+    "ImageDenoiserModelV1": "image_v1",
+    "ImageTransformerDenoiserModelV1": "image_transformer_v1",
+    "ImageTransformerDenoiserModelV2": "image_transformer_v2",
+}
+_SUBMODULES = ("attention", "axial_rope", "flags", "flops", "rope", "transformer")
+
+__all__ = [
+    "ImageDenoiserModelV1",
+    "ImageTransformerDenoiserModelV1",
+    "ImageTransformerDenoiserModelV2",
+    "checkpointing",
+    "get_checkpointing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODELS:
+        return getattr(importlib.import_module(f"{__name__}.{_MODELS[name]}"), name)
+    if name in _SUBMODULES or name in _MODELS.values():
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODELS, *_MODELS.values(), *_SUBMODULES})

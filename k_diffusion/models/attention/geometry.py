@@ -1,0 +1,116 @@
+"""Which tokens see each other: the geometries of self-attention on an h x w grid."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .. import flops
+
+
+@dataclass(frozen=True)
+class GlobalAttentionSpec:
+    """Every token sees every token."""
+
+    d_head: int
+    name: ClassVar[str] = "global"
+
+    def check(self, h: int, w: int) -> None:
+        """Any grid will do."""
+
+    def record_flops(self, shape: torch.Size) -> None:
+        n, h, w, heads, e = shape
+        flops.op(flops.op_attention, *[(n, heads, h * w, e)] * 3)
+
+    def mask(self, h: int, w: int) -> torch.Tensor:
+        """Boolean (h * w, h * w): which key (column) each query (row) sees."""
+        return torch.ones(h * w, h * w, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class NeighborhoodAttentionSpec:
+    """Each token sees the kernel_size x kernel_size tokens around it (arXiv 2204.07143).
+
+    At the borders the window shifts inward: along each axis of length L, query i sees exactly
+    `kernel_size` keys from clamp(i - kernel_size // 2, 0, L - kernel_size) on.
+    """
+
+    d_head: int
+    kernel_size: int
+    name: ClassVar[str] = "neighborhood"
+
+    def check(self, h: int, w: int) -> None:
+        """Raises ValueError if the window is larger than the grid."""
+        if self.kernel_size > min(h, w):
+            raise ValueError(
+                f"neighborhood attention with kernel_size {self.kernel_size} needs at least "
+                f"{self.kernel_size} x {self.kernel_size} tokens, got {h} x {w}; use a larger "
+                "image, a smaller kernel_size or global attention on this level"
+            )
+
+    def record_flops(self, shape: torch.Size) -> None:
+        flops.op(flops.op_natten, shape, shape, shape, self.kernel_size)
+
+    def axis_start(self, length: int) -> torch.Tensor:
+        """First key, (length,), that each query of an axis sees."""
+        start = torch.arange(length) - self.kernel_size // 2
+        return start.clamp(0, length - self.kernel_size)
+
+    def mask(self, h: int, w: int) -> torch.Tensor:
+        """Boolean (h * w, h * w): which key (column) each query (row) sees."""
+
+        def axis(length: int) -> torch.Tensor:
+            offset = torch.arange(length) - self.axis_start(length)[:, None]
+            return (offset >= 0) & (offset < self.kernel_size)
+
+        both = axis(h)[:, None, :, None] & axis(w)[None, :, None, :]
+        return both.reshape(h * w, h * w)
+
+
+@dataclass(frozen=True)
+class ShiftedWindowAttentionSpec:
+    """Tokens see each other within square windows (Swin, arXiv 2103.14030).
+
+    `shift` moves the windows' borders by that many tokens up and left; the windows that this cuts
+    at the image's border do not join across it. A level's blocks alternate between 0 and
+    window_size // 2.
+    """
+
+    d_head: int
+    window_size: int
+    shift: int = 0
+    name: ClassVar[str] = "shifted-window"
+
+    def check(self, h: int, w: int) -> None:
+        """Raises ValueError if the windows don't tile the grid."""
+        if h % self.window_size or w % self.window_size:
+            valid = [d for d in range(2, min(h, w) + 1) if h % d == 0 and w % d == 0]
+            raise ValueError(
+                f"window_size {self.window_size} does not divide the {h} x {w} tokens of this "
+                f"level; window sizes that do: {valid or 'none but 1'}"
+            )
+
+    def record_flops(self, shape: torch.Size) -> None:
+        n, h, w, heads, e = shape
+        windows = (n * h * w // self.window_size**2, heads, self.window_size**2, e)
+        flops.op(flops.op_attention, *[windows] * 3)
+
+    def axis_window(self, length: int) -> torch.Tensor:
+        """The window, (length,), that each token of an axis is in."""
+        return (torch.arange(length) + self.window_size - self.shift).div(
+            self.window_size, rounding_mode="floor"
+        )
+
+    def mask(self, h: int, w: int) -> torch.Tensor:
+        """Boolean (h * w, h * w): which key (column) each query (row) sees."""
+        rows, cols = self.axis_window(h), self.axis_window(w)
+        window = (rows[:, None] * (len(cols) + 1) + cols).flatten()
+        return window[:, None] == window
+
+
+@dataclass(frozen=True)
+class NoAttentionSpec:
+    """A level of feed-forward blocks alone."""
+
+
+Geometry = GlobalAttentionSpec | NeighborhoodAttentionSpec | ShiftedWindowAttentionSpec

@@ -1,0 +1,63 @@
+"""Switches of the models: gradient checkpointing, compilation, FlashAttention-2, RoPE parity."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+_checkpointing: ContextVar[bool] = ContextVar("k_diffusion_checkpointing", default=False)
+
+
+@contextmanager
+def checkpointing(enable: bool = True) -> Iterator[None]:
+    """Within it, models recompute each block in the backward pass instead of keeping activations.
+
+    The setting belongs to the thread (or task) that enters it; any other starts from off.
+    """
+    token = _checkpointing.set(enable)
+    try:
+        yield
+    finally:
+        _checkpointing.reset(token)
+
+
+def get_checkpointing() -> bool:
+    """Whether gradient checkpointing is on in this thread."""
+    return _checkpointing.get()
+
+
+def checkpoint(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """`function(*args)`, recomputed in the backward pass where `checkpointing` is on."""
+    if get_checkpointing() and torch.is_grad_enabled():
+        return torch_checkpoint(function, *args, use_reentrant=False)
+    return function(*args)
+
+
+def _env_flag(name: str, default: bool) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if value in {"", "1", "true", "yes", "on", "0", "false", "no", "off"}:
+        return default if value == "" else value in {"1", "true", "yes", "on"}
+    raise ValueError(f"{name} must be 0 or 1, got {value!r}")
+
+
+def get_use_compile() -> bool:
+    """`K_DIFFUSION_USE_COMPILE` (default 1): whether a requested `torch.compile` is carried out."""
+    return _env_flag("K_DIFFUSION_USE_COMPILE", True)
+
+
+def get_use_flash_attention_2() -> bool:
+    """`K_DIFFUSION_USE_FLASH_2` (default 1): whether FlashAttention-2 may be chosen."""
+    return _env_flag("K_DIFFUSION_USE_FLASH_2", True)
+
+
+def get_rope_parity() -> bool:
+    """`K_DIFFUSION_ROPE_PARITY` (default 0): RoPE angles in the dtype of q and k.
+
+    k-diffusion 0.1.1 rounded positions to the activations' dtype, which in bf16 moves angles by up
+    to 0.1 rad; set this to 1 to reproduce its bits with a checkpoint trained that way.
+    """
+    return _env_flag("K_DIFFUSION_ROPE_PARITY", False)

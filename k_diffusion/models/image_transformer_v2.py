@@ -1,0 +1,336 @@
+"""The hourglass diffusion transformer (HDiT, arXiv 2401.11605)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from .. import layers
+from .attention import (
+    GlobalAttentionSpec,
+    NeighborhoodAttentionSpec,
+    NoAttentionSpec,
+    ShiftedWindowAttentionSpec,
+    attend,
+)
+from .flags import checkpoint, get_rope_parity
+from .rope import AxialRoPE, apply_rotary_emb, apply_rotary_emb_, make_axial_pos
+from .transformer import (
+    AdaRMSNorm,
+    FeedForwardBlock,
+    Linear,
+    LinearGEGLU,
+    MappingFeedForwardBlock,
+    MappingNetwork,
+    RMSNorm,
+    apply_wd,
+    filter_params,
+    log_sigma,
+    scale_for_cosine_sim,
+    tag_module,
+    tag_param,
+    tagged_param_groups,
+    zero_init,
+)
+
+__all__ = [
+    "AdaRMSNorm",
+    "FeedForwardBlock",
+    "GlobalAttentionSpec",
+    "ImageTransformerDenoiserModelV2",
+    "LevelSpec",
+    "Linear",
+    "LinearGEGLU",
+    "MappingFeedForwardBlock",
+    "MappingNetwork",
+    "MappingSpec",
+    "NeighborhoodAttentionSpec",
+    "NoAttentionSpec",
+    "RMSNorm",
+    "ShiftedWindowAttentionSpec",
+    "TokenMerge",
+    "TokenSplit",
+    "TokenSplitWithoutSkip",
+    "apply_rotary_emb",
+    "apply_rotary_emb_",
+    "apply_wd",
+    "filter_params",
+    "layers",
+    "tag_module",
+    "tag_param",
+    "zero_init",
+]
+
+AttentionSpec = (
+    GlobalAttentionSpec | NeighborhoodAttentionSpec | ShiftedWindowAttentionSpec | NoAttentionSpec
+)
+
+
+@dataclass
+class LevelSpec:
+    """One level of the hourglass, from the pixels up; the last one is the middle."""
+
+    depth: int
+    width: int
+    d_ff: int
+    self_attn: AttentionSpec
+    dropout: float
+
+
+@dataclass
+class MappingSpec:
+    """The mapping network."""
+
+    depth: int
+    width: int
+    d_ff: int
+    dropout: float
+
+
+# ---------------------------------------------------------------- blocks
+
+
+class SelfAttentionBlock(nn.Module):
+    """Residual cosine-similarity self-attention with axial RoPE, of any geometry.
+
+    x: (n, h, w, d_model), pos: (h, w, 2), cond: (n, cond_features).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        geometry: GlobalAttentionSpec | NeighborhoodAttentionSpec | ShiftedWindowAttentionSpec,
+        cond_features: int,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        d_head = geometry.d_head
+        if d_model % d_head:
+            raise ValueError(f"width must be a multiple of d_head, got {d_model} and {d_head}")
+        if d_head % 8:
+            raise ValueError(f"d_head must be a multiple of 8 (axial RoPE), got {d_head}")
+        self.geometry = geometry
+        self.n_heads = d_model // d_head
+        self.norm = AdaRMSNorm(d_model, cond_features)
+        self.qkv_proj = apply_wd(Linear(d_model, d_model * 3, bias=False))
+        self.scale = nn.Parameter(torch.full([self.n_heads], 10.0))
+        self.pos_emb = AxialRoPE(d_head // 2, self.n_heads)
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = apply_wd(zero_init(Linear(d_model, d_model, bias=False)))
+
+    def extra_repr(self) -> str:
+        return f"{self.geometry}"
+
+    def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        skip = x
+        qkv = self.qkv_proj(self.norm(x, cond))
+        q, k, v = rearrange(qkv, "n h w (t nh e) -> t n h w nh e", t=3, nh=self.n_heads).unbind()
+        q, k = scale_for_cosine_sim(q, k, self.scale, 1e-6)
+        theta = self.pos_emb(pos.to(q.dtype) if get_rope_parity() else pos)
+        q, k = apply_rotary_emb(q, theta), apply_rotary_emb(k, theta)
+        self.geometry.record_flops(q.shape)
+        x = attend(self.geometry, q, k, v).flatten(-2)
+        return self.out_proj(self.dropout(x)) + skip
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, if the level has any, then feed-forward."""
+
+    def __init__(self, spec: LevelSpec, cond_features: int, index: int):
+        super().__init__()
+        geometry = spec.self_attn
+        if isinstance(geometry, ShiftedWindowAttentionSpec):
+            # every other block moves the windows by half, so that their borders differ
+            geometry = replace(geometry, shift=index % 2 * (geometry.window_size // 2))
+        self.self_attn = (
+            None
+            if isinstance(geometry, NoAttentionSpec)
+            else SelfAttentionBlock(spec.width, geometry, cond_features, spec.dropout)
+        )
+        self.ff = FeedForwardBlock(spec.width, spec.d_ff, cond_features, spec.dropout)
+
+    def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        if self.self_attn is not None:
+            x = checkpoint(self.self_attn, x, pos, cond)
+        return checkpoint(self.ff, x, cond)
+
+
+class Level(nn.ModuleList):
+    """The blocks of one level, one after the other."""
+
+    def __init__(self, spec: LevelSpec, cond_features: int):
+        super().__init__(TransformerBlock(spec, cond_features, i) for i in range(spec.depth))
+
+    def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        pos = make_axial_pos(x.shape[1], x.shape[2], device=x.device).view(*x.shape[1:3], 2)
+        for block in self:
+            x = block(x, pos, cond)
+        return x
+
+
+class TokenMerge(nn.Module):
+    """Joins each patch of tokens into one: (..., h, w, c) to (..., h / ph, w / pw, out)."""
+
+    def __init__(self, in_features: int, out_features: int, patch_size: Sequence[int] = (2, 2)):
+        super().__init__()
+        self.h, self.w = patch_size
+        self.proj = apply_wd(Linear(in_features * self.h * self.w, out_features, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = rearrange(x, "... (h nh) (w nw) e -> ... h w (nh nw e)", nh=self.h, nw=self.w)
+        return self.proj(x)
+
+
+class TokenSplitWithoutSkip(nn.Module):
+    """Splits each token into a patch: (..., h, w, c) to (..., h * ph, w * pw, out)."""
+
+    def __init__(self, in_features: int, out_features: int, patch_size: Sequence[int] = (2, 2)):
+        super().__init__()
+        self.h, self.w = patch_size
+        self.proj = apply_wd(Linear(in_features, out_features * self.h * self.w, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.proj(x)
+        return rearrange(x, "... h w (nh nw e) -> ... (h nh) (w nw) e", nh=self.h, nw=self.w)
+
+
+class TokenSplit(TokenSplitWithoutSkip):
+    """Splits each token into a patch and merges it into the skip by a learned lerp.
+
+    x: (..., h, w, c), skip: (..., h * ph, w * pw, out); returns the shape of skip.
+    """
+
+    def __init__(self, in_features: int, out_features: int, patch_size: Sequence[int] = (2, 2)):
+        super().__init__(in_features, out_features, patch_size)
+        self.fac = nn.Parameter(torch.ones(1) * 0.5)
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return torch.lerp(skip, super().forward(x), self.fac.to(x.dtype))
+
+
+# ---------------------------------------------------------------- the model
+
+
+class ImageTransformerDenoiserModelV2(nn.Module):
+    """Hourglass diffusion transformer (HDiT, arXiv 2401.11605).
+
+    levels: from the pixels up; the last is the middle, the others run on the way up and down.
+    mapping: the mapping network. patch_size: pixels per token of the first level, (h, w).
+    num_classes: class conditioning, where id num_classes means "no class"; 0 for none.
+    mapping_cond_dim: width of a free-form condition; 0 for none.
+
+    Sizes of an image must be multiples of patch_size * 2 ** (len(levels) - 1).
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[LevelSpec],
+        mapping: MappingSpec,
+        in_channels: int,
+        out_channels: int,
+        patch_size: Sequence[int],
+        num_classes: int = 0,
+        mapping_cond_dim: int = 0,
+    ):
+        super().__init__()
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.mapping_cond_dim = mapping_cond_dim
+        self.size_multiple = tuple(p * 2 ** (len(levels) - 1) for p in patch_size)
+        width, cond_features = levels[0].width, mapping.width
+
+        self.patch_in = TokenMerge(in_channels, width, patch_size)
+        self.time_emb = layers.FourierFeatures(1, cond_features)
+        self.time_in_proj = Linear(cond_features, cond_features, bias=False)
+        self.aug_emb = layers.FourierFeatures(9, cond_features)
+        self.aug_in_proj = Linear(cond_features, cond_features, bias=False)
+        self.class_emb = nn.Embedding(num_classes + 1, cond_features) if num_classes else None
+        self.mapping_cond_in_proj = (
+            Linear(mapping_cond_dim, cond_features, bias=False) if mapping_cond_dim else None
+        )
+        self.mapping = tag_module(
+            MappingNetwork(mapping.depth, cond_features, mapping.d_ff, mapping.dropout), "mapping"
+        )
+
+        *outer, middle = levels
+        self.down_levels = nn.ModuleList(Level(spec, cond_features) for spec in outer)
+        self.up_levels = nn.ModuleList(Level(spec, cond_features) for spec in outer)
+        self.mid_level = Level(middle, cond_features)
+        pairs = list(zip(levels[:-1], levels[1:]))
+        self.merges = nn.ModuleList(TokenMerge(low.width, up.width) for low, up in pairs)
+        self.splits = nn.ModuleList(TokenSplit(up.width, low.width) for low, up in pairs)
+
+        self.out_norm = RMSNorm(width)
+        self.patch_out = TokenSplitWithoutSkip(width, out_channels, patch_size)
+        zero_init(self.patch_out.proj)
+
+    def param_groups(
+        self, base_lr: float = 5e-4, mapping_lr_scale: float = 1 / 3
+    ) -> list[dict[str, object]]:
+        """Optimizer groups: main with and without weight decay, then the mapping network's."""
+        return tagged_param_groups(self, base_lr, mapping_lr_scale)
+
+    def _check(self, x: torch.Tensor, sigma: torch.Tensor) -> None:
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be (n, {self.in_channels}, h, w), got {tuple(x.shape)}")
+        if sigma.shape != x.shape[:1]:
+            raise ValueError(f"sigma must be ({len(x)},), one a sample, got {tuple(sigma.shape)}")
+        multiple_h, multiple_w = self.size_multiple
+        if x.shape[2] % multiple_h or x.shape[3] % multiple_w:
+            raise ValueError(
+                f"h and w must be multiples of {multiple_h} and {multiple_w} "
+                f"(patch size x 2 per level above the first), got {x.shape[2]} x {x.shape[3]}"
+            )
+
+    def condition(
+        self,
+        sigma: torch.Tensor,
+        aug_cond: torch.Tensor | None,
+        class_cond: torch.Tensor | None,
+        mapping_cond: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The mapping network's output, (n, mapping width); arguments as in `forward`."""
+        if aug_cond is None:
+            aug_cond = sigma.new_zeros(len(sigma), 9)
+        c_noise = log_sigma(sigma) / 4
+        cond = self.time_in_proj(self.time_emb(c_noise[:, None]))
+        cond = cond + self.aug_in_proj(self.aug_emb(aug_cond))
+        if self.class_emb is not None:
+            if class_cond is None:
+                raise ValueError(
+                    f"this model has {self.num_classes} classes: pass class_cond, (n,) integers "
+                    f"(id {self.num_classes} means no class)"
+                )
+            cond = cond + self.class_emb(class_cond)
+        if self.mapping_cond_in_proj is not None:
+            if mapping_cond is None:
+                raise ValueError(f"pass mapping_cond, (n, {self.mapping_cond_dim})")
+            cond = cond + self.mapping_cond_in_proj(mapping_cond)
+        return self.mapping(cond)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        aug_cond: torch.Tensor | None = None,
+        class_cond: torch.Tensor | None = None,
+        mapping_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x: (n, in_channels, h, w). sigma: (n,), positive. aug_cond: (n, 9), zeros if not given.
+        class_cond: (n,) integers. mapping_cond: (n, mapping_cond_dim). Returns
+        (n, out_channels, h, w). Raises ValueError if a shape doesn't fit or a condition is missing.
+        """
+        self._check(x, sigma)
+        cond = self.condition(sigma, aug_cond, class_cond, mapping_cond)
+        x = self.patch_in(x.movedim(1, -1))
+        skips = []
+        for level, merge in zip(self.down_levels, self.merges):
+            x = level(x, cond)
+            skips.append(x)
+            x = merge(x)
+        x = self.mid_level(x, cond)
+        for level, split, skip in reversed(list(zip(self.up_levels, self.splits, skips))):
+            x = level(split(x, skip), cond)
+        return self.patch_out(self.out_norm(x)).movedim(-1, 1)

@@ -1,0 +1,278 @@
+"""`image_v1`: a U-Net denoiser with adaptive group norm, self- and cross-attention."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .. import layers
+from .flags import checkpoint
+from .transformer import Linear, zero_init
+
+CHANNELS_PER_GROUP = 32
+CHANNELS_PER_HEAD = 64
+
+
+class _Level(layers.ConditionedSequential):
+    """The layers of one level of the U-Net, each recomputed alone under checkpointing."""
+
+    def forward(self, input: torch.Tensor, cond: layers.Cond) -> torch.Tensor:  # type: ignore[override]
+        for module in self:
+            args = (input, cond) if isinstance(module, layers.ConditionedModule) else (input,)
+            input = checkpoint(module, *args)
+        return input
+
+
+def _norm(feats_in: int, channels: int) -> layers.AdaGN:
+    return layers.AdaGN(feats_in, channels, max(1, channels // CHANNELS_PER_GROUP))
+
+
+def _res_block(
+    feats_in: int, c_in: int, c_mid: int, c_out: int, dropout_rate: float
+) -> layers.ConditionedResidualBlock:
+    """Twice norm, GELU, 3 x 3 convolution, dropout; the second convolution starts at 0."""
+    main: list[nn.Module] = []
+    for a, b in ((c_in, c_mid), (c_mid, c_out)):
+        conv = layers.Conv2d(a, b, 3, padding=1)
+        main += [_norm(feats_in, a), nn.GELU(), conv, nn.Dropout2d(dropout_rate)]
+    zero_init(conv)
+    skip = None if c_in == c_out else layers.Conv2d(c_in, c_out, 1, bias=False)
+    return layers.ConditionedResidualBlock(*main, skip=skip)
+
+
+def _blocks(
+    feats_in: int,
+    widths: Sequence[int],
+    c_mid: int,
+    self_attn: bool,
+    cross_attn: bool,
+    cross_cond_dim: int,
+    dropout_rate: float,
+) -> list[nn.Module]:
+    """One residual block for each pair of neighbouring `widths`, each followed by attention."""
+
+    def norm(channels: int) -> layers.AdaGN:
+        return _norm(feats_in, channels)
+
+    blocks: list[nn.Module] = []
+    for c_in, c_out in pairwise(widths):
+        heads = max(1, c_out // CHANNELS_PER_HEAD)
+        blocks.append(_res_block(feats_in, c_in, c_mid, c_out, dropout_rate))
+        if self_attn:
+            blocks.append(layers.SelfAttention2d(c_out, heads, norm, dropout_rate))
+        if cross_attn:
+            blocks.append(layers.CrossAttention2d(c_out, cross_cond_dim, heads, norm, dropout_rate))
+    return blocks
+
+
+def _check_shape(
+    name: str, value: torch.Tensor | None, shape: tuple[int | str, ...], optional: bool = False
+) -> None:
+    """Hold a value against its shape, where a name stands for any size and 0 for no such input."""
+    text = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+    unknown = 0 in shape[1:]
+    if value is None:
+        if not (unknown or optional):
+            raise ValueError(f"this model needs {name}, of shape {text}")
+    elif unknown:
+        raise ValueError(f"this model takes no {name}, got one of shape {tuple(value.shape)}")
+    elif value.ndim != len(shape) or any(
+        size != given for size, given in zip(shape, value.shape) if isinstance(size, int)
+    ):
+        raise ValueError(f"{name} of shape {text} expected, got {tuple(value.shape)}")
+
+
+class ImageDenoiserModelV1(nn.Module):
+    """A U-Net denoiser, the model `"image_v1"` of the configs, to be wrapped in `K.Denoiser`.
+
+    A mapping network takes Fourier features of log(sigma) / 4, plus embeddings of the conditions,
+    to `feats_in` features that modulate every norm. Each level is `depth` times a residual block,
+    then self-attention, then cross-attention where asked for; levels are resampled by two.
+
+    c_in: channels of the image. feats_in: width of the mapping network (even). depths, channels,
+    self_attn_depths, cross_attn_depths: one entry a level, finest first (the latter two bools).
+    mapping_cond_dim: features of `mapping_cond`. unet_cond_dim: channels of `unet_cond`.
+    cross_cond_dim: features of a token of `cross_cond`. patch_size: side of the squares of pixels
+    that become one position of the U-Net. skip_stages: how many of the finest levels to leave out.
+    has_variance: also predict the log variance of the error. num_classes: if not 0, the model
+    takes `class_cond`; the index num_classes stands for no class.
+    Raises ValueError if these don't fit together.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        feats_in: int,
+        depths: Sequence[int],
+        channels: Sequence[int],
+        self_attn_depths: Sequence[bool],
+        cross_attn_depths: Sequence[bool] | None = None,
+        mapping_cond_dim: int = 0,
+        unet_cond_dim: int = 0,
+        cross_cond_dim: int = 0,
+        dropout_rate: float = 0.0,
+        patch_size: int = 1,
+        skip_stages: int = 0,
+        has_variance: bool = False,
+        num_classes: int = 0,
+    ):
+        super().__init__()
+        n = len(channels)
+        cross_attn = [False] * n if cross_attn_depths is None else list(cross_attn_depths)
+        lengths = [len(depths), n, len(self_attn_depths), len(cross_attn)]
+        if n == 0 or lengths != [n] * 4:
+            raise ValueError(
+                "depths, channels, self_attn_depths and cross_attn_depths need one entry a level; "
+                f"they have {', '.join(map(str, lengths))}"
+            )
+        if min(depths) < 1:
+            raise ValueError(f"every level needs a depth of at least 1, got depths {list(depths)}")
+        if any(cross_attn) and not cross_cond_dim:
+            raise ValueError("cross_attn_depths asks for cross-attention: set cross_cond_dim too")
+        self.c_in = c_in
+        self.channels = tuple(channels)
+        self.mapping_cond_dim = mapping_cond_dim
+        self.unet_cond_dim = unet_cond_dim
+        self.cross_cond_dim = cross_cond_dim if any(cross_attn) else 0
+        self.has_variance = has_variance
+        self.num_classes = num_classes
+
+        self.timestep_embed = layers.FourierFeatures(1, feats_in)
+        if mapping_cond_dim:
+            self.mapping_cond = Linear(mapping_cond_dim, feats_in, bias=False)
+        if num_classes:
+            self.class_emb = nn.Embedding(num_classes + 1, feats_in)
+        self.mapping = nn.Sequential(
+            Linear(feats_in, feats_in), nn.GELU(), Linear(feats_in, feats_in), nn.GELU()
+        )
+        self._make_projections(patch_size, skip_stages)
+
+        down, up = [], []
+        for i, (depth, c) in enumerate(zip(depths, channels)):
+            first, last = i == 0, i == n - 1
+            options = (c, self_attn_depths[i], cross_attn[i], cross_cond_dim, dropout_rate)
+            widths = [c if first else channels[i - 1]] + [c] * depth
+            start = nn.Identity() if first else layers.Downsample2d()
+            down.append(_Level(start, *_blocks(feats_in, widths, *options)))
+            widths = [c if last else 2 * c] + [c] * (depth - 1) + [c if first else channels[i - 1]]
+            end = nn.Identity() if first else layers.Upsample2d()
+            up.append(_Level(*_blocks(feats_in, widths, *options), end))
+        self.u_net = layers.UNet(down, reversed(up), skip_stages=skip_stages)
+
+    def _make_projections(self, patch_size: int, skip_stages: int) -> None:
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+        if not 0 <= skip_stages < len(self.channels):
+            raise ValueError(
+                f"skip_stages must be at least 0 and less than the number of levels, "
+                f"{len(self.channels)}; got {skip_stages}"
+            )
+        self.patch_size = patch_size
+        c_in = (self.c_in + self.unet_cond_dim) * patch_size**2
+        c_out = self.c_in * patch_size**2 + self.has_variance
+        # A level but the first begins by downsampling what the one before it would put out.
+        width = self.channels[max(0, skip_stages - 1)]
+        self.proj_in = layers.Conv2d(c_in, width, 1)
+        self.proj_out = zero_init(layers.Conv2d(width, c_out, 1))
+
+    def set_patch_size(self, patch_size: int) -> None:
+        """Change the patch size; the first and last layer start anew."""
+        self._renew_projections(patch_size, self.u_net.skip_stages)
+
+    def set_skip_stages(self, skip_stages: int) -> None:
+        """Leave out this many of the finest levels; the first and last layer start anew."""
+        self._renew_projections(self.patch_size, skip_stages)
+        self.u_net.skip_stages = skip_stages
+
+    def _renew_projections(self, patch_size: int, skip_stages: int) -> None:
+        old = self.proj_in.weight
+        self._make_projections(patch_size, skip_stages)
+        for layer in (self.proj_in, self.proj_out):
+            layer.to(old)
+
+    def param_groups(self, base_lr: float = 2e-4) -> list[dict[str, Any]]:
+        """Optimizer groups: the weights of the mapping network and the U-Net, then the rest.
+
+        The rest, biases and the first and last layer, has no weight decay.
+        """
+        decay, no_decay = [], []
+        for name, param in self.named_parameters():
+            is_weight = name.startswith(("mapping", "u_net")) and name.endswith(".weight")
+            (decay if is_weight else no_decay).append(param)
+        return [
+            {"params": decay, "lr": base_lr},
+            {"params": no_decay, "lr": base_lr, "weight_decay": 0.0},
+        ]
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        sigma: torch.Tensor,
+        mapping_cond: torch.Tensor | None = None,
+        unet_cond: torch.Tensor | None = None,
+        cross_cond: torch.Tensor | None = None,
+        cross_cond_padding: torch.Tensor | None = None,
+        return_variance: bool = False,
+        class_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The network's output for a preconditioned input at noise levels `sigma`.
+
+        input: (n, c_in, h, w), h and w multiples of patch_size * 2^(number of downsamplings).
+        sigma: (n,). mapping_cond: (n, mapping_cond_dim), None for zeros. unet_cond:
+        (n, unet_cond_dim, h, w). cross_cond: (n, tokens, cross_cond_dim), cross_cond_padding:
+        (n, tokens), nonzero where a token is padding. class_cond: (n,) integers from 0 to
+        num_classes. Returns (n, c_in, h, w), and with return_variance the log variance (n,) too.
+        Raises ValueError for other shapes, and for conditions missing or not known to the model.
+        """
+        self._check(input, sigma, mapping_cond, unet_cond, cross_cond, class_cond)
+        if return_variance and not self.has_variance:
+            raise ValueError("return_variance needs a model built with has_variance=True")
+
+        # At sigma = 0 the logarithm must stay finite.
+        sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
+        c_noise = sigma.clamp_min(torch.finfo(sigma.dtype).tiny).log() / 4
+        emb = self.timestep_embed(c_noise[:, None])
+        if mapping_cond is not None:
+            emb = emb + self.mapping_cond(mapping_cond.to(emb.dtype))
+        if class_cond is not None:
+            emb = emb + self.class_emb(class_cond)
+        cond = {
+            "cond": self.mapping(emb),
+            "cross": cross_cond,
+            "cross_padding": cross_cond_padding,
+        }
+
+        x = input if unet_cond is None else torch.cat([input, unet_cond], dim=1)
+        x = self.proj_in(F.pixel_unshuffle(x, self.patch_size))
+        x = self.proj_out(self.u_net(x, cond))
+        logvar = x[:, -1].flatten(1).mean(1) if self.has_variance else None
+        x = F.pixel_shuffle(x[:, :-1] if self.has_variance else x, self.patch_size)
+        return (x, logvar) if return_variance and logvar is not None else x
+
+    def _check(
+        self,
+        input: torch.Tensor,
+        sigma: torch.Tensor,
+        mapping_cond: torch.Tensor | None,
+        unet_cond: torch.Tensor | None,
+        cross_cond: torch.Tensor | None,
+        class_cond: torch.Tensor | None,
+    ) -> None:
+        _check_shape("input", input, ("n", self.c_in, "h", "w"))
+        n, _, h, w = input.shape
+        _check_shape("sigma", sigma, (n,))
+        _check_shape("mapping_cond", mapping_cond, (n, self.mapping_cond_dim), optional=True)
+        _check_shape("unet_cond", unet_cond, (n, self.unet_cond_dim, h, w))
+        _check_shape("cross_cond", cross_cond, (n, "tokens", self.cross_cond_dim))
+        _check_shape("class_cond", class_cond, (n,) if self.num_classes else (n, 0))
+        halvings = len(self.channels) - max(1, self.u_net.skip_stages)
+        multiple = self.patch_size * 2**halvings
+        if h % multiple or w % multiple:
+            raise ValueError(
+                f"height and width must be multiples of {multiple} (patch size {self.patch_size}, "
+                f"halved {halvings} times), got {h} x {w}; the next valid size is "
+                f"{-(-h // multiple) * multiple} x {-(-w // multiple) * multiple}"
+            )

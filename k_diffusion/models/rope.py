@@ -1,0 +1,106 @@
+"""Axial rotary position embeddings (RoPE, arXiv 2104.09864) with per-head frequencies (HDiT)."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def bounding_box(
+    h: int, w: int, pixel_aspect_ratio: float = 1.0
+) -> tuple[float, float, float, float]:
+    """(y_min, y_max, x_min, x_max) of an h x w image whose longer side spans [-1, 1].
+
+    pixel_aspect_ratio: height of a pixel over its width.
+    """
+    aspect_ratio = w / (h * pixel_aspect_ratio)
+    y, x = min(1.0, 1 / aspect_ratio), min(1.0, aspect_ratio)
+    return -y, y, -x, x
+
+
+def centers(
+    start: float,
+    stop: float,
+    num: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Mid-points, (num,), of `num` equal cells between start and stop."""
+    edges = torch.linspace(start, stop, num + 1, dtype=dtype, device=device)
+    return (edges[:-1] + edges[1:]) / 2
+
+
+def make_grid(h_pos: torch.Tensor, w_pos: torch.Tensor) -> torch.Tensor:
+    """All pairs of a (h,) and a (w,) axis, row by row: (h * w, 2), y first."""
+    return torch.cartesian_prod(h_pos, w_pos)
+
+
+def make_axial_pos(
+    h: int,
+    w: int,
+    pixel_aspect_ratio: float = 1.0,
+    align_corners: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Positions of an h x w grid in its bounding box: (h * w, 2), y first.
+
+    align_corners: put the outer pixels on the box's border instead of half a pixel inside.
+    """
+    y_min, y_max, x_min, x_max = bounding_box(h, w, pixel_aspect_ratio)
+    place = torch.linspace if align_corners else centers
+    h_pos = place(y_min, y_max, h, dtype=dtype, device=device)
+    w_pos = place(x_min, x_max, w, dtype=dtype, device=device)
+    return make_grid(h_pos, w_pos)
+
+
+def _rotate(x: torch.Tensor, theta: torch.Tensor, conj: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    d = theta.shape[-1]
+    if 2 * d > x.shape[-1]:
+        raise ValueError(f"{d} angles rotate {2 * d} features, but x has only {x.shape[-1]}")
+    dtype = torch.promote_types(torch.promote_types(x.dtype, theta.dtype), torch.float32)
+    cos, sin = theta.to(dtype).cos(), theta.to(dtype).sin()
+    a, b = x[..., :d].to(dtype), x[..., d : 2 * d].to(dtype)
+    sin = -sin if conj else sin
+    return (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
+
+
+def apply_rotary_emb(x: torch.Tensor, theta: torch.Tensor, conj: bool = False) -> torch.Tensor:
+    """Rotate the pairs (x[i], x[i + d]) by theta[i], for d = theta.shape[-1].
+
+    x: (..., e) with e >= 2 d; features from 2 d on pass through. theta: broadcasts to (..., d),
+    radians. conj: rotate the other way. The angles' cosines are computed in at least float32.
+    """
+    a, b = _rotate(x, theta, conj)
+    return torch.cat([a, b, x[..., 2 * theta.shape[-1] :]], dim=-1)
+
+
+def apply_rotary_emb_(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """`apply_rotary_emb` in place: x is overwritten and returned. Differentiable in x."""
+    a, b = _rotate(x, theta, conj=False)
+    d = theta.shape[-1]
+    x[..., :d] = a
+    x[..., d : 2 * d] = b
+    return x
+
+
+class AxialRoPE(nn.Module):
+    """Angles of axial RoPE: half of them turn with y, half with x.
+
+    dim: how many features of a head are rotated. The frequencies, spaced evenly in the logarithm
+    from pi up to 10 pi (exclusive), are dealt out to the heads in turn: a buffer `freqs`,
+    (n_heads, dim // 4).
+    """
+
+    freqs: torch.Tensor
+
+    def __init__(self, dim: int, n_heads: int):
+        super().__init__()
+        n = n_heads * dim // 4
+        log_freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n + 1)[:-1]
+        self.register_buffer("freqs", log_freqs.exp().view(dim // 4, n_heads).T.contiguous())
+
+    def forward(self, pos: torch.Tensor) -> torch.Tensor:
+        """pos: (..., 2), y first. Returns angles (..., n_heads, dim // 2) in radians."""
+        theta = pos[..., None, :, None] * self.freqs[:, None, :].to(pos.dtype)
+        return theta.flatten(-2)

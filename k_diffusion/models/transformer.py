@@ -1,0 +1,216 @@
+"""What both transformers share: norms, GEGLU, mapping network, parameter tags."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from . import flops
+
+M = TypeVar("M", bound=nn.Module)
+
+# ---------------------------------------------------------------- parameter tags
+
+
+def tag_param(param: nn.Parameter, tag: str) -> nn.Parameter:
+    """Add a tag ("wd", "mapping") to a parameter; `filter_params` selects by them."""
+    param._tags = {*getattr(param, "_tags", ()), tag}  # type: ignore[attr-defined]
+    return param
+
+
+def tag_module(module: M, tag: str) -> M:
+    """Add a tag to every parameter of a module."""
+    for param in module.parameters():
+        tag_param(param, tag)
+    return module
+
+
+def apply_wd(module: M) -> M:
+    """Tag a module's weights, not its biases and scales, for weight decay."""
+    for name, param in module.named_parameters():
+        if name.endswith("weight"):
+            tag_param(param, "wd")
+    return module
+
+
+def filter_params(
+    function: Callable[[Iterable[str]], bool], module: nn.Module
+) -> Iterator[nn.Parameter]:
+    """The parameters of a module whose set of tags satisfies `function`."""
+    for param in module.parameters():
+        if function(getattr(param, "_tags", set())):
+            yield param
+
+
+def tagged_param_groups(
+    module: nn.Module, base_lr: float, mapping_lr_scale: float
+) -> list[dict[str, object]]:
+    """Four optimizer groups: (main, mapping) x (with, without weight decay)."""
+    groups: list[dict[str, object]] = []
+    for mapping in (False, True):
+        lr = base_lr * mapping_lr_scale if mapping else base_lr
+        for wd in (True, False):
+            params = list(
+                filter_params(
+                    lambda tags, m=mapping, d=wd: ("mapping" in tags, "wd" in tags) == (m, d),
+                    module,
+                )
+            )
+            groups.append({"params": params, "lr": lr, **({} if wd else {"weight_decay": 0.0})})
+    return groups
+
+
+def zero_init(layer: M) -> M:
+    """Set a layer's weight, and bias if it has one, to zero, so that it starts as no change."""
+    for param in (layer.weight, getattr(layer, "bias", None)):
+        if isinstance(param, torch.Tensor):
+            nn.init.zeros_(param)
+    return layer
+
+
+# ---------------------------------------------------------------- layers
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that `flop_counter` sees."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flops.op(flops.op_linear, x.shape, self.weight.shape)
+        return super().forward(x)
+
+
+class LinearGEGLU(nn.Linear):
+    """GEGLU (arXiv 2002.05202): the first half of a linear layer times gelu of the second half.
+
+    (..., in_features) to (..., out_features).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features * 2, bias=bias)
+        self.out_features = out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flops.op(flops.op_linear, x.shape, self.weight.shape)
+        value, gate = F.linear(x, self.weight, self.bias).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+def rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) * scale over the last axis; the mean square is taken in at least float32.
+
+    x: (..., d). scale: broadcasts to x. Returns the dtype of x.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
+    mean_sq = x.to(dtype).square().mean(dim=-1, keepdim=True)
+    return x * (scale.to(dtype) * torch.rsqrt(mean_sq + eps)).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalisation (arXiv 1910.07467) over the last axis, with a learned scale of `shape`."""
+
+    def __init__(self, shape: int | tuple[int, ...], eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.scale = nn.Parameter(torch.ones(shape))
+
+    def extra_repr(self) -> str:
+        return f"shape={tuple(self.scale.shape)}, eps={self.eps}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.scale, self.eps)
+
+
+class AdaRMSNorm(nn.Module):
+    """RMS normalisation whose scale, 1 + a linear map of `cond`, starts at 1.
+
+    x: (n, ..., features), cond: (n, cond_features).
+    """
+
+    def __init__(self, features: int, cond_features: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.linear = apply_wd(zero_init(Linear(cond_features, features, bias=False)))
+        tag_module(self.linear, "mapping")
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+    def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        scale = self.linear(cond) + 1
+        return rms_norm(x, scale.view(len(scale), *[1] * (x.ndim - 2), -1), self.eps)
+
+
+class FeedForwardBlock(nn.Module):
+    """Residual GEGLU block with adaptive RMS norm. x: (n, ..., d_model), cond: (n, c)."""
+
+    def __init__(self, d_model: int, d_ff: int, cond_features: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm = AdaRMSNorm(d_model, cond_features)
+        self.up_proj = apply_wd(LinearGEGLU(d_model, d_ff, bias=False))
+        self.dropout = nn.Dropout(dropout)
+        self.down_proj = apply_wd(zero_init(Linear(d_ff, d_model, bias=False)))
+
+    def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        return x + self.down_proj(self.dropout(self.up_proj(self.norm(x, cond))))
+
+
+# ---------------------------------------------------------------- mapping network
+
+
+class MappingFeedForwardBlock(nn.Module):
+    """Residual GEGLU block of the mapping network. x: (n, d_model)."""
+
+    def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm = RMSNorm(d_model)
+        self.up_proj = apply_wd(LinearGEGLU(d_model, d_ff, bias=False))
+        self.dropout = nn.Dropout(dropout)
+        self.down_proj = apply_wd(zero_init(Linear(d_ff, d_model, bias=False)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down_proj(self.dropout(self.up_proj(self.norm(x))))
+
+
+class MappingNetwork(nn.Module):
+    """From the sum of the condition embeddings to what every adaptive norm reads: (n, d_model)."""
+
+    def __init__(self, n_layers: int, d_model: int, d_ff: int, dropout: float = 0.0):
+        super().__init__()
+        self.in_norm = RMSNorm(d_model)
+        self.blocks = nn.ModuleList(
+            MappingFeedForwardBlock(d_model, d_ff, dropout=dropout) for _ in range(n_layers)
+        )
+        self.out_norm = RMSNorm(d_model)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.in_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out_norm(x)
+
+
+# ---------------------------------------------------------------- attention's common parts
+
+
+def scale_for_cosine_sim(
+    q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalise q and k so that their dot product is `scale` times their cosine similarity.
+
+    q, k: (..., n_heads, d_head). scale: (n_heads,). Norms are taken in at least float32.
+    """
+    dtype = torch.promote_types(torch.promote_types(q.dtype, scale.dtype), torch.float32)
+    sqrt_scale = scale.to(dtype).sqrt()[:, None]
+
+    def normalise(x: torch.Tensor) -> torch.Tensor:
+        sum_sq = x.to(dtype).square().sum(dim=-1, keepdim=True)
+        return x * (sqrt_scale * torch.rsqrt(sum_sq + eps)).to(x.dtype)
+
+    return normalise(q), normalise(k)
+
+
+def log_sigma(sigma: torch.Tensor) -> torch.Tensor:
+    """log(sigma), finite at 0: there a denoiser's skip connection takes over anyway."""
+    return torch.log(sigma.clamp(min=torch.finfo(sigma.dtype).tiny))

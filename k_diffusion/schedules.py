@@ -1,0 +1,147 @@
+"""Noise level schedules: `n` steps from `sigma_max` down to `sigma_min`, then 0.
+
+Every schedule is a 1-D tensor of n + 1 strictly decreasing values that ends in 0. It is computed in
+float32 on the CPU (so that every device gets the same numbers) and moved to `device`. All of them
+raise ValueError unless n >= 1 and 0 < sigma_min < sigma_max < inf.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+
+
+def append_zero(x: Tensor) -> Tensor:
+    """Appends a 0, the noise level of a finished sample. x: (n,). Returns (n + 1,)."""
+    return torch.cat([x, x.new_zeros([1])])
+
+
+def _check(n: int, sigma_min: Number, sigma_max: Number) -> tuple[float, float]:
+    lo, hi = float(sigma_min), float(sigma_max)
+    if n < 1:
+        raise ValueError(f"a schedule needs at least one step, got n = {n}")
+    if not 0 < lo < hi < math.inf:
+        raise ValueError(
+            f"a schedule needs 0 < sigma_min < sigma_max < inf, got sigma_min = {lo} and "
+            f"sigma_max = {hi}"
+        )
+    return lo, hi
+
+
+def get_sigmas_karras(
+    n: int,
+    sigma_min: Number,
+    sigma_max: Number,
+    rho: float = 7.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Equally spaced in sigma^(1 / rho): Karras et al. 2022, equation 5.
+
+    A larger rho puts more steps at low noise levels. Returns (n + 1,).
+    """
+    lo, hi = _check(n, sigma_min, sigma_max)
+    if not rho > 0:
+        raise ValueError(f"rho must be positive, got {rho}")
+    root_min, root_max = lo ** (1 / rho), hi ** (1 / rho)
+    ramp = torch.linspace(0, 1, n, dtype=torch.float32)
+    return append_zero((root_max + ramp * (root_min - root_max)) ** rho).to(device)
+
+
+def get_sigmas_exponential(
+    n: int, sigma_min: Number, sigma_max: Number, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Equally spaced in log sigma. Returns (n + 1,)."""
+    lo, hi = _check(n, sigma_min, sigma_max)
+    log_sigmas = torch.linspace(math.log(hi), math.log(lo), n, dtype=torch.float32)
+    return append_zero(log_sigmas.exp()).to(device)
+
+
+def get_sigmas_polyexponential(
+    n: int,
+    sigma_min: Number,
+    sigma_max: Number,
+    rho: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Polynomial in log sigma, of degree rho; exponential at rho = 1. Returns (n + 1,)."""
+    lo, hi = _check(n, sigma_min, sigma_max)
+    if not rho > 0:
+        raise ValueError(f"rho must be positive, got {rho}")
+    ramp = torch.linspace(1, 0, n, dtype=torch.float32) ** rho
+    log_sigmas = ramp * (math.log(hi) - math.log(lo)) + math.log(lo)
+    return append_zero(log_sigmas.exp()).to(device)
+
+
+def get_sigmas_vp(
+    n: int,
+    beta_d: float = 19.9,
+    beta_min: float = 0.1,
+    eps_s: float = 1e-3,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The continuous VP schedule, equally spaced in time from 1 to eps_s.
+
+    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1: Karras et al. 2022, table 1. Returns (n + 1,).
+    """
+    if n < 1:
+        raise ValueError(f"a schedule needs at least one step, got n = {n}")
+    if not 0 < eps_s < 1:
+        raise ValueError(f"eps_s must lie between 0 and 1, got {eps_s}")
+    t = torch.linspace(1, eps_s, n, dtype=torch.float32)
+    return append_zero(torch.sqrt(torch.exp(beta_d * t**2 / 2 + beta_min * t) - 1)).to(device)
+
+
+def _vp_between(
+    n: int,
+    sigma_min: Number,
+    sigma_max: Number,
+    eps_s: float = 1e-3,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The VP schedule whose noise levels at times 1 and eps_s are sigma_max and sigma_min.
+
+    Karras et al. 2022, appendix C: two linear equations in beta_d and beta_min.
+    """
+    lo, hi = _check(n, sigma_min, sigma_max)
+    log_lo, log_hi = math.log1p(lo**2), math.log1p(hi**2)
+    beta_d = 2 * (log_lo / eps_s - log_hi) / (eps_s - 1)
+    return get_sigmas_vp(n, beta_d, log_hi - beta_d / 2, eps_s, device)
+
+
+SCHEDULES: dict[str, Callable[..., Tensor]] = {
+    "karras": get_sigmas_karras,
+    "exponential": get_sigmas_exponential,
+    "polyexponential": get_sigmas_polyexponential,
+    "vp": _vp_between,
+}
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that isn't a row of a table: the nearest rows first, then all."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
+
+
+def make_sigmas(
+    name: str,
+    n: int,
+    sigma_min: Number,
+    sigma_max: Number,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> Tensor:
+    """The schedule called `name` in SCHEDULES. Returns (n + 1,), ending in 0.
+
+    options go to the schedule's function (`rho`, `eps_s`). Raises ValueError for an unknown name,
+    with the nearest ones, and where n, sigma_min and sigma_max make no schedule.
+    """
+    if name not in SCHEDULES:
+        raise unknown_name("schedule", name, SCHEDULES)
+    return SCHEDULES[name](n, sigma_min, sigma_max, device=device, **options)

@@ -1,0 +1,40 @@
+"""Solvers of the probability-flow ODE and its SDEs, as pure steps.
+
+A step takes the sample from one noise level to the next one and reads like its paper:
+
+    def euler(ctx, x, sigma, sigma_next, denoised, state):
+        return x + ctx.to_d(x, sigma, denoised) * (sigma_next - sigma), None
+
+It draws no random numbers and knows no progress bar or callback. Noise levels are Python floats, so
+coefficients cost the device nothing. `denoised` is the model's output at (x, sigma); `state` is what
+the step returned last time, None at first. The loop, and every draw, live in `sampling.py`. It never
+calls a step of no length (sigma_next == sigma).
+"""
+
+from .context import Context, Step
+from .dpm_solver import DPMSolver, PIDStepSizeController
+from .exponential import dpmpp_2s, dpmpp_sde
+from .levels import ancestral, get_ancestral_step, get_sde_step, ode, sde
+from .multistep import dpmpp_2m, dpmpp_3m, linear_multistep_coeff, lms
+from .one_step import dpm_2, euler, heun
+
+__all__ = [
+    "Context",
+    "DPMSolver",
+    "PIDStepSizeController",
+    "Step",
+    "ancestral",
+    "dpm_2",
+    "dpmpp_2m",
+    "dpmpp_2s",
+    "dpmpp_3m",
+    "dpmpp_sde",
+    "euler",
+    "get_ancestral_step",
+    "get_sde_step",
+    "heun",
+    "linear_multistep_coeff",
+    "lms",
+    "ode",
+    "sde",
+]
