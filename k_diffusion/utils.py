@@ -136,20 +136,19 @@ def tf32_mode(cudnn: bool | None = None, matmul: bool | None = None) -> Iterator
         if cudnn is not None:
             stack.enter_context(_tf32(torch.backends.cudnn, ("conv", "rnn"), cudnn))
         if matmul is not None:
-            stack.enter_context(_tf32(torch.backends.cuda, ("matmul",), matmul))
+            stack.enter_context(_tf32(torch.backends.cuda.matmul, (), matmul))
         yield
 
 
 @contextmanager
 def _tf32(backend: Any, ops: Sequence[str], allow: bool) -> Iterator[None]:
-    owner = getattr(backend, "matmul", backend)
     try:
-        saved = [(owner, "allow_tf32", owner.allow_tf32)]
+        saved = [(backend, "allow_tf32", backend.allow_tf32)]
     except RuntimeError:
         # The caller has used PyTorch's newer switches, and then the old one can't be read.
-        switches = [getattr(backend, op) for op in ops]
+        switches = [getattr(backend, op) for op in ops] or [backend]
         saved = [(switch, "fp32_precision", switch.fp32_precision) for switch in switches]
-    owner.allow_tf32 = allow
+    backend.allow_tf32 = allow
     try:
         yield
     finally:

@@ -9,6 +9,7 @@ from torch import nn
 
 from .. import layers
 from .attention import GlobalAttentionSpec, attend
+from .checks import check_multiple, check_shape
 from .flags import checkpoint
 from .rope import apply_rotary_emb, make_axial_pos
 from .transformer import (
@@ -25,6 +26,7 @@ from .transformer import (
     zero_init,
 )
 
+AUG_FEATURES = 9
 D_HEAD = 64
 MAPPING_DEPTH = 2
 
@@ -86,6 +88,9 @@ class SelfAttentionBlock(nn.Module):
         q, k, v = rearrange(qkv, "n h w (t nh e) -> t n h w nh e", t=3, nh=self.n_heads).unbind()
         q, k = self.qk_norm(q, k)
         theta = self.pos_emb(pos)
+        # This model rotates neighbouring features (2i, 2i + 1). The scores are the same whatever
+        # the order of the features, so it is enough to move each pair to (i, i + d_head / 2).
+        q, k = (rearrange(t, "... (e pair) -> ... (pair e)", pair=2) for t in (q, k))
         q, k = apply_rotary_emb(q, theta), apply_rotary_emb(k, theta)
         self.geometry.record_flops(q.shape)
         y = attend(self.geometry, q, k, v).flatten(-2)
@@ -108,6 +113,16 @@ class TransformerBlock(nn.Module):
 class ImageTransformerDenoiserModelV1(nn.Module):
     """A transformer denoiser, the model `"image_transformer_v1"` of the configs.
 
+    To be wrapped in `K.Denoiser`. Patches of pixels become tokens; each of the layers is global
+    cosine-similarity attention with learned axial RoPE, then a GEGLU block, both with adaptive RMS
+    norms that a mapping network drives from the noise level, augmentation and class.
+
+    n_layers: how many of them. d_model: their width, a multiple of 64 (the size of a head). d_ff:
+    hidden width of the feed-forward and mapping blocks. in_features, out_features: channels of the
+    image and of the output. patch_size: height and width of a patch. num_classes: if not 0, the
+    model takes `class_cond`, and the id num_classes means no class. dropout: a probability.
+    sigma_data: kept as an attribute alone; scaling the input is the part of `K.Denoiser`.
+    Raises ValueError if d_model isn't a multiple of 64.
     """
 
     def __init__(
@@ -123,37 +138,65 @@ class ImageTransformerDenoiserModelV1(nn.Module):
         sigma_data: float = 1.0,
     ):
         super().__init__()
+        if d_model % D_HEAD:
+            raise ValueError(f"d_model (width) must be a multiple of {D_HEAD}, got {d_model}")
         self.in_features = in_features
-        self.patch_size = tuple(patch_size)
+        self.patch_h, self.patch_w = patch_size
         self.num_classes = num_classes
         self.sigma_data = sigma_data
-        patch_area = math.prod(patch_size)
+        patch_area = self.patch_h * self.patch_w
+
         self.time_emb = layers.FourierFeatures(1, d_model)
         self.time_in_proj = Linear(d_model, d_model, bias=False)
-        self.aug_emb = layers.FourierFeatures(9, d_model)
+        self.aug_emb = layers.FourierFeatures(AUG_FEATURES, d_model)
         self.aug_in_proj = Linear(d_model, d_model, bias=False)
         self.class_emb = nn.Embedding(num_classes + 1, d_model) if num_classes else None
         self.mapping = tag_module(MappingNetwork(MAPPING_DEPTH, d_model, d_ff, dropout), "mapping")
         self.in_proj = Linear(in_features * patch_area, d_model, bias=False)
-        self.blocks = nn.ModuleList(TransformerBlock(d_model, d_ff, dropout) for _ in range(n_layers))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(d_model, d_ff, dropout) for _ in range(n_layers)
+        )
         self.out_norm = RMSNorm(d_model)
         self.out_proj = zero_init(Linear(d_model, out_features * patch_area, bias=False))
 
-    def param_groups(self, base_lr: float = 5e-4, mapping_lr_scale: float = 1 / 3) -> list[dict[str, object]]:
+    def param_groups(
+        self, base_lr: float = 5e-4, mapping_lr_scale: float = 1 / 3
+    ) -> list[dict[str, object]]:
+        """Optimizer groups: main with and without weight decay, then the mapping network's."""
         return tagged_param_groups(self, base_lr, mapping_lr_scale)
 
-    def forward(self, x, sigma, aug_cond=None, class_cond=None):
-        ph, pw = self.patch_size
-        x = rearrange(x, VAR["order_in"], p=ph, q=pw)
+    def forward(
+        self,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        aug_cond: torch.Tensor | None = None,
+        class_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The network's output for a preconditioned input at noise levels `sigma`.
+
+        x: (n, in_features, h, w), h and w multiples of the patch size. sigma: (n,). aug_cond:
+        (n, 9), zeros if None. class_cond: (n,) integers from 0 to num_classes. Returns
+        (n, out_features, h, w). Raises ValueError for other shapes and for a missing class_cond.
+        """
+        check_shape("x", x, ("n", self.in_features, "h", "w"))
+        n, _, h, w = x.shape
+        check_shape("sigma", sigma, (n,))
+        check_shape("aug_cond", aug_cond, (n, AUG_FEATURES), optional=True)
+        check_shape("class_cond", class_cond, (n,), wanted=self.num_classes)
+        check_multiple(h, w, (self.patch_h, self.patch_w), "the patch size")
+
+        if aug_cond is None:
+            aug_cond = sigma.new_zeros(n, AUG_FEATURES)
+        emb = self.time_in_proj(self.time_emb(log_sigma(sigma)[:, None] / 4))
+        emb = emb + self.aug_in_proj(self.aug_emb(aug_cond))
+        if self.class_emb is not None:
+            emb = emb + self.class_emb(class_cond)
+        cond = self.mapping(emb)
+
+        patches = {"p": self.patch_h, "q": self.patch_w}
+        x = self.in_proj(rearrange(x, "n c (h p) (w q) -> n h w (c p q)", **patches))
         pos = make_axial_pos(x.shape[1], x.shape[2], device=x.device).view(*x.shape[1:3], 2)
-        if aug_cond is None: aug_cond = sigma.new_zeros(len(sigma), 9)
-        c_noise = VAR["noise"](sigma, self.sigma_data)
-        cond = self.time_in_proj(self.time_emb(c_noise[:, None]))
-        cond = cond + self.aug_in_proj(self.aug_emb(aug_cond))
-        cond = cond + self.class_emb(class_cond)
-        cond = self.mapping(cond)
-        x = self.in_proj(x)
-        x = VAR["xin"](x, sigma, self.sigma_data)
-        for b in self.blocks: x = b(x, pos, cond)
-        return rearrange(self.out_proj(self.out_norm(x)), VAR["order_out"], p=ph, q=pw)
-VAR = dict(order_in="n c (h p) (w q) -> n h w (p q c)", order_out="n h w (p q c) -> n c (h p) (w q)", noise=lambda s, d: s.log()/4, xin=lambda x,s,d:x)
+        for block in self.blocks:
+            x = block(x, pos, cond)
+        x = self.out_proj(self.out_norm(x))
+        return rearrange(x, "n h w (c p q) -> n c (h p) (w q)", **patches)

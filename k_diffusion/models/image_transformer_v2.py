@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from einops import rearrange
@@ -258,7 +259,7 @@ class ImageTransformerDenoiserModelV2(nn.Module):
         self.down_levels = nn.ModuleList(Level(spec, cond_features) for spec in outer)
         self.up_levels = nn.ModuleList(Level(spec, cond_features) for spec in outer)
         self.mid_level = Level(middle, cond_features)
-        pairs = list(zip(levels[:-1], levels[1:]))
+        pairs = list(pairwise(levels))
         self.merges = nn.ModuleList(TokenMerge(low.width, up.width) for low, up in pairs)
         self.splits = nn.ModuleList(TokenSplit(up.width, low.width) for low, up in pairs)
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import layers
+from .checks import check_multiple, check_shape
 from .flags import checkpoint
-from .transformer import Linear, zero_init
+from .transformer import Linear, log_sigma, zero_init
 
 CHANNELS_PER_GROUP = 32
 CHANNELS_PER_HEAD = 64
@@ -66,23 +67,6 @@ def _blocks(
         if cross_attn:
             blocks.append(layers.CrossAttention2d(c_out, cross_cond_dim, heads, norm, dropout_rate))
     return blocks
-
-
-def _check_shape(
-    name: str, value: torch.Tensor | None, shape: tuple[int | str, ...], optional: bool = False
-) -> None:
-    """Hold a value against its shape, where a name stands for any size and 0 for no such input."""
-    text = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
-    unknown = 0 in shape[1:]
-    if value is None:
-        if not (unknown or optional):
-            raise ValueError(f"this model needs {name}, of shape {text}")
-    elif unknown:
-        raise ValueError(f"this model takes no {name}, got one of shape {tuple(value.shape)}")
-    elif value.ndim != len(shape) or any(
-        size != given for size, given in zip(shape, value.shape) if isinstance(size, int)
-    ):
-        raise ValueError(f"{name} of shape {text} expected, got {tuple(value.shape)}")
 
 
 class ImageDenoiserModelV1(nn.Module):
@@ -198,7 +182,8 @@ class ImageDenoiserModelV1(nn.Module):
 
         The rest, biases and the first and last layer, has no weight decay.
         """
-        decay, no_decay = [], []
+        decay: list[nn.Parameter] = []
+        no_decay: list[nn.Parameter] = []
         for name, param in self.named_parameters():
             is_weight = name.startswith(("mapping", "u_net")) and name.endswith(".weight")
             (decay if is_weight else no_decay).append(param)
@@ -231,10 +216,7 @@ class ImageDenoiserModelV1(nn.Module):
         if return_variance and not self.has_variance:
             raise ValueError("return_variance needs a model built with has_variance=True")
 
-        # At sigma = 0 the logarithm must stay finite.
-        sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
-        c_noise = sigma.clamp_min(torch.finfo(sigma.dtype).tiny).log() / 4
-        emb = self.timestep_embed(c_noise[:, None])
+        emb = self.timestep_embed(log_sigma(sigma)[:, None] / 4)
         if mapping_cond is not None:
             emb = emb + self.mapping_cond(mapping_cond.to(emb.dtype))
         if class_cond is not None:
@@ -261,18 +243,17 @@ class ImageDenoiserModelV1(nn.Module):
         cross_cond: torch.Tensor | None,
         class_cond: torch.Tensor | None,
     ) -> None:
-        _check_shape("input", input, ("n", self.c_in, "h", "w"))
+        check_shape("input", input, ("n", self.c_in, "h", "w"))
         n, _, h, w = input.shape
-        _check_shape("sigma", sigma, (n,))
-        _check_shape("mapping_cond", mapping_cond, (n, self.mapping_cond_dim), optional=True)
-        _check_shape("unet_cond", unet_cond, (n, self.unet_cond_dim, h, w))
-        _check_shape("cross_cond", cross_cond, (n, "tokens", self.cross_cond_dim))
-        _check_shape("class_cond", class_cond, (n,) if self.num_classes else (n, 0))
+        check_shape("sigma", sigma, (n,))
+        d = self.mapping_cond_dim
+        check_shape("mapping_cond", mapping_cond, (n, d), wanted=d, optional=True)
+        d = self.unet_cond_dim
+        check_shape("unet_cond", unet_cond, (n, d, h, w), wanted=d)
+        d = self.cross_cond_dim
+        check_shape("cross_cond", cross_cond, (n, "tokens", d), wanted=d)
+        check_shape("class_cond", class_cond, (n,), wanted=self.num_classes)
         halvings = len(self.channels) - max(1, self.u_net.skip_stages)
         multiple = self.patch_size * 2**halvings
-        if h % multiple or w % multiple:
-            raise ValueError(
-                f"height and width must be multiples of {multiple} (patch size {self.patch_size}, "
-                f"halved {halvings} times), got {h} x {w}; the next valid size is "
-                f"{-(-h // multiple) * multiple} x {-(-w // multiple) * multiple}"
-            )
+        reason = f"patch size {self.patch_size}, halved {halvings} times"
+        check_multiple(h, w, (multiple, multiple), reason)

@@ -132,16 +132,12 @@ def choose_backend(
     return _choose(geometry, device, dtype, needs_grad, os.environ.get(ENV_VAR, ""))
 
 
-def attend(
-    geometry: Geometry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-) -> torch.Tensor:
+def attend(geometry: Geometry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Self-attention of a geometry. q, k, v: (n, h, w, heads, d_head); returns the same shape.
 
     Raises ValueError if the geometry doesn't fit h and w.
     """
     geometry.check(q.shape[1], q.shape[2])
-    needs_grad = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad
-    )
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     _, backend = choose_backend(geometry, q.device.type, q.dtype, needs_grad)
     return backend.run(q, k, v, geometry)

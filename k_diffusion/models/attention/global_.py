@@ -10,9 +10,7 @@ from .. import flags
 from .geometry import Geometry
 
 
-def can_always(
-    geometry: Geometry, device: str, dtype: torch.dtype, needs_grad: bool
-) -> str | None:
+def can_always(geometry: Geometry, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
     """The predicate of plain PyTorch: nothing stands against it."""
     return None
 
@@ -38,9 +36,7 @@ def why_not_flash2(
     return None
 
 
-def flash2(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: Geometry
-) -> torch.Tensor:
+def flash2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """FlashAttention-2 (arXiv 2307.08691)."""
     from flash_attn import flash_attn_func
 
@@ -50,8 +46,8 @@ def flash2(
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """torch's scaled_dot_product_attention, which picks its own kernel."""
-    heads_first = [x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)]
-    out = F.scaled_dot_product_attention(*heads_first, scale=1.0)
+    q_, k_, v_ = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q_, k_, v_, scale=1.0)
     return out.transpose(1, 2).reshape(q.shape)
 
 

@@ -23,9 +23,7 @@ def _natten_version() -> tuple[int, ...] | None:
     return tuple(int(part) for part in version("natten").split("+")[0].split(".")[:2])
 
 
-def why_not_natten(
-    geometry: Any, device: str, dtype: torch.dtype, needs_grad: bool
-) -> str | None:
+def why_not_natten(geometry: Any, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
     version = _natten_version()
     if version is None:
         return 'natten is not installed (pip install "k-diffusion[natten]")'
@@ -122,9 +120,7 @@ def _cross(
 
     both = seen(rows)[:, None, :, None, :, None] & seen(cols)[None, :, None, :, None, :]
     both = both.flatten(4, 5).flatten(2, 3).flatten(0, 1)
-    return TilePlan.make(
-        tokens(rows[0], cols[0]), tokens(rows[1], cols[1]), both, device, dtype
-    )
+    return TilePlan.make(tokens(rows[0], cols[0]), tokens(rows[1], cols[1]), both, device, dtype)
 
 
 # Plans depend on shapes alone, so each is made once: on the CPU, and outside of inference mode,

@@ -46,8 +46,8 @@ class TilePlan:
         rows = torch.arange(queries.numel())
         place = torch.full((int(queries.max()) + 1,), queries.numel())
         place.scatter_reduce_(0, queries.flatten(), rows, "amin")
-        indices = (x.flatten().to(device) for x in (queries, keys, place))
-        return cls(*indices, mask, len(queries))
+        flat = [x.flatten().to(device) for x in (queries, keys, place)]
+        return cls(flat[0], flat[1], flat[2], mask, len(queries))
 
 
 def tiled_attention(

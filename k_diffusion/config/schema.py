@@ -1,0 +1,164 @@
+"""Typed models of a config file: every key, its type and its default, once.
+
+`python -m k_diffusion.config` prints their JSON Schema, which editors use to complete config
+files; it is shipped beside this file as schema.json.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .base import Count, NonNegativeFloat, PositiveFloat, Probability, Rate, Section
+from .model_schema import AnyModel
+
+# ---------------------------------------------------------------- data sets
+
+
+class Dataset(Section):
+    """What every data set has. num_classes 0: unconditional."""
+
+    num_classes: Count = 0
+    cond_dropout_rate: Probability = 0.1
+
+
+class NoDataset(Dataset):
+    """A model to build, not to train."""
+
+    type: Literal["none"]
+
+
+class Digits(Dataset):
+    """scikit-learn's handwritten digits: 1,797 greyscale images of 8 x 8, 10 classes."""
+
+    type: Literal["digits"]
+    location: str | None = None
+
+
+class LocatedDataset(Dataset):
+    """imagefolder: all images below a folder. imagefolder-class: one subfolder a class. cifar10,
+    mnist: downloaded to `location` where they are missing."""
+
+    type: Literal["imagefolder", "imagefolder-class", "cifar10", "mnist"]
+    location: str
+
+
+class HuggingFaceDataset(Dataset):
+    """A data set of the Hugging Face hub, or a local folder of that library's."""
+
+    type: Literal["huggingface"]
+    location: str
+    split: str = "train"
+    image_key: str = "image"
+    label_key: str = "label"
+
+
+class CustomDataset(Dataset):
+    """A Python file beside the config, and the function in it that makes the data set."""
+
+    type: Literal["custom"]
+    location: str
+    get_dataset: str = "get_dataset"
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+AnyDataset = Annotated[
+    NoDataset | Digits | LocatedDataset | HuggingFaceDataset | CustomDataset,
+    Field(discriminator="type"),
+]
+
+# ---------------------------------------------------------------- optimisation
+
+
+class Optimizer(Section):
+    """What every optimizer has. max_grad_norm null: no gradient clipping."""
+
+    lr: PositiveFloat = 5e-4
+    max_grad_norm: PositiveFloat | None = 1.0
+
+
+class Adam(Optimizer):
+    type: Literal["adamw", "adam8bit"]
+    betas: list[Rate] = Field(default_factory=lambda: [0.9, 0.99], min_length=2, max_length=2)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 1e-4
+
+
+class SGD(Optimizer):
+    type: Literal["sgd"]
+    momentum: Rate = 0.0
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 0.0
+
+
+AnyOptimizer = Annotated[Adam | SGD, Field(discriminator="type")]
+
+
+class ConstantSched(Section):
+    """warmup: 0 for none; the rate is multiplied by 1 - warmup ** (step + 1)."""
+
+    type: Literal["constant"]
+    warmup: Rate = 0.0
+
+
+class InverseSched(Section):
+    """(1 + step / inv_gamma) ** -power, never below min_lr."""
+
+    type: Literal["inverse"]
+    inv_gamma: PositiveFloat = 20000.0
+    power: PositiveFloat = 1.0
+    warmup: Rate = 0.0
+    min_lr: NonNegativeFloat = 0.0
+
+
+class ExponentialSched(Section):
+    """decay ** (step / num_steps), never below min_lr."""
+
+    type: Literal["exponential"]
+    num_steps: PositiveFloat
+    decay: PositiveFloat = 0.5
+    warmup: Rate = 0.0
+    min_lr: NonNegativeFloat = 0.0
+
+
+AnySched = Annotated[ConstantSched | InverseSched | ExponentialSched, Field(discriminator="type")]
+
+
+class EMASched(Section):
+    """The averaged weights' decay: 1 - (1 + step / inv_gamma) ** -power, within its bounds."""
+
+    type: Literal["inverse"] = "inverse"
+    inv_gamma: PositiveFloat = 1.0
+    power: PositiveFloat = 0.6667
+    min_value: Probability = 0.0
+    max_value: Probability = 0.9999
+
+
+class Config(Section):
+    """A whole config file."""
+
+    schema_: str | None = Field(None, alias="$schema", exclude=True)
+    model: AnyModel
+    dataset: AnyDataset = NoDataset(type="none")
+    optimizer: AnyOptimizer = Adam(type="adamw")
+    lr_sched: AnySched = ConstantSched(type="constant")
+    ema_sched: EMASched = EMASched()
+
+
+# The U-Net's training defaults differ from the transformers'; each holds for sections of its type.
+TRAINING_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "image_v1": {
+        "optimizer": {
+            "type": "adamw",
+            "lr": 1e-4,
+            "betas": [0.95, 0.999],
+            "eps": 1e-6,
+            "weight_decay": 1e-3,
+        },
+        "lr_sched": {"type": "inverse", "inv_gamma": 20000.0, "power": 1.0, "warmup": 0.99},
+    }
+}
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a config file."""
+    return Config.model_json_schema(by_alias=True)

@@ -1,0 +1,43 @@
+"""Checks of what a model's forward is called with."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def check_shape(
+    name: str,
+    value: torch.Tensor | None,
+    shape: Sequence[int | str],
+    wanted: object = True,
+    optional: bool = False,
+) -> None:
+    """Hold an input of a model against its shape, in which a word stands for any size.
+
+    wanted: false if the model has no such input. optional: whether it may be None.
+    Raises ValueError with the expected and the given shape.
+    """
+    text = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+    if value is None:
+        if wanted and not optional:
+            raise ValueError(f"this model needs {name} of shape {text}; got None")
+    elif not wanted:
+        raise ValueError(f"this model takes no {name}, got one of shape {tuple(value.shape)}")
+    elif value.ndim != len(shape) or any(
+        isinstance(size, int) and size != given for size, given in zip(shape, value.shape)
+    ):
+        raise ValueError(f"{name} of shape {text} expected, got {tuple(value.shape)}")
+
+
+def check_multiple(h: int, w: int, multiple: Sequence[int], reason: str) -> None:
+    """Raise ValueError unless h and w are multiples of multiple[0] and multiple[1].
+
+    The message gives the reason and the next larger valid size.
+    """
+    rest = h % multiple[0], w % multiple[1]
+    if any(rest):
+        valid = [s + m - r if r else s for s, m, r in zip((h, w), multiple, rest)]
+        raise ValueError(
+            f"height and width must be multiples of {multiple[0]} and {multiple[1]} ({reason}), "
+            f"got {h} x {w}; the next larger valid size is {valid[0]} x {valid[1]}"
+        )
