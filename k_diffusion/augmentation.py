@@ -91,7 +91,7 @@ class KarrasAugmentationPipeline:
             return (torch.rand(()) < self.a_prob).float()
 
         def angle() -> torch.Tensor:
-            return (2 * torch.rand(()) - 1) * math.pi
+            return torch.rand(()) * 2 * math.pi - math.pi
 
         # Every number is drawn, also where it is switched off: seeds depend on it.
         flip_x = torch.randint(2, ()).float()

@@ -1,4 +1,4 @@
-"""Noise sources: a seeded Brownian path for SDE samplers, and noise that belongs to one image's seed.
+"""Noise sources: a seeded Brownian path for SDE samplers, and noise by each image's own seed.
 
 A noise sampler is a function (sigma, sigma_next) -> unit Gaussian noise shaped like x, for the step
 between those noise levels. Those here take floats too, so a loop that knows its noise levels on the
@@ -56,6 +56,20 @@ def _draw(generators: Sequence[torch.Generator], shape: Sequence[int], device: D
     return torch.stack([torch.randn(tuple(shape), generator=g, device=device) for g in generators])
 
 
+def ask(
+    noise_sampler: Callable[..., Tensor], sigma: float, sigma_next: float, like: Tensor
+) -> Tensor:
+    """Calls a noise sampler with floats where it takes them, else with 0-d tensors on the CPU.
+
+    Others' noise samplers expect tensors; reading one on the CPU doesn't wait for the device. like:
+    a tensor with the dtype of the schedule.
+    """
+    if getattr(noise_sampler, "accepts_floats", False):
+        return noise_sampler(sigma, sigma_next)
+    dtype = like.dtype
+    return noise_sampler(torch.tensor(sigma, dtype=dtype), torch.tensor(sigma_next, dtype=dtype))
+
+
 def randn_per_seed(
     seeds: Iterable[int],
     shape: Sequence[int],
@@ -77,10 +91,10 @@ def randn_per_seed(
 
 
 class SeededNoiseSampler:
-    """Independent noise for every call, of which image i's depends on seeds[i] and the call's number.
+    """Fresh noise for every call; image i's depends on seeds[i] and the call's number alone.
 
     For ancestral samplers and churn. Its streams differ from the initial noise's (stream 0 of
-    `randn_per_seed`). x: (n, ...). device: where to draw; the CPU gives every device the same noise.
+    `randn_per_seed`). x: (n, ...). device: where to draw; the CPU gives all devices the same noise.
     Raises ValueError unless there is one seed >= 0 for each image.
     """
 
@@ -114,21 +128,20 @@ class BatchedBrownianTree:
     """A Brownian path W on [t0, t1] for each image, fixed by its seed, evaluated at any time.
 
     It is the virtual Brownian tree (Li et al. 2020, arXiv:2001.01328, algorithm 3) with the values
-    of `torchsde.BrownianTree(t0, w0, t1, entropy=seed)`: the interval is halved, each midpoint drawn
-    from the bridge between its ends, until a time is met to the tolerance. W is evaluated once for a
-    time and the last path through the tree is kept, since the next time is likely near.
+    of `torchsde.BrownianTree(t0, w0, t1, entropy=seed)`: the interval is halved, each midpoint
+    drawn from the bridge between its ends, until a time is met to the tolerance. W is evaluated
+    once for a time and the last path through the tree is kept, since the next time is likely near.
 
     x: (n, ...), gives shape, dtype and device. seed: one int for a path over the whole batch, a
     list of one int an image for independent paths, None to draw one from torch's global generator.
     Nothing but that is drawn before the first call. w0, w1: values at t0 and t1 instead of 0 and
-    a draw. tol: resolution in t. Raises ValueError for seeds that don't fit x, and for a tree without
-    a length.
+    a draw. tol: resolution in t. Raises ValueError for seeds that don't fit x and infinite times.
 
     tree(ta, tb) returns W(tb) - W(ta), times clamped to the interval; tree(t) returns w0 + W(t).
     """
 
     # Levels of the last path that are kept: deeper ones are rarely shared, and each costs memory.
-    KEPT_LEVELS = 24
+    KEPT_LEVELS = 12
 
     def __init__(
         self, x: Tensor, t0: float | Tensor, t1: float | Tensor, seed: Seeds | None = None, **kwargs
@@ -150,8 +163,10 @@ class BatchedBrownianTree:
             seed = int(torch.randint(0, 2**63 - 1, ()))
         elif isinstance(seed, Tensor):
             seed = seed.tolist()
-        self.batched = not isinstance(seed, int | np.integer)
-        self.seeds = _one_seed_an_image(seed, len(x)) if self.batched else _check_seeds([seed])
+        if isinstance(seed, Iterable):
+            self.batched, self.seeds = True, _one_seed_an_image(seed, len(x))
+        else:
+            self.batched, self.seeds = False, _check_seeds([seed])
         self.sign = 1 if t0 <= t1 else -1
         self.t_min, self.t_max = min(t0, t1), max(t0, t1)
         self.digits = -int(math.log10(tol))
@@ -159,18 +174,17 @@ class BatchedBrownianTree:
         self.work_dtype = torch.promote_types(x.dtype, torch.float32)
         self.path: list[_Node] = []
         self.known: OrderedDict[float, Tensor] = OrderedDict()
-        self.generator = torch.Generator(x.device) if x.device.type != "meta" else None
 
     def _normal(self, **spawn: Any) -> Tensor:
         """A draw for each seed, at one address of the tree."""
         shape = self.shape[1:] if self.batched else self.shape
+        generator = torch.Generator(self.device)
         draws = []
         for seed in self.seeds:
             sequence = np.random.SeedSequence(seed, pool_size=self.pool_size, **spawn)
-            assert self.generator is not None
-            self.generator.manual_seed(int(sequence.generate_state(1)[0]))
+            generator.manual_seed(int(sequence.generate_state(1)[0]))
             draws.append(
-                torch.randn(shape, dtype=self.dtype, device=self.device, generator=self.generator)
+                torch.randn(shape, dtype=self.dtype, device=self.device, generator=generator)
             )
         noise = torch.stack(draws) if self.batched else draws[0]
         return noise.to(self.work_dtype)
@@ -187,7 +201,7 @@ class BatchedBrownianTree:
     def _halve(self, node: _Node, mid: float) -> tuple[_Node, _Node]:
         left, right, length = mid - node.start, node.end - mid, node.end - node.start
         noise = self._normal(spawn_key=(node.key, node.depth))
-        # Two operations, not a fused one: an image's bits must not depend on its place in the batch.
+        # Not one fused operation: an image's bits must not depend on its place in the batch.
         dw = node.dw * (left / length) + noise * math.sqrt(left * right / length)
         key, depth = 2 * node.key, node.depth + 1
         return (
@@ -215,7 +229,9 @@ class BatchedBrownianTree:
                 self.path.append(node)
         value = node.w if t <= node.start else node.w + node.dw
         self.known[t] = value
-        if len(self.known) > 4:  # a step asks for three times at most, one of them from the last step
+        if (
+            len(self.known) > 4
+        ):  # a step asks for three times at most, one of them from the last step
             self.known.popitem(last=False)
         return value
 
@@ -239,12 +255,12 @@ def identity(t: Any) -> Any:
 class BrownianTreeNoiseSampler:
     """Noise for SDE samplers: increments of one Brownian path in sigma, scaled to unit variance.
 
-    The path is fixed by the seed whatever the steps are, so fewer or more steps approximate the same
-    image, and noises of nested intervals are correlated as the SDE solvers require.
+    The path is fixed by the seed whatever the steps are, so fewer or more steps approximate the
+    same image, and noises of nested intervals are correlated as the SDE solvers require.
 
     x: (n, ...). sigma_min, sigma_max: the interval, floats or tensors. seed: as in
-    BatchedBrownianTree; a list of one int an image makes image i depend on seed[i] alone. transform:
-    from sigma to the path's time. Calling it with two equal noise levels gives zeros.
+    BatchedBrownianTree; a list of one int an image makes image i depend on seed[i] alone.
+    transform: from sigma to the path's time. Two equal noise levels give zeros.
     """
 
     accepts_floats = True

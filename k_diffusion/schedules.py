@@ -7,13 +7,14 @@ raise ValueError unless n >= 1 and 0 < sigma_min < sigma_max < inf.
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Number = float | Tensor
+Sigmas: TypeAlias = Tensor | Sequence[float]
 
 
 def append_zero(x: Tensor) -> Tensor:
@@ -21,16 +22,21 @@ def append_zero(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_zeros([1])])
 
 
-def _check(n: int, sigma_min: Number, sigma_max: Number) -> tuple[float, float]:
+def check_range(sigma_min: Number, sigma_max: Number) -> tuple[float, float]:
+    """Both ends as floats. Raises ValueError unless 0 < sigma_min < sigma_max < inf."""
     lo, hi = float(sigma_min), float(sigma_max)
-    if n < 1:
-        raise ValueError(f"a schedule needs at least one step, got n = {n}")
     if not 0 < lo < hi < math.inf:
         raise ValueError(
-            f"a schedule needs 0 < sigma_min < sigma_max < inf, got sigma_min = {lo} and "
+            f"noise levels must satisfy 0 < sigma_min < sigma_max < inf, got sigma_min = {lo} and "
             f"sigma_max = {hi}"
         )
     return lo, hi
+
+
+def _check(n: int, sigma_min: Number, sigma_max: Number) -> tuple[float, float]:
+    if n < 1:
+        raise ValueError(f"a schedule needs at least one step, got n = {n}")
+    return check_range(sigma_min, sigma_max)
 
 
 def get_sigmas_karras(
@@ -86,7 +92,8 @@ def get_sigmas_vp(
 ) -> Tensor:
     """The continuous VP schedule, equally spaced in time from 1 to eps_s.
 
-    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1: Karras et al. 2022, table 1. Returns (n + 1,).
+    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1: Karras et al. 2022, table 1. Returns
+    (n + 1,).
     """
     if n < 1:
         raise ValueError(f"a schedule needs at least one step, got n = {n}")
@@ -145,3 +152,49 @@ def make_sigmas(
     if name not in SCHEDULES:
         raise unknown_name("schedule", name, SCHEDULES)
     return SCHEDULES[name](n, sigma_min, sigma_max, device=device, **options)
+
+
+def read_sigmas(
+    sigmas: Sigmas, device: torch.device, adds_noise: bool
+) -> tuple[Tensor, list[float]]:
+    """A sampler's schedule as a tensor on a device and as floats, read once.
+
+    adds_noise: whether it must descend. Raises ValueError where it is no schedule.
+    """
+    if not isinstance(sigmas, Tensor):
+        sigmas = torch.tensor(host := [float(s) for s in sigmas], dtype=torch.float32)
+    elif sigmas.ndim != 1:
+        raise ValueError(
+            f"sigmas must be 1-D, got shape {tuple(sigmas.shape)}; pass one schedule for the whole "
+            "batch"
+        )
+    else:
+        sigmas = sigmas if sigmas.is_floating_point() else sigmas.float()
+        host = sigmas.tolist()
+    if bad := [s for s in host if not 0 <= s < math.inf]:
+        raise ValueError(f"sigmas must be finite and >= 0, got {bad[0]}")
+    ups = [i for i in range(len(host) - 1) if host[i + 1] > host[i]]
+    downs = [i for i in range(len(host) - 1) if host[i + 1] < host[i]]
+    if ups and downs:
+        i = max(ups[0], downs[0])
+        raise ValueError(
+            f"sigmas must go one way, but turn at sigmas[{i}] = {host[i]:g}; sort them or sample "
+            "in two calls"
+        )
+    if ups and adds_noise:
+        raise ValueError(
+            "sigmas ascend, and this sampler adds noise, which can't be run backwards; set eta or "
+            "s_churn to 0 or use an ODE sampler"
+        )
+    if ups and host[0] == 0:
+        raise ValueError(
+            "ascending sigmas can't start at 0, where the ODE has no slope; start at the model's "
+            "sigma_min"
+        )
+    return sigmas.to(device, non_blocking=True), host
+
+
+def positive_range(host: Sequence[float]) -> tuple[float, float]:
+    """The least and the greatest positive noise level: where a schedule's noise lives."""
+    positive = [s for s in host if s > 0] or [0.0]
+    return min(positive), max(positive)

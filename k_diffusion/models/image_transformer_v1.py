@@ -180,10 +180,10 @@ class ImageTransformerDenoiserModelV1(nn.Module):
         """
         check_shape("x", x, ("n", self.in_features, "h", "w"))
         n, _, h, w = x.shape
+        check_multiple(h, w, (self.patch_h, self.patch_w), "the patch size")
         check_shape("sigma", sigma, (n,))
         check_shape("aug_cond", aug_cond, (n, AUG_FEATURES), optional=True)
         check_shape("class_cond", class_cond, (n,), wanted=self.num_classes)
-        check_multiple(h, w, (self.patch_h, self.patch_w), "the patch size")
 
         if aug_cond is None:
             aug_cond = sigma.new_zeros(n, AUG_FEATURES)

@@ -132,7 +132,6 @@ class ImageDenoiserModelV1(nn.Module):
         self.mapping = nn.Sequential(
             Linear(feats_in, feats_in), nn.GELU(), Linear(feats_in, feats_in), nn.GELU()
         )
-        self._make_projections(patch_size, skip_stages)
 
         down, up = [], []
         for i, (depth, c) in enumerate(zip(depths, channels)):
@@ -144,16 +143,14 @@ class ImageDenoiserModelV1(nn.Module):
             widths = [c if last else 2 * c] + [c] * (depth - 1) + [c if first else channels[i - 1]]
             end = nn.Identity() if first else layers.Upsample2d()
             up.append(_Level(*_blocks(feats_in, widths, *options), end))
-        self.u_net = layers.UNet(down, reversed(up), skip_stages=skip_stages)
+        u_net = layers.UNet(down, reversed(up), skip_stages=skip_stages)
+        # Registered before the U-Net: saved optimizer states go by the order of the parameters.
+        self._make_projections(patch_size, skip_stages)
+        self.u_net = u_net
 
     def _make_projections(self, patch_size: int, skip_stages: int) -> None:
         if patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {patch_size}")
-        if not 0 <= skip_stages < len(self.channels):
-            raise ValueError(
-                f"skip_stages must be at least 0 and less than the number of levels, "
-                f"{len(self.channels)}; got {skip_stages}"
-            )
         self.patch_size = patch_size
         c_in = (self.c_in + self.unet_cond_dim) * patch_size**2
         c_out = self.c_in * patch_size**2 + self.has_variance
@@ -168,8 +165,8 @@ class ImageDenoiserModelV1(nn.Module):
 
     def set_skip_stages(self, skip_stages: int) -> None:
         """Leave out this many of the finest levels; the first and last layer start anew."""
-        self._renew_projections(self.patch_size, skip_stages)
         self.u_net.skip_stages = skip_stages
+        self._renew_projections(self.patch_size, skip_stages)
 
     def _renew_projections(self, patch_size: int, skip_stages: int) -> None:
         old = self.proj_in.weight
@@ -245,6 +242,10 @@ class ImageDenoiserModelV1(nn.Module):
     ) -> None:
         check_shape("input", input, ("n", self.c_in, "h", "w"))
         n, _, h, w = input.shape
+        halvings = len(self.channels) - max(1, self.u_net.skip_stages)
+        multiple = self.patch_size * 2**halvings
+        reason = f"patch size {self.patch_size}, halved {halvings} times"
+        check_multiple(h, w, (multiple, multiple), reason)
         check_shape("sigma", sigma, (n,))
         d = self.mapping_cond_dim
         check_shape("mapping_cond", mapping_cond, (n, d), wanted=d, optional=True)
@@ -253,7 +254,3 @@ class ImageDenoiserModelV1(nn.Module):
         d = self.cross_cond_dim
         check_shape("cross_cond", cross_cond, (n, "tokens", d), wanted=d)
         check_shape("class_cond", class_cond, (n,), wanted=self.num_classes)
-        halvings = len(self.channels) - max(1, self.u_net.skip_stages)
-        multiple = self.patch_size * 2**halvings
-        reason = f"patch size {self.patch_size}, halved {halvings} times"
-        check_multiple(h, w, (multiple, multiple), reason)

@@ -5,10 +5,10 @@ A step takes the sample from one noise level to the next one and reads like its 
     def euler(ctx, x, sigma, sigma_next, denoised, state):
         return x + ctx.to_d(x, sigma, denoised) * (sigma_next - sigma), None
 
-It draws no random numbers and knows no progress bar or callback. Noise levels are Python floats, so
-coefficients cost the device nothing. `denoised` is the model's output at (x, sigma); `state` is what
-the step returned last time, None at first. The loop, and every draw, live in `sampling.py`. It never
-calls a step of no length (sigma_next == sigma).
+It draws no random numbers and knows no progress bar or callback. Noise levels are Python floats,
+so coefficients cost the device nothing. `denoised` is the model's output at (x, sigma); `state` is
+what the step returned last time, None at first. The loop, and every draw, live in `sampling.py`. It
+never calls a step of no length (sigma_next == sigma).
 """
 
 from .context import Context, Step

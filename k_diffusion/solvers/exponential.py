@@ -1,9 +1,8 @@
 """DPM-Solver++ steps of one interval each, in lambda = -log sigma (arXiv:2211.01095).
 
-With a constant D the ODE's exact solution is x' = r x + (1 - r) D with r = sigma' / sigma = exp(-h).
+With a constant D the ODE's exact solution is x' = r x + (1 - r) D, r = sigma' / sigma = exp(-h).
 """
 
-import math
 from typing import Any
 
 from torch import Tensor

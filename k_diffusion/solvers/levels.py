@@ -5,6 +5,7 @@ Every split keeps the variance exact: sigma_down^2 + sigma_up^2 = sigma_next^2.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -58,3 +59,19 @@ def ancestral(eta: float) -> Levels:
 def sde(eta: float) -> Levels:
     """get_sde_step at a fixed eta."""
     return lambda sigma, sigma_next: get_sde_step(sigma, sigma_next, eta)
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise added before a step: Karras et al. 2022, algorithm 2."""
+
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+
+    def sigma_hat(self, sigma: float, steps: int) -> float:
+        """The noise level to raise sigma to."""
+        # Float32 rounding of a schedule must not decide whether its end is inside the interval.
+        if not self.s_tmin * (1 - 1e-6) <= sigma <= self.s_tmax * (1 + 1e-6):
+            return sigma
+        return sigma * (1 + min(max(self.s_churn, 0.0) / steps, math.sqrt(2) - 1))

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from .context import Context
@@ -14,20 +13,23 @@ from .exponential import toward
 def linear_multistep_coeff(order: int, t: Sequence[float], i: int, j: int) -> float:
     """The weight of the slope at t[i - j] in an Adams-Bashforth step from t[i] to t[i + 1].
 
-    It is the integral of the Lagrange basis polynomial through t[i], ..., t[i - order + 1] that is 1
-    at t[i - j]. Gauss-Legendre quadrature is exact here. Raises ValueError if order > i + 1: there
-    aren't as many slopes yet.
+    It is the integral of the Lagrange basis polynomial on t[i], ..., t[i - order + 1] that is 1 at
+    t[i - j]. Raises ValueError if order > i + 1: there aren't as many slopes yet.
     """
     if order - 1 > i:
         raise ValueError(f"step {i} has {i + 1} slopes, too few for order {order}; lower the order")
-    lo, hi = float(t[i]), float(t[i + 1])
-    nodes, weights = np.polynomial.legendre.leggauss((order + 1) // 2)
-    tau = (lo + hi) / 2 + (hi - lo) / 2 * nodes
-    basis = np.ones_like(tau)
-    for k in range(order):
+    origin = float(t[i])
+    h = float(t[i + 1]) - origin
+    nodes = [float(t[i - k]) - origin for k in range(order)]
+    basis = [1.0]  # coefficients of powers of the distance from t[i]
+    for k, node in enumerate(nodes):
         if k != j:
-            basis *= (tau - float(t[i - k])) / (float(t[i - j]) - float(t[i - k]))
-    return float((basis * weights).sum() * (hi - lo) / 2)
+            scale = 1 / (nodes[j] - node)
+            basis = [(a - node * b) * scale for a, b in zip([0.0, *basis], [*basis, 0.0])]
+    integral = 0.0
+    for m in reversed(range(order)):
+        integral = integral * h + basis[m] / (m + 1)
+    return integral * h
 
 
 def lms(
@@ -94,7 +96,7 @@ def dpmpp_3m(
     x = toward(x, denoised, sigma, sigma_next)
     phi_2 = 1 + math.expm1(-h) / h
     phi_3 = phi_2 / h - 0.5
-    history = state or ()
+    history: tuple[tuple[Tensor, float], ...] = state or ()
     if len(history) == 1:
         ((denoised_1, h_1),) = history
         x = x + (denoised - denoised_1) * (phi_2 * h / h_1)

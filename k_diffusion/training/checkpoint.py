@@ -1,0 +1,129 @@
+"""Checkpoint files: written whole or not at all, read without running code, found again."""
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; says which, why, and what else there is."""
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file under another name, flush it to disk and give it its name.
+
+    At any moment the name holds either the old file or the new one, whole. Raises OSError with the
+    path if the folder can't be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def checkpoint_path(name: str, step: int) -> Path:
+    """Where the checkpoint of a step of a run lies."""
+    return Path(f"{name}_{step:08}.pth")
+
+
+def state_path(name: str) -> Path:
+    """The small file that names a run's latest checkpoint."""
+    return Path(f"{name}_state.json")
+
+
+def save_checkpoint(name: str, step: int, state: Mapping[str, Any]) -> Path:
+    """Save a training checkpoint as NAME_STEP.pth and point NAME_state.json at it."""
+    path = checkpoint_path(name, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: torch.save(dict(state), file))
+    # the name alone: a run's folder can be moved
+    text = json.dumps({"latest_checkpoint": path.name})
+    write_atomically(state_path(name), lambda file: file.write(text.encode()))
+    return path
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a training checkpoint (.pth) onto the CPU, without running code that it may hold.
+
+    Raises CheckpointError naming a file that is missing, truncated or no checkpoint.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint {path}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{path} is damaged or truncated and was not read: {reason}") from error
+    missing = [key for key in ("config", "model") if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise CheckpointError(f"{path} is no training checkpoint: it has no {missing}")
+    return state
+
+
+def find_checkpoints(name: str) -> list[Path]:
+    """A run's checkpoints, the one to resume from first: what NAME_state.json names, then by step.
+
+    Raises CheckpointError if NAME_state.json is there but no checkpoint is.
+    """
+    state = state_path(name)
+    folder, stem = state.parent, state.name.removesuffix("_state.json")
+    pattern = re.compile(re.escape(stem) + r"_(\d{8,})\.pth")
+    found = {p: int(m[1]) for p in folder.glob("*.pth") if (m := pattern.fullmatch(p.name))}
+    ordered = sorted(found, key=lambda p: found[p], reverse=True)
+    if not state.exists():
+        return []
+    try:
+        latest = Path(json.loads(state.read_text())["latest_checkpoint"])
+    except (ValueError, KeyError, TypeError):
+        latest = Path()
+    # other versions wrote a path that counts from the working directory
+    for named in (folder / latest.name, latest):
+        if latest.name and named.is_file():
+            return [named, *(p for p in ordered if p.resolve() != named.resolve())]
+    if not ordered:
+        raise CheckpointError(
+            f"{state} names a checkpoint that is gone ({latest.name or 'unreadable'}), and there "
+            f"is no other; delete {state} to start anew"
+        )
+    return ordered
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: object) -> None:
+    """Load a state dict whose names and shapes must be the model's.
+
+    Raises CheckpointError that says which differ.
+    """
+    have, want = weights, model.state_dict()
+    rows = [
+        ("missing from it", [k for k in want if k not in have]),
+        ("not in this model", [k for k in have if k not in want]),
+        (
+            "of another shape",
+            [
+                f"{k} {tuple(have[k].shape)} for {tuple(want[k].shape)}"
+                for k in want
+                if k in have and have[k].shape != want[k].shape
+            ],
+        ),
+    ]
+    if any(keys for _, keys in rows):
+        text = "; ".join(
+            f"{what}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" * (len(keys) > 4))
+            for what, keys in rows
+            if keys
+        )
+        raise CheckpointError(f"{source} is of another architecture than the config's model: {text}")
+    model.load_state_dict(weights)

@@ -1,0 +1,182 @@
+"""From a data set to an endless, resumable stream of batches.
+
+The stream is a function of (seed, position): sample t is entry t mod N of the permutation of epoch
+t div N, and its augmentation draws from a generator seeded by (seed, t). So a run that resumes at
+position t goes on as if it had never stopped, whatever the number of workers.
+"""
+
+import signal
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .. import utils
+from ..augmentation import KarrasAugmentationPipeline
+
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_MAX_CORRUPT_IN_A_ROW = 1000
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed in [0, 2**63) that belongs to a tuple of non-negative integers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+class ImageTransform:
+    """PIL image to (augmented image, image, augmentation condition), as float tensors.
+
+    The image is scaled to cover size (h, w), cropped around its centre and converted to the mode
+    of its number of channels. Images are (c, h, w) in [-1, 1], the condition is (9,).
+    """
+
+    def __init__(self, size: tuple[int, int], channels: int, augment_prob: float = 0.0):
+        if channels not in _MODES:
+            raise ValueError(f"images have {' or '.join(map(str, _MODES))} channels, not {channels}")
+        self.size, self.mode = size, _MODES[channels]
+        self.augment = KarrasAugmentationPipeline(augment_prob, disable_all=augment_prob == 0)
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        h, w = self.size
+        image = image.convert(self.mode)
+        if image.size != (w, h):
+            image = ImageOps.fit(image, (w, h), Image.Resampling.LANCZOS)
+        return self.augment(image)
+
+
+class TrainingData(Dataset[dict[str, Any]]):
+    """A data set whose items are drawn by (index, seed) and come as dicts.
+
+    Of an item: `image`, `original`, `aug_cond`, with classes also `class`, and `skipped`, the paths
+    of corrupt images that the next image stood in for (an error with strict=True).
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        num_classes: int = 0,
+        image_key: int | str = 0,
+        class_key: int | str = 1,
+        strict: bool = False,
+    ):
+        self.data = data
+        self.num_classes = num_classes
+        self.image_key, self.class_key = image_key, class_key
+        self.strict = strict
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
+        index, seed = draw
+        skipped: list[str] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            while True:
+                try:
+                    item = self.data[index]
+                    break
+                except utils.CorruptImageError as error:
+                    if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
+                        raise
+                    skipped.append(str(error.filename))
+                    index = (index + 1) % len(self)
+        image, original, aug_cond = item[self.image_key]
+        out = {"image": image, "original": original, "aug_cond": aug_cond}
+        if self.num_classes:
+            out["class"] = self._class_of(item, index)
+        return {**out, "skipped": "\n".join(skipped)}
+
+    def _class_of(self, item: Any, index: int) -> int:
+        try:
+            label = int(item[self.class_key])
+        except (KeyError, IndexError):
+            raise ValueError(
+                f"num_classes is {self.num_classes}, but the data set's items have no class at "
+                f"{self.class_key!r}; set dataset.class_key, or num_classes to 0"
+            ) from None
+        if not 0 <= label < self.num_classes:
+            raise ValueError(
+                f"image {index} has class {label}, outside of 0 to {self.num_classes - 1}; "
+                "dataset.num_classes must be the number of classes"
+            )
+        return label
+
+
+class Stream(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (index, seed), this process's share of the global stream from `start` on.
+
+    Consecutive global batches of batch_size * processes samples; each process takes its slice.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        if length < batch_size * processes:
+            raise ValueError(
+                f"the data set has {length} images, fewer than one batch of {batch_size}"
+                + (f" on each of {processes} processes" if processes > 1 else "")
+                + f"; pass --batch-size {max(1, length // processes)} or less"
+            )
+        self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
+        self.process, self.processes = process, processes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, torch.empty(0)
+        at = self.start + self.process * self.batch_size
+        while True:
+            batch = []
+            for t in range(at, at + self.batch_size):
+                if t // self.length != epoch:
+                    epoch = t // self.length
+                    generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
+                    order = torch.randperm(self.length, generator=generator)
+                batch.append((int(order[t % self.length]), derive_seed(self.seed, 1, t)))
+            yield batch
+            at += self.batch_size * self.processes
+
+
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches the whole process group; the main process decides when to stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(
+    data: TrainingData, stream: Stream, num_workers: int = 0, start_method: str = "spawn"
+) -> DataLoader[dict[str, Any]]:
+    """A DataLoader over the stream. Small data sets held in memory are read without workers."""
+    if getattr(data.data, "in_memory", False):
+        num_workers = 0
+    return DataLoader(
+        data,
+        batch_sampler=stream,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        multiprocessing_context=start_method if num_workers else None,
+        worker_init_fn=_ignore_interrupt,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def make_training_data(
+    config: Mapping[str, Any], folder: Any = ".", strict: bool = False
+) -> TrainingData:
+    """The training data of a config; `folder` holds a custom data set's file."""
+    from .datasets import make_dataset
+
+    model, section = config["model"], config["dataset"]
+    h, w = model["input_size"]
+    transform = ImageTransform((h, w), model["input_channels"], model["augment_prob"])
+    data = make_dataset(section, transform, folder)
+    return TrainingData(
+        data, section["num_classes"], section["image_key"], section["class_key"], strict
+    )

@@ -1,0 +1,85 @@
+"""Optimizers, learning-rate schedules and the EMA's decay, from their sections of a config."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .. import utils
+
+Groups = list[dict[str, Any]]
+
+
+def _adamw(groups: Groups, o: Mapping[str, Any]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"], weight_decay=o["weight_decay"]
+    )
+
+
+def _adam8bit(groups: Groups, o: Mapping[str, Any]) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ImportError(
+            "optimizer adam8bit needs bitsandbytes; install it with: pip install bitsandbytes"
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(
+        groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"], weight_decay=o["weight_decay"]
+    )
+
+
+def _sgd(groups: Groups, o: Mapping[str, Any]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        groups,
+        lr=o["lr"],
+        momentum=o["momentum"],
+        nesterov=o["nesterov"],
+        weight_decay=o["weight_decay"],
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, Mapping[str, Any]], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adam8bit": _adam8bit,
+    "sgd": _sgd,
+}
+
+LR_SCHEDS: dict[str, Callable[..., torch.optim.lr_scheduler.LRScheduler]] = {
+    "constant": utils.ConstantLRWithWarmup,
+    "inverse": utils.InverseLR,
+    "exponential": utils.ExponentialLR,
+}
+
+
+def make_optimizer(config: Mapping[str, Any], model: Any) -> torch.optim.Optimizer:
+    """The optimizer of a config over a model's `param_groups`."""
+    section = config["optimizer"]
+    return OPTIMIZERS[section["type"]](model.param_groups(section["lr"]), section)
+
+
+def make_lr_sched(
+    config: Mapping[str, Any], opt: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning-rate schedule of a config, to be stepped once per optimizer step."""
+    section = dict(config["lr_sched"])
+    return LR_SCHEDS[section.pop("type")](opt, **section)
+
+
+def make_ema_sched(config: Mapping[str, Any]) -> utils.EMAWarmup:
+    """The warm-up of the averaged weights' decay of a config."""
+    section = dict(config["ema_sched"])
+    section.pop("type")
+    return utils.EMAWarmup(**section)
+
+
+def set_base_lr(
+    state_opt: torch.optim.Optimizer,
+    sched: torch.optim.lr_scheduler.LRScheduler,
+    model: Any,
+    lr: float,
+) -> None:
+    """Give a resumed optimizer and schedule another base learning rate."""
+    for i, (group, new) in enumerate(zip(state_opt.param_groups, model.param_groups(lr))):
+        scale = group["lr"] / sched.base_lrs[i]
+        sched.base_lrs[i] = group["initial_lr"] = new["lr"]
+        group["lr"] = new["lr"] * scale

@@ -1,0 +1,536 @@
+import csv
+import hashlib
+import http.server
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+from functools import partial
+
+import golden
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn, optim
+
+from k_diffusion import utils
+
+
+def test_import_is_light():
+    code = (
+        "import sys, k_diffusion.utils; heavy = {'torchvision', 'accelerate', 'datasets', 'wandb', "
+        "'cleanfid', 'skimage', 'matplotlib', 'sklearn'}; sys.exit(heavy & {*sys.modules} or None)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_append_dims():
+    assert utils.append_dims(torch.zeros(2), 4).shape == (2, 1, 1, 1)
+    assert utils.append_dims(torch.zeros(()), 2).shape == (1, 1)
+    assert utils.append_dims(torch.zeros(2, 3), 2).shape == (2, 3)
+    with pytest.raises(ValueError, match="3 dimensions, more than the 2"):
+        utils.append_dims(torch.zeros(1, 1, 1), 2)
+
+
+# ---------------------------------------------------------------- images
+
+
+def noise_image(mode="RGB", size=(7, 5), seed=0):
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    array = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), "uint8")
+    return Image.fromarray(array.squeeze())
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
+def test_images_survive_the_round_trip(mode):
+    image = noise_image(mode)
+    x = utils.from_pil_image(image)
+    assert x.dtype == torch.float32
+    assert x.shape == (len(mode), 5, 7)
+    for y in (x, x[None], x.double().requires_grad_()):
+        back = utils.to_pil_image(y)
+        assert back.mode == mode
+        assert back.tobytes() == image.tobytes()
+
+
+def test_image_values():
+    image = Image.new("RGB", (1, 1), (0, 51, 255))
+    expected = torch.tensor([-1, -0.6, 1])
+    torch.testing.assert_close(utils.from_pil_image(image).flatten(), expected)
+    bilevel = Image.new("1", (1, 1), 1)
+    assert utils.from_pil_image(bilevel).tolist() == [[[1.0]]]
+    deep = Image.fromarray(np.array([[0, 65535]], "uint16"))
+    assert utils.from_pil_image(deep).tolist() == [[[-1.0, 1.0]]]
+    palette = image.quantize(2)
+    torch.testing.assert_close(utils.from_pil_image(palette).flatten(), expected)
+
+
+def test_to_pil_image_rounds_and_clamps():
+    levels = torch.tensor([-9.0, 0.4, 0.6, 127.4, 254.6, 300.0])
+    image = utils.to_pil_image((levels / 127.5 - 1).reshape(1, 1, 6))
+    assert list(image.tobytes()) == [0, 0, 1, 127, 255, 255]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (4, 4), (5, 4, 4), (8, 8, 3)])
+def test_to_pil_image_refuses_other_shapes(shape):
+    with pytest.raises(ValueError, match=r"one image \(c, h, w\)"):
+        utils.to_pil_image(torch.zeros(shape))
+
+
+def test_hf_helper_keeps_labels_and_greyscale():
+    batch = {"image": [noise_image("L"), noise_image("RGB")], "label": [3, 8]}
+    out = utils.hf_datasets_augs_helper(batch, lambda image: image.mode, "image")
+    assert out == {"image": ["RGB", "RGB"], "label": [3, 8]}
+    kept = partial(utils.hf_datasets_augs_helper, transform=lambda image: image.mode, mode=None)
+    assert kept(batch, image_key="image")["image"] == ["L", "RGB"]
+    assert isinstance(batch["image"][0], Image.Image)
+    with pytest.raises(ValueError, match=r"no column 'img'.* image, label"):
+        kept(batch, image_key="img")
+
+
+# ---------------------------------------------------------------- folders of images
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.png", "a/2.JPG", "a/1.webp", "c/d/e.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise_image(seed=len(name)).save(path)
+    (tmp_path / "notes.txt").write_text("not an image")
+    return tmp_path
+
+
+def test_folder_of_images_is_recursive_and_sorted(folder):
+    data = utils.FolderOfImages(folder)
+    names = [path.relative_to(folder).as_posix() for path in data.paths]
+    assert names == ["a/1.webp", "a/2.JPG", "b.png", "c/d/e.png"]
+    assert len(data) == 4
+    (image,) = data[2]
+    assert image.tobytes() == noise_image(seed=len("b.png")).tobytes()
+
+
+def test_folder_of_images_transforms_converts_and_pickles(folder):
+    noise_image("L").save(folder / "b.png")
+    for mode, channels in (("RGB", 3), ("L", 1), (None, 1)):
+        data = utils.FolderOfImages(folder, utils.from_pil_image, mode=mode)
+        (x,) = pickle.loads(pickle.dumps(data))[2]
+        assert x.shape == (channels, 5, 7)
+
+
+def test_a_corrupt_image_is_named(folder):
+    whole = (folder / "b.png").read_bytes()
+    data = utils.FolderOfImages(folder)
+    for content in (whole[: len(whole) // 2], b"", b"nonsense"):
+        (folder / "b.png").write_bytes(content)
+        with pytest.raises(utils.CorruptImageError, match=r"b\.png") as err:
+            data[2]
+        assert err.value.filename == str(folder / "b.png")
+    assert data[1]
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"no image folder at .*missing"):
+        utils.FolderOfImages(tmp_path / "missing")
+    with pytest.raises(ValueError, match=r"no images below .*\.png"):
+        utils.FolderOfImages(tmp_path)
+
+
+# ---------------------------------------------------------------- modules
+
+
+def test_n_params():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).requires_grad_(False)
+    assert utils.n_params(model) == 3 * 4 + 4 + 4 + 4
+
+
+def test_modes_are_restored_per_module():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.Dropout(), nn.Dropout()))
+    model.train()
+    model[1][0].eval()
+
+    def modes():
+        return [module.training for module in model.modules()]
+
+    before = modes()
+    with utils.eval_mode(model) as same:
+        assert same is model
+        assert not any(modes())
+        with utils.train_mode(model):
+            assert all(modes())
+        assert not any(modes())
+    assert modes() == before
+    with pytest.raises(KeyError), utils.eval_mode(model):
+        raise KeyError
+    assert modes() == before
+
+    @utils.eval_mode(model)
+    def evaluated():
+        return modes()
+
+    assert not any(evaluated())
+    assert modes() == before
+
+
+def tf32_flags():
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_tf32_mode(flag):
+    before = tf32_flags()
+    with utils.tf32_mode(cudnn=flag):
+        assert tf32_flags() == (flag, before[1])
+        with utils.tf32_mode(matmul=flag):
+            assert tf32_flags() == (flag, flag)
+    assert tf32_flags() == before
+    with utils.tf32_mode():
+        assert tf32_flags() == before
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch before 2.9"
+)
+def test_tf32_mode_beside_the_newer_switches():
+    cudnn, matmul = tf32_flags()
+    conv = torch.backends.cudnn.conv
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        conv.fp32_precision = "ieee"
+        with utils.tf32_mode(cudnn=True, matmul=False):
+            assert tf32_flags() == (True, False)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.cudnn.allow_tf32 = cudnn
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "source.bin"
+    path.write_bytes(bytes(range(256)) * 100)
+    return path
+
+
+def test_download_file(tmp_path, source):
+    content = source.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    target = tmp_path / "deep" / "target.bin"
+    assert utils.download_file(target, source.as_uri(), digest.upper()) == target
+    assert target.read_bytes() == content
+    assert list(target.parent.iterdir()) == [target]
+    assert target.stat().st_mode == source.stat().st_mode
+
+    source.unlink()  # what is there already is not downloaded again
+    utils.download_file(str(target), source.as_uri())
+    utils.download_file(target, source.as_uri(), digest)
+
+
+def test_download_replaces_a_broken_file(tmp_path, source):
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    target = tmp_path / "target.bin"
+    target.write_bytes(b"half")
+    utils.download_file(target, source.as_uri(), digest)
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_a_download_with_another_digest_changes_nothing(tmp_path, source):
+    target = tmp_path / "out" / "target.bin"
+    with pytest.raises(OSError, match=r"has SHA-256 .*, not 0000"):
+        utils.download_file(target, source.as_uri(), "0" * 64)
+    assert list(target.parent.iterdir()) == []
+    target.write_bytes(b"mine")
+    with pytest.raises(OSError, match="has SHA-256"):
+        utils.download_file(target, source.as_uri(), "0" * 64)
+    assert target.read_bytes() == b"mine"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_download_cut_off_is_an_error(tmp_path):
+    class CutOff(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"only this")
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), CutOff) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        target = tmp_path / "out" / "target.bin"
+        with pytest.raises(OSError, match="got 9 of 100 bytes"):
+            utils.download_file(target, f"http://127.0.0.1:{server.server_port}/")
+        thread.join()
+    assert list(target.parent.iterdir()) == []
+
+
+def test_safetensors_metadata(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1000)}, path, metadata={"config": '{"x": 1}'})
+    assert utils.get_safetensors_metadata(path) == {"config": '{"x": 1}'}
+    content = path.read_bytes()
+    for broken in (content[:-1], content[:20], b""):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a complete"):
+            utils.get_safetensors_metadata(path)
+    save_file({"a": torch.zeros(1)}, path)
+    assert utils.get_safetensors_metadata(str(path)) == {}
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_csv_logger_continues_its_file(tmp_path):
+    path = tmp_path / "logs" / "metrics.csv"
+    logger = utils.CSVLogger(path, ["step", "loss"])
+    logger.write(1, 0.5)
+    assert rows(path) == [["step", "loss"], ["1", "0.5"]]  # on disk at once
+    utils.CSVLogger(path, ("step", "loss")).write(2, "a,b")
+    assert rows(path) == [["step", "loss"], ["1", "0.5"], ["2", "a,b"]]
+    with pytest.raises(ValueError, match=r"2 columns \(step, loss\), got 3 values"):
+        logger.write(1, 2, 3)
+
+
+def test_csv_logger_keeps_a_file_with_other_columns(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for n, columns in enumerate((["a"], ["a", "b"], ["c"])):
+        if n:
+            with pytest.warns(UserWarning, match=rf"it was kept as .*metrics\.{n}\.csv"):
+                logger = utils.CSVLogger(path, columns)
+        else:
+            logger = utils.CSVLogger(path, columns)
+        logger.write(*columns)
+    assert rows(path) == [["c"], ["c"]]
+    assert rows(tmp_path / "metrics.1.csv") == [["a"], ["a"]]
+    assert rows(tmp_path / "metrics.2.csv") == [["a", "b"], ["a", "b"]]
+
+
+def test_csv_logger_after_a_row_was_cut_off(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for content, kept in ((b"", []), (b"a,b\r\n1,2\r\n3", [["1", "2"], ["3"]]), (b"a,b", [])):
+        path.write_bytes(content)
+        utils.CSVLogger(path, ["a", "b"]).write(5, 6)
+        assert rows(path) == [["a", "b"], *kept, ["5", "6"]]
+
+
+# ---------------------------------------------------------------- moving averages
+
+
+class Net(nn.Module):
+    def __init__(self, seed=0, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a = nn.Linear(3, 4).to(dtype)
+        self.b = nn.Linear(4, 2, dtype=torch.float64)
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("count", torch.tensor(seed))
+
+
+def test_ema_update_averages_parameters_and_copies_buffers():
+    model, average = Net(1), Net(2)
+    before = {k: p.clone() for k, p in average.named_parameters()}
+    utils.ema_update(model, average, 0.9)
+    for name, p in average.named_parameters():
+        expected = 0.9 * before[name] + 0.1 * dict(model.named_parameters())[name]
+        torch.testing.assert_close(p, expected)
+    assert torch.equal(average.mean, model.mean)
+    assert average.count == 1
+
+
+def test_ema_update_at_the_ends():
+    model, average, old = Net(1), Net(2), Net(2)
+    utils.ema_update(model, average, 1.0)
+    assert all(map(torch.equal, average.parameters(), old.parameters()))
+    utils.ema_update(model, average, 0.0)
+    assert all(map(torch.equal, average.parameters(), model.parameters()))
+    assert all(p.requires_grad for p in average.parameters())
+
+
+def test_ema_update_of_another_dtype_keeps_the_average_in_its_own():
+    model, average = Net(1, torch.bfloat16), Net(2)
+    start = average.a.weight.detach().clone()
+    utils.ema_update(model, average, 0.999)
+    assert average.a.weight.dtype == torch.float32
+    expected = torch.lerp(start, model.a.weight.float(), 0.001)
+    torch.testing.assert_close(average.a.weight.detach(), expected.detach())
+
+
+def test_ema_update_of_shared_parameters_counts_once():
+    def tied():
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        model[1].weight = model[0].weight
+        return model
+
+    model, average = tied(), tied()
+    expected = torch.lerp(average[0].weight, model[0].weight, 0.5).detach()
+    utils.ema_update(model, average, 0.5)
+    torch.testing.assert_close(average[1].weight.detach(), expected)
+
+
+def test_ema_update_names_what_differs():
+    model, average = Net(), Net()
+    average.b = nn.Linear(5, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"differ in their parameters: b\.weight; unwrap"):
+        utils.ema_update(model, average, 0.5)
+    with pytest.raises(ValueError, match=r"0\.a\.bias, 0\.a\.weight, 0\.b\.bias and 5 more"):
+        utils.ema_update(nn.Sequential(model), model, 0.5)
+    del average.mean
+    average.b = model.b
+    with pytest.raises(ValueError, match="differ in their buffers: mean"):
+        utils.ema_update(model, average, 0.5)
+
+
+def test_ema_warmup_of_power_one_is_the_arithmetic_mean():
+    schedule, average, values = utils.EMAWarmup(), 123.0, [3.0, -1.0, 4.0, 10.0]
+    for n, value in enumerate(values, start=1):
+        average = utils.ema_update_dict({"x": average}, {"x": value}, schedule.get_value())["x"]
+        schedule.step()
+        assert average == pytest.approx(sum(values[:n]) / n)
+
+
+def test_ema_warmup_reaches():
+    for steps, value in ((31_622, 0.999), (1_000_000, 0.9999)):
+        assert utils.EMAWarmup(power=2 / 3, last_epoch=steps).get_value() == pytest.approx(
+            value, abs=1e-7
+        )
+
+
+def test_ema_warmup_limits_and_start():
+    schedule = utils.EMAWarmup(inv_gamma=2, min_value=0.1, max_value=0.6, start_at=3)
+    values = []
+    for _ in range(12):
+        values.append(schedule.get_value())
+        schedule.step()
+    assert values[:4] == [0, 0, 0, 0.1]
+    assert values[4:7] == pytest.approx([1 / 3, 1 / 2, 3 / 5])
+    assert values[-1] == 0.6
+
+
+def test_ema_warmup_state():
+    schedule, other = utils.EMAWarmup(power=0.7, max_value=0.99, last_epoch=5), utils.EMAWarmup()
+    state = schedule.state_dict()
+    other.load_state_dict({**state, "from_a_later_version": 1})
+    schedule.step()
+    other.step()
+    assert vars(other) == vars(schedule)
+    assert state["last_epoch"] == 5
+    del state["power"]
+    with pytest.raises(ValueError, match="lacks power"):
+        other.load_state_dict(state)
+
+
+def test_ema_update_dict_is_in_place_and_starts_at_the_first_value():
+    values = {"a": 1.0}
+    assert utils.ema_update_dict(values, {"a": 2.0, "b": 5.0}, 0.75) is values
+    assert values == {"a": 1.25, "b": 5.0}
+
+
+# ---------------------------------------------------------------- learning rates
+
+
+def lrs(make, n=12, lr=0.5):
+    optimizer = optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    schedule, values = make(optimizer), []
+    for _ in range(n):
+        values.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return values
+
+
+def test_inverse_lr_is_its_closed_form():
+    values = lrs(partial(utils.InverseLR, inv_gamma=3.0, power=0.7, warmup=0.9))
+    expected = [(1 - 0.9 ** (k + 1)) * 0.5 * (1 + k / 3) ** -0.7 for k in range(12)]
+    assert values == pytest.approx(expected)
+
+
+def test_exponential_lr_halves_every_num_steps():
+    values = lrs(partial(utils.ExponentialLR, num_steps=4))
+    assert values[::4] == pytest.approx([0.5, 0.25, 0.125])
+    assert values[1] / values[0] == pytest.approx(values[9] / values[8])
+
+
+def test_constant_lr_with_warmup():
+    assert lrs(utils.ConstantLRWithWarmup) == [0.5] * 12
+    values = lrs(partial(utils.ConstantLRWithWarmup, warmup=0.99), n=400)
+    assert values[99] == pytest.approx(0.5 * (1 - 0.99**100))
+    assert values[-1] == pytest.approx(0.5, rel=0.02)
+
+
+def test_min_lr_bounds_the_decay_and_not_the_warmup():
+    values = lrs(partial(utils.ExponentialLR, num_steps=1, warmup=0.5, min_lr=0.2))
+    assert values[0] == pytest.approx(0.25)
+    assert values[5:] == pytest.approx([0.2 * (1 - 0.5 ** (k + 1)) for k in range(5, 12)])
+
+
+LR_SCHEDULES = [
+    partial(utils.InverseLR, inv_gamma=3.0, power=0.7, warmup=0.9, min_lr=0.1),
+    partial(utils.ExponentialLR, num_steps=4, decay=0.6, warmup=0.5),
+    partial(utils.ConstantLRWithWarmup, warmup=0.8),
+]
+
+
+@pytest.mark.parametrize("make", LR_SCHEDULES)
+def test_lr_schedules_resume_from_their_state(make):
+    def stepped(optimizer, schedule, n):
+        for _ in range(n):
+            optimizer.step()
+            schedule.step()
+        return schedule.get_last_lr()
+
+    def fresh():
+        params = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (0.5, 0.1)]
+        optimizer = optim.SGD(params)
+        return optimizer, make(optimizer)
+
+    once = stepped(*fresh(), 9)
+    first, second = fresh(), fresh()
+    stepped(*first, 4)
+    for new, old in zip(second, first):
+        new.load_state_dict(pickle.loads(pickle.dumps(old.state_dict())))
+    assert stepped(*second, 5) == once
+    assert once[0] == pytest.approx(5 * once[1]) or make is LR_SCHEDULES[0]  # which has a min_lr
+
+
+@pytest.mark.parametrize("make", LR_SCHEDULES)
+def test_verbose_is_accepted_and_silent(make, capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert lrs(partial(make, verbose=True)) == lrs(make)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(utils.InverseLR, inv_gamma=0.0),
+        partial(utils.InverseLR, warmup=1.0),
+        partial(utils.ExponentialLR, num_steps=0),
+        partial(utils.ConstantLRWithWarmup, warmup=-0.1),
+    ],
+)
+def test_lr_options_out_of_range_are_errors(make):
+    with pytest.raises(ValueError, match="must be"):
+        lrs(make)
+
+
+def test_published_ema_and_lr_numbers():
+    schedule, ema = utils.EMAWarmup(power=0.6667, max_value=0.9999), []
+    for _ in range(12):
+        ema.append(schedule.get_value())
+        schedule.step()
+    values = map(torch.tensor, (ema, *map(lrs, LR_SCHEDULES)))
+    got = dict(zip(("ema", "inv", "exp", "const"), values))
+    torch.testing.assert_close(got, golden.load("ema_and_lr")[0])
