@@ -10,10 +10,13 @@ __version__ = "0.3.0.dev0"
 
 _SUBMODULES = (
     "augmentation",
+    "cli",
     "config",
     "denoisers",
     "densities",
     "external",
+    "generation",
+    "guidance",
     "layers",
     "likelihood",
     "models",
@@ -28,10 +31,13 @@ _SUBMODULES = (
 if TYPE_CHECKING:
     from . import (  # noqa: F401
         augmentation,
+        cli,
         config,
         denoisers,
         densities,
         external,
+        generation,
+        guidance,
         layers,
         likelihood,
         models,

@@ -21,7 +21,7 @@ WEIGHTINGS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     # EDM, equation 8: every noise level has unit loss for an untrained network.
     "karras": lambda sigma, sigma_data: torch.ones_like(sigma),
     # SNR = 1 / sigma^2 softly limited to 1 / sigma_data^2 (arXiv:2303.09556, made smooth as in
-    # arXiv:2401.11605, section 3.1).
+    # arXiv:2401.11605).
     "soft-min-snr": lambda sigma, sigma_data: (
         (sigma * sigma_data / (sigma**2 + sigma_data**2)) ** 2
     ),

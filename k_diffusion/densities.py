@@ -3,7 +3,7 @@
 Each `rand_*` maps a uniform draw u of the wanted shape to sigma. Stratified, the uniforms of all
 processes (and of all accumulation steps) of one optimizer step fall one into each of equally sized
 strata, which lowers the variance of the loss at no cost (variational diffusion models,
-arXiv:2107.00630, appendix I.1).
+arXiv:2107.00630).
 """
 
 import math
@@ -138,7 +138,8 @@ def rand_log_normal(
     """sigma with ln sigma ~ N(loc, scale^2) (EDM, arXiv:2206.00364, table 1: P_mean, P_std)."""
     _positive("rand_log_normal", scale=scale)
     u = _uniform(shape, dtype, device, generator)
-    return (loc + scale * torch.special.ndtri(u)).exp().to(dtype)
+    z = math.sqrt(2) * torch.erfinv(2 * u - 1)
+    return (loc + scale * z).exp().to(dtype)
 
 
 def rand_log_logistic(
@@ -153,7 +154,7 @@ def rand_log_logistic(
 ) -> torch.Tensor:
     """sigma with ln sigma ~ Logistic(loc, scale), truncated to [min_value, max_value].
 
-    scale 0.5 and loc = ln sigma_data is the optimal density of DDPM-like losses in EDM's terms.
+    At scale 0.5 the CDF is sigma^2 / (sigma^2 + e^(2 loc)).
     """
     _positive("rand_log_logistic", scale=scale)
     _ordered("rand_log_logistic", min_value, max_value)
@@ -193,7 +194,7 @@ def rand_v_diffusion(
 ) -> torch.Tensor:
     """sigma = sigma_data tan(pi t / 2) with t uniform, truncated to [min_value, max_value].
 
-    The density of the cosine schedule with uniform time (arXiv:2202.00512, section 4).
+    The density of the cosine schedule with uniform time (arXiv:2202.00512).
     """
     _positive("rand_v_diffusion", sigma_data=sigma_data)
     _ordered("rand_v_diffusion", min_value, max_value)

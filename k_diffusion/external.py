@@ -21,7 +21,7 @@ Scalings3 = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class _VPrediction(nn.Module):
-    """v-prediction (arXiv:2202.00512, appendix D) for data of unit variance.
+    """v-prediction (arXiv:2202.00512) for data of unit variance.
 
     A subclass gives `get_v(x, t, **kwargs)` and `sigma_to_t(sigma)`.
     """

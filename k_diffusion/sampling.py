@@ -317,7 +317,7 @@ def sample_dpm_2_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """Ancestral sampling with midpoint steps: second order but for noise, two evaluations a step.
+    """Ancestral sampling with midpoint steps: second order at eta = 0, two evaluations a step.
 
     eta: how much of the noise is fresh, 0 for the ODE; s_noise: its scale.
     """
@@ -451,7 +451,7 @@ def sample_dpmpp_2s_ancestral(
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
 ) -> Tensor:
-    """Ancestral sampling with DPM-Solver++(2S) steps: second order but for its noise.
+    """Ancestral sampling with DPM-Solver++(2S) steps: second order at eta = 0, two evaluations.
 
     eta: how much of the noise is fresh, 0 for the ODE; s_noise: its scale.
     """

@@ -112,7 +112,7 @@ def normal(seed: int, *shape: int, std: float = 1.0, dtype: torch.dtype = torch.
 
 
 class Impulses:
-    """A noise sampler that makes variances computable: a Brownian path's increments as unit vectors.
+    """A noise sampler for exact variances: a Brownian path's increments as unit vectors.
 
     Between neighbouring `times` the path's increment is a row of the batch of its own, so a linear
     sampler's output, summed in squares over the batch, is its output's exact variance. Row 0 is for

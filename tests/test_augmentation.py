@@ -130,7 +130,7 @@ def test_x_flips_alone_at_probability_zero():
 
 
 def test_conditioning_statistics():
-    """Probabilities and distributions of arXiv:2206.00364, table 6."""
+    """Probabilities and distributions of arXiv:2206.00364, appendix F.2."""
     image, n, p = Image.new("L", (4, 4)), 4000, 0.4
     torch.manual_seed(0)
     pipeline = KarrasAugmentationPipeline(p)

@@ -195,7 +195,7 @@ def test_strata_of_all_processes_and_accumulation_steps_are_a_permutation():
 
 def test_stratified_draws_stay_below_one(draw_constant):
     draw_constant(1 - 2**-24)
-    u = D.stratified_uniform([999], 1, 3)
+    u = D.stratified_uniform([999], 2, 3)
     assert u.max() < 1
     assert all(a < b for a, b in pairwise(u.tolist()))
 

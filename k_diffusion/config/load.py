@@ -23,20 +23,22 @@ class ConfigError(ValueError):
 def load_config(
     path_or_dict: str | Path | Mapping[str, Any] | IO[str],
     overrides: Sequence[str] | Mapping[str, Any] = (),
+    embedded: bool = False,
 ) -> dict[str, Any]:
     """Load a config and fill in its defaults.
 
     path_or_dict: a .json file, an inference checkpoint (.safetensors), a training checkpoint
     (.pth), an open file or a dict. overrides: laid over it, as a dict or as `key.path=value` texts
-    whose values are JSON or else strings. Returns a plain dict.
+    whose values are JSON or else strings. embedded: whether a dict comes out of a checkpoint.
+    Returns a plain dict.
 
     Raises ConfigError naming the path of a bad key or value and the nearest valid one. In configs
     embedded in checkpoints unknown keys only warn.
     """
-    raw, embedded = _read(path_or_dict)
+    raw, from_checkpoint = _read(path_or_dict)
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides)
-    typed = parse(merge(raw, dict(overrides)), lenient=embedded)
+    typed = parse(merge(raw, dict(overrides)), lenient=embedded or from_checkpoint)
     return typed.model_dump(mode="json", exclude={"model": {"sigma_sample_density"}}) | {
         "model": _dump_model(typed.model)
     }

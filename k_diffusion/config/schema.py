@@ -15,10 +15,16 @@ from .model_schema import AnyModel
 
 
 class Dataset(Section):
-    """What every data set has. num_classes 0: unconditional."""
+    """What every data set has. num_classes 0: unconditional.
+
+    cond_dropout_rate: how often training replaces a class by "no class". image_key, class_key: where
+    an item of the data set holds its image and class.
+    """
 
     num_classes: Count = 0
     cond_dropout_rate: Probability = 0.1
+    image_key: int | str = 0
+    class_key: int | str = 1
 
 
 class NoDataset(Dataset):
@@ -48,8 +54,8 @@ class HuggingFaceDataset(Dataset):
     type: Literal["huggingface"]
     location: str
     split: str = "train"
-    image_key: str = "image"
-    label_key: str = "label"
+    image_key: int | str = "image"
+    class_key: int | str = "label"
 
 
 class CustomDataset(Dataset):

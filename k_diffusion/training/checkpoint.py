@@ -34,9 +34,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def checkpoint_path(name: str, step: int) -> Path:
-    """Where the checkpoint of a step of a run lies."""
-    return Path(f"{name}_{step:08}.pth")
+def run_file(name: str, suffix: str) -> Path:
+    """A file of the run called `name`, which may have folders before it."""
+    path = Path(f"{name}_{suffix}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def state_path(name: str) -> Path:
@@ -46,8 +48,7 @@ def state_path(name: str) -> Path:
 
 def save_checkpoint(name: str, step: int, state: Mapping[str, Any]) -> Path:
     """Save a training checkpoint as NAME_STEP.pth and point NAME_state.json at it."""
-    path = checkpoint_path(name, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = run_file(name, f"{step:08}.pth")
     write_atomically(path, lambda file: torch.save(dict(state), file))
     # the name alone: a run's folder can be moved
     text = json.dumps({"latest_checkpoint": path.name})
@@ -71,6 +72,45 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path} is no training checkpoint: it has no {missing}")
     return state
+
+
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of an inference checkpoint (.safetensors), on the CPU.
+
+    Raises CheckpointError naming a file that is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"no checkpoint {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# Constants that a model computes its frequencies from: rounding them costs more than it saves.
+_KEPT_WHOLE = ("freqs", "freqs_h", "freqs_w", "time_emb.weight", "aug_emb.weight")
+
+
+def write_inference(
+    path: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], dtype: str
+) -> None:
+    """Write an inference checkpoint: safetensors, with the config as JSON in its metadata.
+
+    dtype: a row of DTYPES, for floating-point weights but the constants of embeddings.
+    """
+    from safetensors.torch import save
+
+    def convert(name: str, x: torch.Tensor) -> torch.Tensor:
+        whole = not x.is_floating_point() or name.endswith(_KEPT_WHOLE)
+        return (x if whole else x.to(DTYPES[dtype])).contiguous()
+
+    data = save({k: convert(k, v) for k, v in weights.items()}, {"config": json.dumps(config)})
+    write_atomically(path, lambda file: file.write(data))
 
 
 def find_checkpoints(name: str) -> list[Path]:

@@ -6,7 +6,7 @@ position t goes on as if it had never stopped, whatever the number of workers.
 """
 
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -165,6 +165,15 @@ def make_loader(
         worker_init_fn=_ignore_interrupt,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def checked(
+    batches: Iterable[dict[str, Any]], report: Callable[[dict[str, Any]], object]
+) -> Iterator[dict[str, Any]]:
+    """The batches, each first shown to `report`, which tells of corrupt images."""
+    for batch in batches:
+        report(batch)
+        yield batch
 
 
 def make_training_data(

@@ -1,0 +1,73 @@
+"""Go on with a run: find its checkpoint, say which, and load it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import (
+    CheckpointError,
+    find_checkpoints,
+    load_weights,
+    read_checkpoint,
+    read_weights,
+    state_path,
+)
+from .state import TrainState
+
+
+def resume(
+    state: TrainState, name: str, path: Path | None, say: Callable[[str], object]
+) -> Path | None:
+    """Load the checkpoint at `path`, or if None the latest of the run called `name`, if any.
+
+    A damaged one of the run's own is passed over for the one before it, aloud; a damaged `path` is
+    an error. Returns what was loaded. Raises CheckpointError.
+    """
+    candidates = find_checkpoints(name) if path is None else [path]
+    for candidate in candidates:
+        try:
+            checkpoint = read_checkpoint(candidate)
+        except CheckpointError as error:
+            if path is not None:
+                raise CheckpointError(f"{error}{_others(name, path)}") from error
+            say(f"{error}; going back to the checkpoint before it")
+            continue
+        for line in config_differences(checkpoint["config"], state.config):
+            say(f"the config differs from the checkpoint's: {line}")
+        state.load_state_dict(checkpoint, candidate)
+        how = "" if path is not None else f" (as {state_path(name)} says; delete it to start anew)"
+        say(f"resumed from {candidate} at step {state.step}{how}")
+        return candidate
+    if candidates:
+        raise CheckpointError(
+            f"none of the checkpoints of {name!r} can be read; delete {state_path(name)} to start "
+            "anew"
+        )
+    return None
+
+
+def _others(name: str, path: Path) -> str:
+    try:
+        others = [str(p) for p in find_checkpoints(name) if p.resolve() != path.resolve()]
+    except CheckpointError:
+        others = []
+    return f"; other checkpoints of {name!r}: {', '.join(others[:3])}" if others else ""
+
+
+def config_differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """`path: old -> new` for every key in which two configs differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [k for k in new if k in old]  # versions may add keys
+        return [
+            line
+            for key in keys
+            for line in config_differences(old[key], new[key], f"{path}.{key}" if path else key)
+        ]
+    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+
+
+def resume_inference(state: TrainState, path: Path) -> None:
+    """Start from the weights of an inference checkpoint (.safetensors), with a new optimizer."""
+    weights = read_weights(path)
+    load_weights(state.model, weights, path)
+    load_weights(state.model_ema, weights, path)

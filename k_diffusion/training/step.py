@@ -1,0 +1,88 @@
+"""One optimizer step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import models, utils
+from .data import derive_seed
+from .state import TrainState
+
+
+def drop_classes(classes: torch.Tensor, num_classes: int, rate: float) -> torch.Tensor:
+    """Replace a share of class ids by num_classes, "no class", for classifier-free guidance."""
+    return torch.where(torch.rand(classes.shape) < rate, num_classes, classes)
+
+
+def batch_loss(
+    denoiser: nn.Module,
+    batch: dict[str, Any],
+    sample_density: Callable[..., torch.Tensor],
+    config: dict[str, Any],
+    device: torch.device,
+) -> torch.Tensor:
+    """The loss per sample, (n,), of a batch at noise levels drawn from the density.
+
+    Noise levels and dropped classes are drawn on the CPU, and so are the same on any device.
+    """
+    model, section = config["model"], config["dataset"]
+    image = batch["image"].to(device, non_blocking=True)
+    cond = {}
+    if model["augment_prob"] > 0 and (model["type"] != "image_v1" or model["augment_wrapper"]):
+        cond["aug_cond"] = batch["aug_cond"].to(device, non_blocking=True)
+    if section["num_classes"]:
+        kept = drop_classes(batch["class"], section["num_classes"], section["cond_dropout_rate"])
+        cond["class_cond"] = kept.to(device, non_blocking=True)
+    sigma = sample_density([len(image)]).to(device, non_blocking=True)
+    noise = torch.randn_like(image)
+    return denoiser.loss(image, noise, sigma, **cond)
+
+
+def train_step(
+    accelerator: Any,
+    denoiser: nn.Module,
+    opt: torch.optim.Optimizer,
+    state: TrainState,
+    batches: Iterator[dict[str, Any]],
+    sample_density: Callable[..., torch.Tensor],
+    *,
+    accumulate: int = 1,
+    checkpointing: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Loss, backward, clip, step, EMA: one optimizer step over `accumulate` batches of `batches`.
+
+    denoiser: around the prepared (DDP-wrapped) inner model; opt: the prepared optimizer. Noise
+    levels are stratified over all processes and batches of the step, and all random numbers follow
+    from the seed, the step and the process. Returns the mean loss of this process and the norm of
+    the gradient (None without clipping), on the device.
+    """
+    config = state.config
+    opt.zero_grad(set_to_none=True)
+    losses = []
+    for i in range(accumulate):
+        batch = next(batches)
+        torch.manual_seed(derive_seed(state.seed, 2, state.step, i, accelerator.process_index))
+        last = i == accumulate - 1
+        with (
+            nullcontext() if last else accelerator.no_sync(denoiser.inner_model),
+            utils.enable_stratified_accelerate(accelerator, step=i, steps=accumulate),
+            models.checkpointing(checkpointing),
+        ):
+            loss = batch_loss(denoiser, batch, sample_density, config, accelerator.device).mean()
+            accelerator.backward(loss / accumulate)
+        losses.append(loss.detach())
+        state.samples += len(batch["image"]) * accelerator.num_processes
+
+    norm = None
+    max_norm = config["optimizer"]["max_grad_norm"]
+    if max_norm is not None:
+        norm = accelerator.clip_grad_norm_(denoiser.parameters(), max_norm)
+    opt.step()
+    state.sched.step()
+    utils.ema_update(state.model, state.model_ema, state.ema_sched.get_value())
+    state.ema_sched.step()
+    state.step += 1
+    return torch.stack(losses).mean(), norm
