@@ -1,4 +1,4 @@
-"""What the root scripts share: argument types, and errors as sentences."""
+"""What the root scripts share: argument types, help, and errors as sentences."""
 
 import argparse
 import functools
@@ -16,30 +16,42 @@ def friendly_errors(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        name = Path(sys.argv[0]).name
         try:
             main()
         except (ValueError, ImportError, OSError, FloatingPointError) as error:
             if os.environ.get("K_DIFFUSION_DEBUG", "0") not in {"", "0"}:
                 raise
-            sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+            sys.exit(f"{name}: error: {error}")
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted", file=sys.stderr)
+            sys.exit(130)  # as a shell reports SIGINT
 
     return run
 
 
-def positive(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+class HelpFormatter(argparse.HelpFormatter):
+    """Help that ends in the default, where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = action.default
+        if not default or default == argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default: {' '.join(default) if action.nargs else default})"
 
 
-def seed(text: str) -> int:
-    """An argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-    return value
+def _integer(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return integer
+
+
+positive = _integer(1)
+non_negative = _integer(0)
 
 
 def size(text: str) -> tuple[int, int]:
@@ -53,9 +65,12 @@ def size(text: str) -> tuple[int, int]:
 
 def writable(path: Path) -> Path:
     """A path to write to, its folder made. Raises OSError before work is done for nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise PermissionError(f"can't write {path}: its folder is not writable; choose another")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"can't make the folder of {path}: {error.strerror}") from error
     if path.is_dir():
         raise IsADirectoryError(f"can't write {path}: it is a folder; name a file")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(f"can't write {path}: permission denied; choose another folder")
     return path

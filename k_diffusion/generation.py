@@ -1,11 +1,13 @@
 """Images of a model by their seeds: image i is the same in any batch and on any process."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from . import sampling, utils
 from .guidance import CFGDenoiser
@@ -31,33 +33,50 @@ def generate(
     model: a denoiser, (x, sigma, class_cond=) -> denoised. shape: of an image, (c, h, w). sigmas:
     the schedule. classes: one id per seed, for a class-conditional model of num_classes. cfg_scale:
     strength of classifier-free guidance; 1 is none. sampler: a row of `sampling.SAMPLERS`.
-    disable: hides the progress bar.
+    disable: hides the progress bar; None hides it where there's no terminal.
 
     Yields (n, c, h, w) in float32, n <= batch_size, in the order of the seeds. Raises ValueError
     for class ids out of range or an unknown sampler.
     """
     check_classes(classes, num_classes)
+    if classes is not None and len(classes) != len(seeds):
+        raise ValueError(f"needs one class for each of {len(seeds)} seeds, got {len(classes)}")
     if cfg_scale != 1 and not num_classes:
         raise ValueError("guidance needs a class-conditional model, and this one has no classes")
     info = sampling.get_sampler(sampler)
     if not info.takes_sigmas:
         names = ", ".join(name for name, row in sampling.SAMPLERS.items() if row.takes_sigmas)
         raise ValueError(f"sampler {sampler!r} takes no schedule; these do: {names}")
-    for start in range(0, len(seeds), batch_size):
-        batch = seeds[start : start + batch_size]
-        x = sampling.randn_per_seed(batch, shape, device=device) * float(sigmas[0])
+
+    def run(at: slice, step: Callable[..., object]) -> torch.Tensor:
+        x = sampling.randn_per_seed(seeds[at], shape, device=device) * float(sigmas[0])
         args: dict[str, Any] = dict(sampler_args or {})
-        noise_sampler = sampling.make_noise_sampler(sampler, x, sigmas, batch)
+        noise_sampler = sampling.make_noise_sampler(sampler, x, sigmas, seeds[at])
         if noise_sampler is not None:
             args["noise_sampler"] = noise_sampler
         cond, denoiser = {}, model
         if classes is not None:
-            cond["class_cond"] = torch.tensor(classes[start : start + batch_size], device=device)
+            cond["class_cond"] = torch.tensor(classes[at], device=device)
             if cfg_scale != 1:
                 null = torch.full_like(cond["class_cond"], num_classes)
                 denoiser = CFGDenoiser(model, cfg_scale, class_cond=null)
         with utils.eval_mode(model):
-            yield info.function(denoiser, x, sigmas, extra_args=cond, disable=disable, **args)
+            return info.function(
+                denoiser, x, sigmas, extra_args=cond, callback=step, disable=True, **args
+            ).float()
+
+    starts = range(0, len(seeds), batch_size)
+    with tqdm(
+        total=len(starts) * (len(sigmas) - 1),
+        desc="sampling",
+        unit="step",
+        leave=None,  # gone when done, where it stands below another bar
+        dynamic_ncols=True,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        disable=disable,
+    ) as bar:
+        for start in starts:
+            yield run(slice(start, start + batch_size), lambda _: bar.update())
 
 
 def check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
@@ -79,7 +98,7 @@ def parse_classes(names: Sequence[str], num_classes: int) -> list[int] | None:
         if list(names) != ["all"]:
             raise ValueError("this model is unconditional: it has no classes to choose from")
         return None
-    classes = []
+    classes: list[int] = []
     for name in names:
         if not name.isdecimal() and name != "all":
             raise ValueError(f"a class is a number or 'all', got {name!r}")

@@ -25,10 +25,9 @@ the device. Pass sigmas as a sequence of floats to compile a whole run with `ful
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,29 +40,54 @@ from .noise import BrownianTreeNoiseSampler as BrownianTreeNoiseSampler
 from .noise import SeededNoiseSampler as SeededNoiseSampler
 from .noise import ask
 from .noise import randn_per_seed as randn_per_seed
+from .ode_samplers import sample_ddim as sample_ddim
+from .ode_samplers import sample_deis as sample_deis
+from .ode_samplers import sample_gradient_estimation as sample_gradient_estimation
+from .ode_samplers import sample_heunpp2 as sample_heunpp2
+from .ode_samplers import sample_ipndm as sample_ipndm
+from .ode_samplers import sample_ipndm_v as sample_ipndm_v
+from .ode_samplers import sample_res_multistep as sample_res_multistep
+from .ode_samplers import sample_uni_pc as sample_uni_pc
 from .schedules import SCHEDULES as SCHEDULES
 from .schedules import Sigmas, check_range, positive_range, read_sigmas, unknown_name
 from .schedules import append_zero as append_zero
+from .schedules import discard_penultimate as discard_penultimate
+from .schedules import get_sigmas_cosine as get_sigmas_cosine
 from .schedules import get_sigmas_exponential as get_sigmas_exponential
 from .schedules import get_sigmas_karras as get_sigmas_karras
+from .schedules import get_sigmas_kl_optimal as get_sigmas_kl_optimal
+from .schedules import get_sigmas_laplace as get_sigmas_laplace
+from .schedules import get_sigmas_linear as get_sigmas_linear
+from .schedules import get_sigmas_linear_quadratic as get_sigmas_linear_quadratic
 from .schedules import get_sigmas_polyexponential as get_sigmas_polyexponential
 from .schedules import get_sigmas_vp as get_sigmas_vp
 from .schedules import make_sigmas as make_sigmas
+from .sde_samplers import sample_ddpm as sample_ddpm
+from .sde_samplers import sample_er_sde as sample_er_sde
+from .sde_samplers import sample_lcm as sample_lcm
+from .sde_samplers import sample_res_multistep_ancestral as sample_res_multistep_ancestral
+from .sde_samplers import sample_restart as sample_restart
+from .sde_samplers import sample_sa_solver as sample_sa_solver
+from .sde_samplers import sample_seeds_2 as sample_seeds_2
+from .sde_samplers import sample_seeds_3 as sample_seeds_3
 from .solvers import DPMSolver as DPMSolver
 from .solvers import PIDStepSizeController as PIDStepSizeController
-from .solvers import context, exponential, levels, multistep, one_step
+from .solvers import context, door, exponential, multistep, one_step
 from .solvers import get_ancestral_step as get_ancestral_step
 from .solvers import linear_multistep_coeff as linear_multistep_coeff
+from .solvers.door import NO_NOISE, Args, Callback, Model, Noise, NoiseSampler
 from .solvers.registry import SAMPLERS as SAMPLERS
 from .solvers.registry import SamplerInfo as SamplerInfo
 from .solvers.registry import get_sampler as get_sampler
 from .solvers.registry import sampler
+from .table_schedules import TABLE_SCHEDULES as TABLE_SCHEDULES
+from .table_schedules import get_sigmas_align_your_steps as get_sigmas_align_your_steps
+from .table_schedules import get_sigmas_beta as get_sigmas_beta
+from .table_schedules import get_sigmas_ddim_uniform as get_sigmas_ddim_uniform
+from .table_schedules import get_sigmas_normal as get_sigmas_normal
+from .table_schedules import get_sigmas_sgm_uniform as get_sigmas_sgm_uniform
+from .table_schedules import get_sigmas_simple as get_sigmas_simple
 from .utils import append_dims
-
-Model: TypeAlias = Callable[..., Tensor]
-Args: TypeAlias = Mapping[str, Any] | None
-Callback: TypeAlias = Callable[[dict[str, Any]], Any] | None
-NoiseSampler: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 def to_d(x: Tensor, sigma: Tensor | float, denoised: Tensor) -> Tensor:
@@ -91,23 +115,6 @@ NOISE_SOURCES: dict[str, Callable[[Tensor, Tensor, Tensor], NoiseSampler]] = {
 }
 
 
-@dataclass(frozen=True)
-class Noise:
-    """How a run adds noise.
-
-    source: the row of NOISE_SOURCES to draw from if sampler is None. s_noise: a factor on all
-    noise. churn: noise before each step. split: how far down a step goes before noise is added
-    after it. active: whether any will be added, so that sigmas must descend.
-    """
-
-    source: str = ""
-    sampler: NoiseSampler | None = None
-    s_noise: float = 1.0
-    churn: levels.Churn | None = None
-    split: levels.Levels = levels.ode
-    active: bool = False
-
-
 def _run(
     step: context.Step,
     model: Model,
@@ -116,12 +123,11 @@ def _run(
     extra_args: Args,
     callback: Callback,
     disable: bool | None,
-    noise: Noise = Noise(),
+    noise: Noise = NO_NOISE,
 ) -> Tensor:
     """The loop of all samplers that get a schedule; all their draws are made here."""
     grid, host = read_sigmas(sigmas, x.device, noise.active)
-    steps = len(host) - 1
-    if steps < 1:
+    if len(host) < 2:
         return x
     extra_args = {} if extra_args is None else extra_args
     sigma_dtype = x.dtype  # x may be promoted on the way, what the model gets as sigma stays
@@ -143,22 +149,22 @@ def _run(
         assert noise_sampler is not None
         return ask(noise_sampler, sigma, sigma_next, grid) * noise.s_noise
 
-    ctx = context.Context(denoise, slope, draw)
+    ctx = context.Context(denoise, slope, draw, tuple(dict.fromkeys(host)))
+    hops = noise.plan(host)
+    steps = len(hops)
     state = None
     for i in range(steps) if torch.compiler.is_compiling() else trange(steps, disable=disable):
-        sigma, sigma_next = host[i], host[i + 1]
-        sigma_hat = sigma
-        if noise.churn is not None:
-            sigma_hat = noise.churn.sigma_hat(sigma, steps)
-            # Drawn even when unused: seeds depend on it.
+        sigma, sigma_hat, sigma_next = hops[i]
+        if noise.churns or sigma_hat > sigma:
+            # Churn draws even when unused: seeds depend on it.
             eps = torch.randn_like(x) if noise_sampler is None else None
             if sigma_hat > sigma:
                 eps = draw(sigma, sigma_hat) if eps is None else eps * noise.s_noise
                 x = x + eps * math.sqrt(sigma_hat**2 - sigma**2)
         denoised = denoise(x, sigma_hat)
         if callback is not None:
-            hat = grid[i] if sigma_hat == sigma else level(sigma_hat)
-            callback({"x": x, "i": i, "sigma": grid[i], "sigma_hat": hat, "denoised": denoised})
+            info = {"sigma": level(sigma), "sigma_hat": level(sigma_hat)}
+            callback({"x": x, "i": i, **info, "denoised": denoised})
         sigma_down, sigma_up = noise.split(sigma_hat, sigma_next)
         if sigma_down != sigma_hat:
             x, state = step(ctx, x, sigma_hat, sigma_down, denoised, state)
@@ -167,21 +173,6 @@ def _run(
             eps = draw(sigma_hat, sigma_next)
             x = x + eps * sigma_up if sigma_up else x
     return x
-
-
-def _churn(
-    s_churn: float, s_tmin: float, s_tmax: float, s_noise: float, sampler: NoiseSampler | None
-) -> Noise:
-    churn = levels.Churn(s_churn, s_tmin, s_tmax)
-    return Noise("", sampler, s_noise, churn, active=bool(s_churn))
-
-
-def _ancestral(eta: float, s_noise: float, sampler: NoiseSampler | None) -> Noise:
-    return Noise("independent", sampler, s_noise, split=levels.ancestral(eta), active=bool(eta))
-
-
-def _sde(eta: float, s_noise: float, sampler: NoiseSampler | None) -> Noise:
-    return Noise("brownian", sampler, s_noise, split=levels.sde(eta), active=bool(eta))
 
 
 def _with_sigma(callback: Callback) -> Callback:
@@ -237,7 +228,7 @@ def sample_euler(
 
     s_churn: how much noise to add over the run, at levels s_tmin to s_tmax; s_noise: its scale.
     """
-    noise = _churn(s_churn, s_tmin, s_tmax, s_noise, noise_sampler)
+    noise = door.churn(s_churn, s_tmin, s_tmax, s_noise, noise_sampler)
     return _run(one_step.euler, model, x, sigmas, extra_args, callback, disable, noise)
 
 
@@ -257,7 +248,7 @@ def sample_euler_ancestral(
 
     eta: how much of the noise is fresh, 0 for the ODE; s_noise: its scale.
     """
-    noise = _ancestral(eta, s_noise, noise_sampler)
+    noise = door.ancestral(eta, s_noise, noise_sampler)
     return _run(one_step.euler, model, x, sigmas, extra_args, callback, disable, noise)
 
 
@@ -279,7 +270,7 @@ def sample_heun(
 
     s_churn: how much noise to add over the run, at levels s_tmin to s_tmax; s_noise: its scale.
     """
-    noise = _churn(s_churn, s_tmin, s_tmax, s_noise, noise_sampler)
+    noise = door.churn(s_churn, s_tmin, s_tmax, s_noise, noise_sampler)
     return _run(one_step.heun, model, x, sigmas, extra_args, callback, disable, noise)
 
 
@@ -301,7 +292,7 @@ def sample_dpm_2(
 
     s_churn: how much noise to add over the run, at levels s_tmin to s_tmax; s_noise: its scale.
     """
-    noise = _churn(s_churn, s_tmin, s_tmax, s_noise, noise_sampler)
+    noise = door.churn(s_churn, s_tmin, s_tmax, s_noise, noise_sampler)
     return _run(one_step.dpm_2, model, x, sigmas, extra_args, callback, disable, noise)
 
 
@@ -321,7 +312,7 @@ def sample_dpm_2_ancestral(
 
     eta: how much of the noise is fresh, 0 for the ODE; s_noise: its scale.
     """
-    noise = _ancestral(eta, s_noise, noise_sampler)
+    noise = door.ancestral(eta, s_noise, noise_sampler)
     return _run(one_step.dpm_2, model, x, sigmas, extra_args, callback, disable, noise)
 
 
@@ -334,16 +325,17 @@ def sample_lms(
     callback: Callback = None,
     disable: bool | None = None,
     order: int = 4,
+    lower_order_final: bool = False,
 ) -> Tensor:
     """Linear multistep: up to `order`, from the slopes of as many steps; one evaluation a step.
 
-    Raises ValueError for order < 1.
+    lower_order_final: a lower order on the last steps to 0, the last one then Euler's, instead of
+    the published extrapolation. Raises ValueError for order < 1.
     """
     if order < 1:
         raise ValueError(f"order must be at least 1, got {order}")
-    return _run(
-        partial(multistep.lms, order=order), model, x, sigmas, extra_args, callback, disable
-    )
+    step = partial(multistep.lms, order=order, lower_order_final=lower_order_final)
+    return _run(step, model, x, sigmas, extra_args, callback, disable)
 
 
 @sampler(
@@ -455,7 +447,7 @@ def sample_dpmpp_2s_ancestral(
 
     eta: how much of the noise is fresh, 0 for the ODE; s_noise: its scale.
     """
-    noise = _ancestral(eta, s_noise, noise_sampler)
+    noise = door.ancestral(eta, s_noise, noise_sampler)
     return _run(exponential.dpmpp_2s, model, x, sigmas, extra_args, callback, disable, noise)
 
 
@@ -523,7 +515,7 @@ def sample_dpmpp_2m_sde(
     if solver_type not in multistep.SOLVER_TYPES:
         raise unknown_name("solver_type", solver_type, multistep.SOLVER_TYPES)
     step = partial(multistep.dpmpp_2m, solver_type=solver_type)
-    noise = _sde(eta, s_noise, noise_sampler)
+    noise = door.sde(eta, s_noise, noise_sampler)
     return _run(step, model, x, sigmas, extra_args, callback, disable, noise)
 
 
@@ -538,10 +530,13 @@ def sample_dpmpp_3m_sde(
     eta: float = 1.0,
     s_noise: float = 1.0,
     noise_sampler: NoiseSampler | None = None,
+    lower_order_final: bool = False,
 ) -> Tensor:
     """DPM-Solver++(3M) for the reverse-time SDE, as published: second order, one evaluation a step.
 
-    eta: how much of the noise is fresh, 0 for the ODE; s_noise: its scale.
+    eta: how much of the noise is fresh, 0 for the ODE; s_noise: its scale. lower_order_final: a
+    lower order on the last steps to 0, for few steps.
     """
-    noise = _sde(eta, s_noise, noise_sampler)
-    return _run(multistep.dpmpp_3m, model, x, sigmas, extra_args, callback, disable, noise)
+    step = partial(multistep.dpmpp_3m, lower_order_final=lower_order_final)
+    noise = door.sde(eta, s_noise, noise_sampler)
+    return _run(step, model, x, sigmas, extra_args, callback, disable, noise)

@@ -1,8 +1,9 @@
 """Noise level schedules: `n` steps from `sigma_max` down to `sigma_min`, then 0.
 
-Every schedule is a 1-D tensor of n + 1 strictly decreasing values that ends in 0. It is computed in
-float32 on the CPU (so that every device gets the same numbers) and moved to `device`. All of them
-raise ValueError unless n >= 1 and 0 < sigma_min < sigma_max < inf.
+Every schedule is a 1-D tensor of n + 1 strictly decreasing values that ends in 0. It is computed on
+the CPU (so that every device gets the same numbers), is float32, and is moved to `device`. All of
+them raise ValueError unless n >= 1 and 0 < sigma_min < sigma_max < inf. Those that start from a
+model's table of noise levels are in `table_schedules`.
 """
 
 import difflib
@@ -10,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,12 +122,139 @@ def _vp_between(
     return get_sigmas_vp(n, beta_d, log_hi - beta_d / 2, eps_s, device)
 
 
+def finish(sigmas: Sequence[float] | np.ndarray, device: torch.device | str) -> Tensor:
+    """Noise levels as a schedule: (n + 1,) float32, ending in 0.
+
+    Raises ValueError where they don't fall strictly.
+    """
+    out = append_zero(torch.as_tensor(np.asarray(sigmas, dtype=np.float64)).float())
+    if not (out.diff() < 0).all():
+        raise ValueError(
+            f"{len(out) - 1} steps from {out[0]:g} to {out[-2]:g} don't all differ; use fewer steps"
+        )
+    return out.to(device)
+
+
+def get_sigmas_linear(
+    n: int, sigma_min: Number, sigma_max: Number, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Equally spaced in sigma. Returns (n + 1,)."""
+    lo, hi = _check(n, sigma_min, sigma_max)
+    return finish(np.linspace(hi, lo, n), device)
+
+
+def get_sigmas_kl_optimal(
+    n: int,
+    sigma_min: Number,
+    sigma_max: Number,
+    sigma_data: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Equally spaced in atan(sigma / sigma_data): Align Your Steps (arXiv:2404.14507), theorem 3.1.
+
+    That minimises a bound on the KL divergence for Gaussian data of standard deviation sigma_data.
+    Returns (n + 1,).
+    """
+    lo, hi = _check(n, sigma_min, sigma_max)
+    if not 0 < sigma_data < math.inf:
+        raise ValueError(f"sigma_data must be positive, got {sigma_data}")
+    angles = np.linspace(math.atan(hi / sigma_data), math.atan(lo / sigma_data), n)
+    return finish(sigma_data * np.tan(angles), device)
+
+
+def get_sigmas_cosine(
+    n: int, sigma_min: Number, sigma_max: Number, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The cosine schedule of Nichol & Dhariwal 2021 (arXiv:2102.09672), equally spaced in time.
+
+    Its signal rate is cos^2 of an angle, so sigma is the angle's tangent, which the KL-optimal
+    schedule for sigma_data = 1 spaces equally as well. Returns (n + 1,).
+    """
+    return get_sigmas_kl_optimal(n, sigma_min, sigma_max, device=device)
+
+
+def get_sigmas_laplace(
+    n: int,
+    sigma_min: Number,
+    sigma_max: Number,
+    mu: float = 0.0,
+    beta: float = 0.5,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Quantiles of a Laplace distribution of log sigma: Hang et al. 2024 (arXiv:2407.03297).
+
+    mu: its location, around which steps are densest. beta: its scale. It is truncated to the ends,
+    so that no step is wasted beyond them. Returns (n + 1,).
+    """
+    lo, hi = _check(n, sigma_min, sigma_max)
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+
+    def tails(log_sigma: float) -> tuple[float, float]:
+        """The probabilities below and above."""
+        near = 0.5 * math.exp(-abs(log_sigma - mu) / beta)
+        return (near, 1 - near) if log_sigma < mu else (1 - near, near)
+
+    # Both tails are interpolated: 1 - p would lose the small one's digits.
+    below, above = (np.linspace(a, b, n) for a, b in zip(tails(math.log(hi)), tails(math.log(lo))))
+    small = np.log(2 * np.minimum(below, above))
+    return finish(np.exp(mu + beta * np.where(below < above, small, -small)), device)
+
+
+def get_sigmas_linear_quadratic(
+    n: int,
+    sigma_min: Number,
+    sigma_max: Number,
+    threshold: float = 0.025,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Short even steps at first, then growing ones: Movie Gen (arXiv:2410.13720).
+
+    In the time of a flow model, t = sigma / (1 + sigma), the first half of the steps covers the
+    share `threshold` of the way, the second half is a parabola that goes on from there without a
+    kink. Returns (n + 1,). Raises ValueError unless 0 < threshold < 1/3.
+    """
+    lo, hi = _check(n, sigma_min, sigma_max)
+    if not 0 < threshold < 1 / 3:
+        raise ValueError(f"threshold must lie between 0 and 1/3, got {threshold}")
+    linear = (n - 1) // 2
+    steps = np.arange(n)
+    if linear:
+        rest = n - 1 - linear
+        slope = threshold / linear
+        curve = (1 - threshold - slope * rest) / rest**2
+        way = slope * steps + curve * np.maximum(steps - linear, 0) ** 2
+    else:
+        way = steps.astype(np.float64)
+    start, end = hi / (1 + hi), lo / (1 + lo)
+    t = start + (end - start) * way
+    return finish(t / (1 - t), device)
+
+
 SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "karras": get_sigmas_karras,
     "exponential": get_sigmas_exponential,
     "polyexponential": get_sigmas_polyexponential,
     "vp": _vp_between,
+    "linear": get_sigmas_linear,
+    "cosine": get_sigmas_cosine,
+    "kl_optimal": get_sigmas_kl_optimal,
+    "laplace": get_sigmas_laplace,
+    "linear_quadratic": get_sigmas_linear_quadratic,
 }
+
+
+def discard_penultimate(sigmas: Tensor) -> Tensor:
+    """A schedule without its last noise level before the end, (steps,) of (steps + 1,).
+
+    The last step then is a longer one, which some samplers finish better. Raises ValueError for
+    fewer than two steps.
+    """
+    if sigmas.ndim != 1 or len(sigmas) < 3:
+        raise ValueError(
+            f"a schedule of two steps or more has a level to discard, got {tuple(sigmas.shape)}"
+        )
+    return torch.cat([sigmas[:-2], sigmas[-1:]])
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
@@ -142,15 +271,32 @@ def make_sigmas(
     sigma_min: Number,
     sigma_max: Number,
     device: torch.device | str = "cpu",
+    *,
+    penultimate: bool = True,
     **options: Any,
 ) -> Tensor:
     """The schedule called `name` in SCHEDULES. Returns (n + 1,), ending in 0.
 
+    penultimate: False for n steps of a schedule of n + 1 whose last level before 0 is discarded.
     options go to the schedule's function (`rho`, `eps_s`). Raises ValueError for an unknown name,
-    with the nearest ones, and where n, sigma_min and sigma_max make no schedule.
+    with the nearest ones, for one that needs a table rather than two ends, and where n, sigma_min
+    and sigma_max make no schedule.
     """
+    from .table_schedules import TABLE_SCHEDULES  # at run time: it is made of parts of this module
+
+    if name in TABLE_SCHEDULES:
+        call = TABLE_SCHEDULES[name].__name__
+        raise ValueError(
+            f"schedule {name!r} needs a table of noise levels, not two ends; call "
+            f"k_diffusion.sampling.{call}(n, table)"
+        )
     if name not in SCHEDULES:
         raise unknown_name("schedule", name, SCHEDULES)
+    if not penultimate:
+        _check(n, sigma_min, sigma_max)
+        return discard_penultimate(
+            SCHEDULES[name](n + 1, sigma_min, sigma_max, device=device, **options)
+        )
     return SCHEDULES[name](n, sigma_min, sigma_max, device=device, **options)
 
 

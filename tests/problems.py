@@ -3,8 +3,11 @@
 All are called as a model, `problem(x, sigma)` with sigma: (n,), and take x of any shape (n, ...).
 """
 
+import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -111,6 +114,26 @@ def normal(seed: int, *shape: int, std: float = 1.0, dtype: torch.dtype = torch.
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype) * std
 
 
+# Where orders of convergence are measured: far above the mixture's size, and below its parts'.
+HI, LO = 40.0, 0.1
+
+
+def grid(n: int) -> Tensor:
+    """Karras et al.'s schedule of n steps from HI to LO, in float64, without a final 0."""
+    return torch.linspace(HI ** (1 / 7), LO ** (1 / 7), n + 1, dtype=torch.float64) ** 7
+
+
+@functools.cache
+def reference() -> tuple[Mixture, Tensor, Tensor]:
+    """The mixture, samples at HI, and where its ODE takes them at LO."""
+    problem, x = mixture(), normal(0, 16, 2, dtype=torch.float64) * HI
+    return problem, x, problem.ode_map(x, HI, LO)
+
+
+def rms(x: Tensor) -> float:
+    return x.pow(2).mean().sqrt().item()
+
+
 class Impulses:
     """A noise sampler for exact variances: a Brownian path's increments as unit vectors.
 
@@ -136,3 +159,10 @@ class Impulses:
         for i in range(lo, hi):
             noise[i + 1] = math.sqrt(self.times[i + 1] - self.times[i])
         return noise / math.sqrt(self.times[hi] - self.times[lo])
+
+
+def impulses(sigmas: Tensor, fractions: Iterable[float] = (1 / 3, 1 / 2, 2 / 3)) -> Impulses:
+    """Impulses at a schedule's noise levels, and at fractions of its steps in log sigma."""
+    host = sigmas.tolist()
+    stages = [a * (b / a) ** r for a, b in pairwise(host) for r in fractions if b > 0]
+    return Impulses([*host, *stages])

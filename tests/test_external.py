@@ -10,6 +10,7 @@ from k_diffusion.external import (
     CompVisDenoiser,
     CompVisVDenoiser,
     DiscreteEpsDDPMDenoiser,
+    DiscreteSampleDDPMDenoiser,
     DiscreteSchedule,
     DiscreteVDDPMDenoiser,
     OpenAIDenoiser,
@@ -41,9 +42,9 @@ def gaussian(x, sigma):
 
 
 class Exact(nn.Module):
-    """The optimal eps or v of Gaussian data, from variance-preserving x and t: (n,).
+    """The optimal eps, v or x0 of Gaussian data, from variance-preserving x and t: (n,).
 
-    With abar of t, x has variance abar S^2 + 1 - abar; eps and v are regressions on it.
+    With abar of t, x has variance abar S^2 + 1 - abar; eps, v and x0 are regressions on it.
     """
 
     def __init__(self, kind, abar):
@@ -55,7 +56,8 @@ class Exact(nn.Module):
         self.kwargs.append(kwargs)
         abar = per_sample(self.abar(t))
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
-        covariance = {"eps": sigma, "v": alpha * sigma * (1 - S**2)}[self.kind]
+        covariances = {"eps": sigma, "v": alpha * sigma * (1 - S**2), "sample": alpha * S**2}
+        covariance = covariances[self.kind]
         return covariance / (abar * S**2 + 1 - abar) * x
 
     def apply_model(self, x, t, cond=None, **kwargs):
@@ -75,6 +77,7 @@ def table(alphas=ALPHAS):
 WRAPPERS = {
     "eps": lambda **kw: DiscreteEpsDDPMDenoiser(discrete("eps"), ALPHAS, **kw),
     "v": lambda **kw: DiscreteVDDPMDenoiser(discrete("v"), ALPHAS, **kw),
+    "sample": lambda **kw: DiscreteSampleDDPMDenoiser(discrete("sample"), ALPHAS, **kw),
     "compvis eps": lambda **kw: CompVisDenoiser(discrete("eps"), **kw),
 }
 all_wrappers = pytest.mark.parametrize("make", WRAPPERS.values(), ids=WRAPPERS.keys())
@@ -132,19 +135,21 @@ def test_openai_models_lose_their_learned_variances(learned):
 
 @all_wrappers
 def test_loss_is_the_squared_error_of_what_the_model_estimates(make):
-    """eps is the noise; v = alpha noise - sigma x0 of the variance-preserving image."""
+    """eps is the noise; v = alpha noise - sigma x0 of the variance-preserving data; or x0."""
     model, x, noise, sigma = make(quantize=True), data(), data(1), table()[[0, 400, 999]]
     abar = per_sample(1 / (1 + sigma**2))
     vp = abar.sqrt() * x + (1 - abar).sqrt() * noise
     kind = model.inner_model.kind
-    target = noise if kind == "eps" else abar.sqrt() * noise - (1 - abar).sqrt() * x
+    v = abar.sqrt() * noise - (1 - abar).sqrt() * x
+    target = {"eps": noise, "v": v, "sample": x}[kind]
     error = model.inner_model(vp, model.sigma_to_t(sigma)) - target
     expected = error.pow(2).flatten(1).mean(1)
     torch.testing.assert_close(model.loss(x, noise, sigma), expected)
 
 
 def test_sigma_zero_gives_the_input_back():
-    models = [make(quantize=False) for make in WRAPPERS.values()]
+    """Not from a model that estimates x0 itself: that has the last word."""
+    models = [make(quantize=False) for name, make in WRAPPERS.items() if name != "sample"]
     models.append(VDenoiser(Exact("v", lambda t: torch.cos(t * torch.pi / 2) ** 2)))
     for model in models:
         assert torch.equal(model(data(), torch.zeros(3, dtype=torch.float64)), data())
@@ -224,12 +229,16 @@ def test_sigma_of_any_dtype_keeps_its_time(dtype):
     torch.testing.assert_close(model.sigma_to_t(sigma).double(), expected, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["eps", "v"])
+@pytest.mark.parametrize("kind", ["eps", "v", "sample"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_zero_terminal_snr_stays_finite(kind, dtype):
     alphas = zero_terminal(ALPHAS).to(dtype)
     assert alphas[-1] == 0
-    cls = {"eps": DiscreteEpsDDPMDenoiser, "v": DiscreteVDDPMDenoiser}[kind]
+    cls = {
+        "eps": DiscreteEpsDDPMDenoiser,
+        "v": DiscreteVDDPMDenoiser,
+        "sample": DiscreteSampleDDPMDenoiser,
+    }[kind]
     model = cls(discrete(kind, alphas.double()), alphas, quantize=False)
     assert model.sigmas.isfinite().all()
     assert model.log_sigmas.isfinite().all()

@@ -219,6 +219,8 @@ def sample(name, seeds):
     options = {"noise_sampler": S.make_noise_sampler(name, x, sigmas, seeds), "disable": True}
     if name in ("euler", "heun", "dpm_2"):
         options["s_churn"] = 2.0
+    if name == "ddim":
+        options["eta"] = 1.0
     if info.takes_sigmas:
         return info.function(model, x, sigmas, **options)
     return info.function(model, x, 0.1, 8.0, 7, eta=1.0, **options)

@@ -199,6 +199,8 @@ def test_low_precision_is_promoted_by_slopes_alone(dtype):
 
     sigmas = torch.tensor([4.0, 2.0, 1.0, 0.5])
     promoted = {"euler", "euler_ancestral", "heun", "dpm_2", "dpm_2_ancestral", "lms"}
+    promoted |= {"ddim", "ddpm", "deis", "gradient_estimation", "heunpp2", "ipndm", "ipndm_v"}
+    promoted |= {"restart"}
     for name in ON_SIGMAS:
         y = run(name, model, x, sigmas)
         assert y.dtype == (torch.float32 if name in promoted else dtype), name
@@ -405,6 +407,8 @@ def test_eta_0_is_the_ode_sampler():
         ("euler_ancestral", "euler"),
         ("dpm_2_ancestral", "dpm_2"),
         ("dpmpp_2m_sde", "dpmpp_2m"),
+        ("res_multistep_ancestral", "res_multistep"),
+        ("ddim", "euler"),
     ):
         got = run(stochastic, problems.Gaussian(), x, sigmas, eta=0.0)
         assert torch.equal(got, run(ode, problems.Gaussian(), x, sigmas))

@@ -3,6 +3,7 @@ import math
 import golden
 import pytest
 import torch
+from scipy import stats
 
 from k_diffusion import schedules
 from k_diffusion.schedules import make_sigmas
@@ -95,3 +96,86 @@ def test_options_out_of_range_are_errors():
 def test_unit_ends_of_positive_range():
     assert schedules.positive_range([3.0, 1.0, 0.0]) == (1.0, 3.0)
     assert schedules.positive_range([0.0]) == (0.0, 0.0)
+
+
+# ------------------------------------------------------------------------- spacings and options
+
+
+def gaps(values: torch.Tensor) -> torch.Tensor:
+    d = values.double().diff()
+    return d / d.mean()
+
+
+def test_equal_spacings():
+    linear = make_sigmas("linear", 20, 0.1, 40.0)[:-1]
+    torch.testing.assert_close(gaps(linear), torch.ones(19).double(), rtol=1e-4, atol=0)
+    angles = make_sigmas("kl_optimal", 20, 0.1, 40.0, sigma_data=0.5)[:-1].double() / 0.5
+    torch.testing.assert_close(gaps(angles.atan()), torch.ones(19).double(), rtol=1e-4, atol=0)
+
+
+def test_kl_optimal_minimises_the_bound_for_gaussian_data():
+    """The sum over steps of (s_i - s_j)^2 / (s_i s_j)-like terms, by its stationarity."""
+    sigmas = make_sigmas("kl_optimal", 30, 0.05, 20.0)[:-1].double()
+
+    def bound(s):
+        # theorem 3.1's, for unit data: the squared sines of steps in the angle atan(sigma)
+        return (s.atan().diff().sin() ** 2).sum()
+
+    best = bound(sigmas)
+    for seed in range(5):
+        nudge = torch.randn(28, generator=torch.Generator().manual_seed(seed)).double()
+        other = sigmas.clone()
+        other[1:-1] *= 1 + 0.02 * nudge
+        assert bound(other) > best
+
+
+def test_cosine_is_equally_spaced_in_the_time_of_v_diffusion():
+    t = make_sigmas("cosine", 20, 0.1, 40.0)[:-1].double().atan() * 2 / math.pi
+    torch.testing.assert_close(gaps(t), torch.ones(19).double(), rtol=1e-4, atol=0)
+    assert torch.equal(make_sigmas("cosine", 9, 0.1, 9.0), make_sigmas("kl_optimal", 9, 0.1, 9.0))
+
+
+@pytest.mark.parametrize(("mu", "beta"), [(0.0, 0.5), (-1.0, 1.5)])
+def test_laplace_steps_are_equally_likely(mu, beta):
+    sigmas = make_sigmas("laplace", 40, 0.002, 80.0, mu=mu, beta=beta)[:-1].double()
+    cdf = torch.from_numpy(stats.laplace.cdf(sigmas.log().numpy(), mu, beta))
+    torch.testing.assert_close(gaps(cdf), torch.ones(39).double(), rtol=1e-3, atol=0)
+
+
+def test_linear_quadratic():
+    sigmas = make_sigmas("linear_quadratic", 21, 0.02, 50.0, threshold=0.1)[:-1].double()
+    t = sigmas / (1 + sigmas)
+    way = (t[0] - t) / (t[0] - t[-1])
+    assert way[10].item() == pytest.approx(0.1, abs=1e-5)
+    torch.testing.assert_close(way[:11], torch.linspace(0, 0.1, 11).double(), rtol=0, atol=1e-5)
+    second = way.diff().diff()
+    assert (second[:9].abs() < 1e-5).all()
+    torch.testing.assert_close(second[10:], second[10:].mean().expand(9), rtol=1e-2, atol=0)
+
+
+def test_discarding_the_penultimate_level():
+    sigmas = make_sigmas("karras", 6, 0.1, 10.0)
+    short = schedules.discard_penultimate(sigmas)
+    assert short.tolist() == [*sigmas[:5].tolist(), 0.0]
+    option = make_sigmas("karras", 5, 0.1, 10.0, penultimate=False)
+    assert torch.equal(option, short)
+    for bad in (torch.tensor([1.0, 0.0]), torch.ones(2, 3)):
+        with pytest.raises(ValueError, match="two steps or more"):
+            schedules.discard_penultimate(bad)
+    with pytest.raises(ValueError, match="at least one step"):
+        make_sigmas("karras", 0, 0.1, 10.0, penultimate=False)
+
+
+def test_other_options_out_of_range():
+    for name, options in (
+        ("kl_optimal", {"sigma_data": 0.0}),
+        ("laplace", {"beta": -1.0}),
+        ("linear_quadratic", {"threshold": 0.5}),
+    ):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            make_sigmas(name, 5, 0.1, 1.0, **options)
+
+
+def test_levels_that_float32_cannot_tell_apart():
+    with pytest.raises(ValueError, match="use fewer steps"):
+        make_sigmas("linear", 100, 1.0, 1.000001)

@@ -17,16 +17,19 @@ def check_shape(
     wanted: false if the model has no such input. optional: whether it may be None.
     Raises ValueError with the expected and the given shape.
     """
-    text = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
     if value is None:
         if wanted and not optional:
-            raise ValueError(f"this model needs {name} of shape {text}; got None")
+            raise ValueError(f"this model needs {name} of shape {_text(shape)}; got None")
     elif not wanted:
         raise ValueError(f"this model takes no {name}, got one of shape {tuple(value.shape)}")
     elif value.ndim != len(shape) or any(
-        isinstance(size, int) and size != given for size, given in zip(shape, value.shape)
+        not isinstance(size, str) and size != given for size, given in zip(shape, value.shape)
     ):
-        raise ValueError(f"{name} of shape {text} expected, got {tuple(value.shape)}")
+        raise ValueError(f"{name} of shape {_text(shape)} expected, got {tuple(value.shape)}")
+
+
+def _text(shape: Sequence[int | str]) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
 def check_multiple(h: int, w: int, multiple: Sequence[int], reason: str) -> None:

@@ -4,10 +4,22 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant_when_compiled(function: F) -> F:
+    """Have `torch.compile` call a function as it traces, and take its result for a constant.
+
+    Does what `torch.compiler.assume_constant_result` does, which takes a second to import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
 
 _checkpointing: ContextVar[bool] = ContextVar("k_diffusion_checkpointing", default=False)
 

@@ -7,11 +7,11 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from .. import layers
-from .attention import GlobalAttentionSpec, attend
+from .attention import GlobalAttentionSpec
 from .checks import check_multiple, check_shape
+from .conditioning import ConditionedModel
 from .flags import checkpoint
-from .rope import apply_rotary_emb, make_axial_pos
+from .rope import make_axial_pos
 from .transformer import (
     AdaRMSNorm,
     FeedForwardBlock,
@@ -19,14 +19,12 @@ from .transformer import (
     MappingNetwork,
     RMSNorm,
     apply_wd,
-    log_sigma,
+    rotary_attention,
     scale_for_cosine_sim,
-    tag_module,
-    tagged_param_groups,
+    split_heads,
     zero_init,
 )
 
-AUG_FEATURES = 9
 D_HEAD = 64
 MAPPING_DEPTH = 2
 
@@ -84,16 +82,12 @@ class SelfAttentionBlock(nn.Module):
         self.out_proj = apply_wd(zero_init(Linear(d_model, d_model, bias=False)))
 
     def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        qkv = self.qkv_proj(self.norm(x, cond))
-        q, k, v = rearrange(qkv, "n h w (t nh e) -> t n h w nh e", t=3, nh=self.n_heads).unbind()
+        q, k, v = split_heads(self.qkv_proj(self.norm(x, cond)), self.n_heads)
         q, k = self.qk_norm(q, k)
-        theta = self.pos_emb(pos)
         # This model rotates neighbouring features (2i, 2i + 1). The scores are the same whatever
         # the order of the features, so it is enough to move each pair to (i, i + d_head / 2).
         q, k = (rearrange(t, "... (e pair) -> ... (pair e)", pair=2) for t in (q, k))
-        q, k = apply_rotary_emb(q, theta), apply_rotary_emb(k, theta)
-        self.geometry.record_flops(q.shape)
-        y = attend(self.geometry, q, k, v).flatten(-2)
+        y = rotary_attention(self.geometry, q, k, v, self.pos_emb(pos))
         return x + self.out_proj(self.dropout(y))
 
 
@@ -110,7 +104,7 @@ class TransformerBlock(nn.Module):
         return checkpoint(self.ff, x, cond)
 
 
-class ImageTransformerDenoiserModelV1(nn.Module):
+class ImageTransformerDenoiserModelV1(ConditionedModel):
     """A transformer denoiser, the model `"image_transformer_v1"` of the configs.
 
     To be wrapped in `K.Denoiser`. Patches of pixels become tokens; each of the layers is global
@@ -142,28 +136,17 @@ class ImageTransformerDenoiserModelV1(nn.Module):
             raise ValueError(f"d_model (width) must be a multiple of {D_HEAD}, got {d_model}")
         self.in_features = in_features
         self.patch_h, self.patch_w = patch_size
-        self.num_classes = num_classes
         self.sigma_data = sigma_data
         patch_area = self.patch_h * self.patch_w
 
-        self.time_emb = layers.FourierFeatures(1, d_model)
-        self.time_in_proj = Linear(d_model, d_model, bias=False)
-        self.aug_emb = layers.FourierFeatures(AUG_FEATURES, d_model)
-        self.aug_in_proj = Linear(d_model, d_model, bias=False)
-        self.class_emb = nn.Embedding(num_classes + 1, d_model) if num_classes else None
-        self.mapping = tag_module(MappingNetwork(MAPPING_DEPTH, d_model, d_ff, dropout), "mapping")
+        mapping = MappingNetwork(MAPPING_DEPTH, d_model, d_ff, dropout)
+        self.add_conditioning(mapping, d_model, num_classes)
         self.in_proj = Linear(in_features * patch_area, d_model, bias=False)
         self.blocks = nn.ModuleList(
             TransformerBlock(d_model, d_ff, dropout) for _ in range(n_layers)
         )
         self.out_norm = RMSNorm(d_model)
         self.out_proj = zero_init(Linear(d_model, out_features * patch_area, bias=False))
-
-    def param_groups(
-        self, base_lr: float = 5e-4, mapping_lr_scale: float = 1 / 3
-    ) -> list[dict[str, object]]:
-        """Optimizer groups: main with and without weight decay, then the mapping network's."""
-        return tagged_param_groups(self, base_lr, mapping_lr_scale)
 
     def forward(
         self,
@@ -179,19 +162,10 @@ class ImageTransformerDenoiserModelV1(nn.Module):
         (n, out_features, h, w). Raises ValueError for other shapes and for a missing class_cond.
         """
         check_shape("x", x, ("n", self.in_features, "h", "w"))
-        n, _, h, w = x.shape
+        _, _, h, w = x.shape
         check_multiple(h, w, (self.patch_h, self.patch_w), "the patch size")
-        check_shape("sigma", sigma, (n,))
-        check_shape("aug_cond", aug_cond, (n, AUG_FEATURES), optional=True)
-        check_shape("class_cond", class_cond, (n,), wanted=self.num_classes)
-
-        if aug_cond is None:
-            aug_cond = sigma.new_zeros(n, AUG_FEATURES)
-        emb = self.time_in_proj(self.time_emb(log_sigma(sigma)[:, None] / 4))
-        emb = emb + self.aug_in_proj(self.aug_emb(aug_cond))
-        if self.class_emb is not None:
-            emb = emb + self.class_emb(class_cond)
-        cond = self.mapping(emb)
+        check_shape("sigma", sigma, (len(x),))
+        cond = self.condition(sigma, aug_cond, class_cond)
 
         patches = {"p": self.patch_h, "q": self.patch_w}
         x = self.in_proj(rearrange(x, "n c (h p) (w q) -> n h w (c p q)", **patches))

@@ -14,8 +14,9 @@ from .attention import (
     NeighborhoodAttentionSpec,
     NoAttentionSpec,
     ShiftedWindowAttentionSpec,
-    attend,
 )
+from .checks import check_multiple, check_shape
+from .conditioning import ConditionedModel
 from .flags import checkpoint, get_rope_parity
 from .rope import AxialRoPE, apply_rotary_emb, apply_rotary_emb_, make_axial_pos
 from .transformer import (
@@ -28,11 +29,11 @@ from .transformer import (
     RMSNorm,
     apply_wd,
     filter_params,
-    log_sigma,
+    rotary_attention,
     scale_for_cosine_sim,
+    split_heads,
     tag_module,
     tag_param,
-    tagged_param_groups,
     zero_init,
 )
 
@@ -126,13 +127,10 @@ class SelfAttentionBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         skip = x
-        qkv = self.qkv_proj(self.norm(x, cond))
-        q, k, v = rearrange(qkv, "n h w (t nh e) -> t n h w nh e", t=3, nh=self.n_heads).unbind()
+        q, k, v = split_heads(self.qkv_proj(self.norm(x, cond)), self.n_heads)
         q, k = scale_for_cosine_sim(q, k, self.scale, 1e-6)
         theta = self.pos_emb(pos.to(q.dtype) if get_rope_parity() else pos)
-        q, k = apply_rotary_emb(q, theta), apply_rotary_emb(k, theta)
-        self.geometry.record_flops(q.shape)
-        x = attend(self.geometry, q, k, v).flatten(-2)
+        x = rotary_attention(self.geometry, q, k, v, theta)
         return self.out_proj(self.dropout(x)) + skip
 
 
@@ -214,7 +212,7 @@ class TokenSplit(TokenSplitWithoutSkip):
 # ---------------------------------------------------------------- the model
 
 
-class ImageTransformerDenoiserModelV2(nn.Module):
+class ImageTransformerDenoiserModelV2(ConditionedModel):
     """Hourglass diffusion transformer (HDiT, arXiv 2401.11605).
 
     levels: from the pixels up; the last is the middle, the others run on the way up and down.
@@ -237,24 +235,16 @@ class ImageTransformerDenoiserModelV2(nn.Module):
     ):
         super().__init__()
         self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.mapping_cond_dim = mapping_cond_dim
         self.size_multiple = tuple(p * 2 ** (len(levels) - 1) for p in patch_size)
         width, cond_features = levels[0].width, mapping.width
 
         self.patch_in = TokenMerge(in_channels, width, patch_size)
-        self.time_emb = layers.FourierFeatures(1, cond_features)
-        self.time_in_proj = Linear(cond_features, cond_features, bias=False)
-        self.aug_emb = layers.FourierFeatures(9, cond_features)
-        self.aug_in_proj = Linear(cond_features, cond_features, bias=False)
-        self.class_emb = nn.Embedding(num_classes + 1, cond_features) if num_classes else None
-        self.mapping_cond_in_proj = (
-            Linear(mapping_cond_dim, cond_features, bias=False) if mapping_cond_dim else None
+        self.add_conditioning(
+            MappingNetwork(mapping.depth, cond_features, mapping.d_ff, mapping.dropout),
+            cond_features,
+            num_classes,
+            mapping_cond_dim,
         )
-        self.mapping = tag_module(
-            MappingNetwork(mapping.depth, cond_features, mapping.d_ff, mapping.dropout), "mapping"
-        )
-
         *outer, middle = levels
         self.down_levels = nn.ModuleList(Level(spec, cond_features) for spec in outer)
         self.up_levels = nn.ModuleList(Level(spec, cond_features) for spec in outer)
@@ -267,50 +257,6 @@ class ImageTransformerDenoiserModelV2(nn.Module):
         self.patch_out = TokenSplitWithoutSkip(width, out_channels, patch_size)
         zero_init(self.patch_out.proj)
 
-    def param_groups(
-        self, base_lr: float = 5e-4, mapping_lr_scale: float = 1 / 3
-    ) -> list[dict[str, object]]:
-        """Optimizer groups: main with and without weight decay, then the mapping network's."""
-        return tagged_param_groups(self, base_lr, mapping_lr_scale)
-
-    def _check(self, x: torch.Tensor, sigma: torch.Tensor) -> None:
-        if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must be (n, {self.in_channels}, h, w), got {tuple(x.shape)}")
-        if sigma.shape != x.shape[:1]:
-            raise ValueError(f"sigma must be ({len(x)},), one a sample, got {tuple(sigma.shape)}")
-        multiple_h, multiple_w = self.size_multiple
-        if x.shape[2] % multiple_h or x.shape[3] % multiple_w:
-            raise ValueError(
-                f"h and w must be multiples of {multiple_h} and {multiple_w} "
-                f"(patch size x 2 per level above the first), got {x.shape[2]} x {x.shape[3]}"
-            )
-
-    def condition(
-        self,
-        sigma: torch.Tensor,
-        aug_cond: torch.Tensor | None,
-        class_cond: torch.Tensor | None,
-        mapping_cond: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The mapping network's output, (n, mapping width); arguments as in `forward`."""
-        if aug_cond is None:
-            aug_cond = sigma.new_zeros(len(sigma), 9)
-        c_noise = log_sigma(sigma) / 4
-        cond = self.time_in_proj(self.time_emb(c_noise[:, None]))
-        cond = cond + self.aug_in_proj(self.aug_emb(aug_cond))
-        if self.class_emb is not None:
-            if class_cond is None:
-                raise ValueError(
-                    f"this model has {self.num_classes} classes: pass class_cond, (n,) integers "
-                    f"(id {self.num_classes} means no class)"
-                )
-            cond = cond + self.class_emb(class_cond)
-        if self.mapping_cond_in_proj is not None:
-            if mapping_cond is None:
-                raise ValueError(f"pass mapping_cond, (n, {self.mapping_cond_dim})")
-            cond = cond + self.mapping_cond_in_proj(mapping_cond)
-        return self.mapping(cond)
-
     def forward(
         self,
         x: torch.Tensor,
@@ -319,11 +265,17 @@ class ImageTransformerDenoiserModelV2(nn.Module):
         class_cond: torch.Tensor | None = None,
         mapping_cond: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x: (n, in_channels, h, w). sigma: (n,), positive. aug_cond: (n, 9), zeros if not given.
-        class_cond: (n,) integers. mapping_cond: (n, mapping_cond_dim). Returns
-        (n, out_channels, h, w). Raises ValueError if a shape doesn't fit or a condition is missing.
+        """The network's output for a preconditioned input at noise levels `sigma`.
+
+        x: (n, in_channels, h, w). sigma: (n,). aug_cond: (n, 9), zeros if None. class_cond: (n,)
+        integers from 0 to num_classes. mapping_cond: (n, mapping_cond_dim). Returns
+        (n, out_channels, h, w). Raises ValueError for other shapes, and for conditions missing or
+        not known to the model.
         """
-        self._check(x, sigma)
+        check_shape("x", x, ("n", self.in_channels, "h", "w"))
+        reason = "patch size x 2 for each level above the first"
+        check_multiple(x.shape[2], x.shape[3], self.size_multiple, reason)
+        check_shape("sigma", sigma, (len(x),))
         cond = self.condition(sigma, aug_cond, class_cond, mapping_cond)
         x = self.patch_in(x.movedim(1, -1))
         skips = []

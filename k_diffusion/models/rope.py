@@ -54,15 +54,28 @@ def make_axial_pos(
     return make_grid(h_pos, w_pos)
 
 
-def _rotate(x: torch.Tensor, theta: torch.Tensor, conj: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    d = theta.shape[-1]
+def cos_sin(theta: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of angles in radians, to `rotate` features of `dtype`; at least float32."""
+    dtype = torch.promote_types(torch.promote_types(dtype, theta.dtype), torch.float32)
+    theta = theta.to(dtype)
+    return theta.cos(), theta.sin()
+
+
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x in three parts: the d first and the d second features of each pair, rotated, and the rest.
+
+    x: (..., e). cos, sin: broadcast to (..., d), as `cos_sin` makes them.
+    """
+    d = cos.shape[-1]
     if 2 * d > x.shape[-1]:
         raise ValueError(f"{d} angles rotate {2 * d} features, but x has only {x.shape[-1]}")
-    dtype = torch.promote_types(torch.promote_types(x.dtype, theta.dtype), torch.float32)
-    cos, sin = theta.to(dtype).cos(), theta.to(dtype).sin()
-    a, b = x[..., :d].to(dtype), x[..., d : 2 * d].to(dtype)
-    sin = -sin if conj else sin
-    return (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
+    # a split, since its backward is one concatenation and a slice's fills zeros each time
+    a, b, rest = x.split([d, d, x.shape[-1] - 2 * d], dim=-1)
+    a, b = a.to(cos.dtype), b.to(cos.dtype)
+    a, b = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    return a.to(x.dtype), b.to(x.dtype), rest
 
 
 def apply_rotary_emb(x: torch.Tensor, theta: torch.Tensor, conj: bool = False) -> torch.Tensor:
@@ -71,13 +84,13 @@ def apply_rotary_emb(x: torch.Tensor, theta: torch.Tensor, conj: bool = False) -
     x: (..., e) with e >= 2 d; features from 2 d on pass through. theta: broadcasts to (..., d),
     radians. conj: rotate the other way. The angles' cosines are computed in at least float32.
     """
-    a, b = _rotate(x, theta, conj)
-    return torch.cat([a, b, x[..., 2 * theta.shape[-1] :]], dim=-1)
+    cos, sin = cos_sin(theta, x.dtype)
+    return torch.cat(rotate(x, cos, -sin if conj else sin), dim=-1)
 
 
 def apply_rotary_emb_(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     """`apply_rotary_emb` in place: x is overwritten and returned. Differentiable in x."""
-    a, b = _rotate(x, theta, conj=False)
+    a, b, _ = rotate(x, *cos_sin(theta, x.dtype))
     d = theta.shape[-1]
     x[..., :d] = a
     x[..., d : 2 * d] = b

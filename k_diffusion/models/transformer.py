@@ -1,6 +1,6 @@
-"""What both transformers share: norms, GEGLU, mapping network, parameter tags."""
+"""What both transformers share: norms, GEGLU, mapping network, attention, parameter tags."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import flops
+from .attention import Geometry, attend
+from .rope import cos_sin, rotate
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -20,28 +22,40 @@ def tag_param(param: nn.Parameter, tag: str) -> nn.Parameter:
     return param
 
 
+def _tag(module: nn.Module, tag: str, suffix: str = "") -> None:
+    # The tags are kept by the module that owns the parameter: a copy of a parameter loses its
+    # attributes, a copy of a module doesn't.
+    for owner in module.modules():
+        tags = owner.__dict__.setdefault("_param_tags", {})
+        for name, _ in owner.named_parameters(recurse=False):
+            if name.endswith(suffix):
+                tags[name] = {*tags.get(name, ()), tag}
+
+
 def tag_module(module: M, tag: str) -> M:
     """Add a tag to every parameter of a module."""
-    for param in module.parameters():
-        tag_param(param, tag)
+    _tag(module, tag)
     return module
 
 
 def apply_wd(module: M) -> M:
     """Tag a module's weights, not its biases and scales, for weight decay."""
-    for name, param in module.named_parameters():
-        if name.endswith("weight"):
-            tag_param(param, "wd")
+    _tag(module, "wd", suffix="weight")
     return module
 
 
+def _tagged_params(module: nn.Module) -> Iterator[tuple[nn.Parameter, set[str]]]:
+    for path, param in module.named_parameters():
+        parent, _, name = path.rpartition(".")
+        tags = module.get_submodule(parent).__dict__.get("_param_tags", {}).get(name, ())
+        yield param, {*tags, *getattr(param, "_tags", ())}
+
+
 def filter_params(
-    function: Callable[[Iterable[str]], bool], module: nn.Module
+    function: Callable[[set[str]], bool], module: nn.Module
 ) -> Iterator[nn.Parameter]:
     """The parameters of a module whose set of tags satisfies `function`."""
-    for param in module.parameters():
-        if function(getattr(param, "_tags", set())):
-            yield param
+    return (param for param, tags in _tagged_params(module) if function(tags))
 
 
 def tagged_param_groups(
@@ -52,12 +66,11 @@ def tagged_param_groups(
     for mapping in (False, True):
         lr = base_lr * mapping_lr_scale if mapping else base_lr
         for wd in (True, False):
-            params = list(
-                filter_params(
-                    lambda tags, m=mapping, d=wd: ("mapping" in tags, "wd" in tags) == (m, d),
-                    module,
-                )
-            )
+            params = [
+                param
+                for param, tags in _tagged_params(module)
+                if ("mapping" in tags, "wd" in tags) == (mapping, wd)
+            ]
             groups.append({"params": params, "lr": lr, **({} if wd else {"weight_decay": 0.0})})
     return groups
 
@@ -103,8 +116,8 @@ def rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     x: (..., d). scale: broadcasts to x. Returns the dtype of x.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
-    mean_sq = x.to(dtype).square().mean(dim=-1, keepdim=True)
-    return x * (scale.to(dtype) * torch.rsqrt(mean_sq + eps)).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)  # in one pass over x
+    return x * (scale * torch.rsqrt(norm.square() / x.shape[-1] + eps)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -209,6 +222,23 @@ def scale_for_cosine_sim(
         return x * (sqrt_scale * torch.rsqrt(sum_sq + eps)).to(x.dtype)
 
     return normalise(q), normalise(k)
+
+
+def rotary_attention(
+    geometry: Geometry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, theta: torch.Tensor
+) -> torch.Tensor:
+    """Attention with rotary embeddings. q, k, v: (n, h, w, n_heads, d_head); theta: angles in
+    radians, (h, w, n_heads, up to d_head / 2). Returns (n, h, w, n_heads * d_head)."""
+    cos, sin = cos_sin(theta, q.dtype)
+    q, k = (torch.cat(rotate(x, cos, sin), dim=-1) for x in (q, k))
+    geometry.record_flops(q.shape)
+    return attend(geometry, q, k, v).flatten(-2)
+
+
+def split_heads(qkv: torch.Tensor, n_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(..., 3 * n_heads * d_head) to q, k and v of (..., n_heads, d_head)."""
+    q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).unbind(-3)
+    return q, k, v
 
 
 def log_sigma(sigma: torch.Tensor) -> torch.Tensor:

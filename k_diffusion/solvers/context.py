@@ -15,11 +15,25 @@ class Context:
     denoise(x, sigma): the model's estimate of the clean sample.
     to_d(x, sigma, denoised): the ODE's slope dx/dsigma (Karras et al. 2022, equation 3).
     noise(sigma, sigma_next): unit Gaussian noise belonging to that interval, times s_noise.
+    levels: the run's noise levels in order, each once.
     """
 
     denoise: Callable[[Tensor, float], Tensor]
     to_d: Callable[[Tensor, float, Tensor], Tensor]
     noise: Callable[[float, float], Tensor]
+    levels: tuple[float, ...] = ()
+
+    def ahead(self, sigma: float) -> tuple[float, ...]:
+        """The noise levels that come after sigma, which is one of them."""
+        return self.levels[self.levels.index(sigma) + 1 :]
+
+    def order(self, sigma: float, order: int, lower_order_final: bool) -> int:
+        """The order of the step from sigma: on the last steps to 0 at most as many as are left.
+
+        Toward 0 a step in log sigma grows without bound, and extrapolation with it.
+        """
+        ahead = self.ahead(sigma) if lower_order_final else ()
+        return min(order, len(ahead)) if ahead and ahead[-1] == 0 else order
 
 
 def evaluate(

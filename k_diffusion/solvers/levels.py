@@ -4,8 +4,9 @@ Every split keeps the variance exact: sigma_down^2 + sigma_up^2 = sigma_next^2.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -56,22 +57,89 @@ def ancestral(eta: float) -> Levels:
     return lambda sigma, sigma_next: get_ancestral_step(sigma, sigma_next, eta)
 
 
-def sde(eta: float) -> Levels:
-    """get_sde_step at a fixed eta."""
-    return lambda sigma, sigma_next: get_sde_step(sigma, sigma_next, eta)
+def sde(eta: float, s_tmin: float = 0.0, s_tmax: float = math.inf) -> Levels:
+    """get_sde_step at a fixed eta, for steps that start in s_tmin to s_tmax; else the ODE."""
+    between = _between(s_tmin, s_tmax)
+    return lambda sigma, sigma_next: get_sde_step(sigma, sigma_next, eta if between(sigma) else 0.0)
+
+
+def renoise(sigma: float, sigma_next: float) -> tuple[float, float]:
+    """All the way down to the denoised sample, then all the noise anew."""
+    return (sigma, 0.0) if sigma == sigma_next else (0.0, sigma_next)
+
+
+def _between(s_tmin: float, s_tmax: float) -> Callable[[float], bool]:
+    # Float32 rounding of a schedule must not decide whether its end is inside the interval.
+    return lambda sigma: s_tmin * (1 - 1e-6) <= sigma <= s_tmax * (1 + 1e-6)
+
+
+# ------------------------------------------------------------------------- noise before a step
+
+# (sigma, sigma_hat, sigma_next): noise takes the sample up to sigma_hat, the step down to the next
+Hop: TypeAlias = tuple[float, float, float]
+Plan: TypeAlias = Callable[[Sequence[float]], list[Hop]]
+
+
+def straight(sigmas: Sequence[float]) -> list[Hop]:
+    """From each noise level to the next one."""
+    return [(sigma, sigma, sigma_next) for sigma, sigma_next in pairwise(sigmas)]
+
+
+def churn(sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: float) -> list[Hop]:
+    """Up by a fixed factor before each step that starts in s_tmin to s_tmax.
+
+    Karras et al. 2022 (arXiv:2206.00364), algorithm 2.
+    """
+    between = _between(s_tmin, s_tmax)
+    gamma = min(max(s_churn, 0.0) / (len(sigmas) - 1), math.sqrt(2) - 1)
+    return [(s, s * (1 + gamma) if between(s) else s, n) for s, n in pairwise(sigmas)]
 
 
 @dataclass(frozen=True)
-class Churn:
-    """Noise added before a step: Karras et al. 2022, algorithm 2."""
+class Restart:
+    """An interval of noise levels that is run again: Xu et al. 2023 (arXiv:2306.14878), section 3.
 
-    s_churn: float = 0.0
-    s_tmin: float = 0.0
-    s_tmax: float = math.inf
+    steps: in a pass from sigma_max down to sigma_min. times: passes. Raises ValueError for an
+    interval that is none, steps < 1 or times < 0.
+    """
 
-    def sigma_hat(self, sigma: float, steps: int) -> float:
-        """The noise level to raise sigma to."""
-        # Float32 rounding of a schedule must not decide whether its end is inside the interval.
-        if not self.s_tmin * (1 - 1e-6) <= sigma <= self.s_tmax * (1 + 1e-6):
-            return sigma
-        return sigma * (1 + min(max(self.s_churn, 0.0) / steps, math.sqrt(2) - 1))
+    sigma_min: float
+    sigma_max: float
+    steps: int
+    times: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf or self.steps < 1 or self.times < 0:
+            raise ValueError(
+                "a restart is (sigma_min, sigma_max, steps, times) with 0 < sigma_min < sigma_max "
+                f"< inf, steps >= 1 and times >= 0, got {tuple(vars(self).values())}"
+            )
+
+    def hops(self, sigma: float, rho: float = 7.0) -> list[Hop]:
+        """From sigma, the schedule's level nearest to sigma_min, up to sigma_max and down again.
+
+        The levels on the way are Karras et al.'s.
+        """
+        lo, hi = sigma ** (1 / rho), self.sigma_max ** (1 / rho)
+        inner = [(hi + (lo - hi) * i / self.steps) ** rho for i in range(1, self.steps)]
+        first, *rest = straight([self.sigma_max, *inner, sigma])
+        return [(sigma, *first[1:]), *rest] * self.times
+
+
+def restart(sigmas: Sequence[float], intervals: Sequence[Restart]) -> list[Hop]:
+    """Down the schedule, and again through each interval on coming to its lower end.
+
+    That end is the schedule's level nearest to sigma_min (in ratio). Intervals that aren't inside
+    of the schedule are left out.
+    """
+    hops = straight(sigmas)
+    positive = [s for s in sigmas if s > 0]
+    inside = _between(min(positive, default=0.0), max(positive, default=0.0))
+    for interval in sorted(intervals, key=lambda r: r.sigma_min):
+        if not (inside(interval.sigma_min) and inside(interval.sigma_max)):
+            continue
+        nearest = min(positive, key=lambda s: abs(math.log(s / interval.sigma_min)))
+        at = next((i for i, hop in enumerate(hops) if hop[2] == nearest), None)
+        if at is not None and nearest < interval.sigma_max:
+            hops[at + 1 : at + 1] = interval.hops(nearest)
+    return hops

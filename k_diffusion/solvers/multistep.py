@@ -1,13 +1,15 @@
 """Multistep solvers: one model evaluation a step, a higher order from the steps before."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
 from torch import Tensor
 
 from .context import Context
 from .exponential import toward
+from .quadrature import lagrange_integrals
 
 
 def linear_multistep_coeff(order: int, t: Sequence[float], i: int, j: int) -> float:
@@ -32,6 +34,17 @@ def linear_multistep_coeff(order: int, t: Sequence[float], i: int, j: int) -> fl
     return integral * h
 
 
+# (noise levels of the slopes, newest first; sigma_next) -> the weights of the slopes
+Weights: TypeAlias = Callable[[Sequence[float], float], list[float]]
+
+
+def adams_bashforth(sigmas: Sequence[float], sigma_next: float) -> list[float]:
+    """The integrals over sigma of the Lagrange polynomials in sigma."""
+    n = len(sigmas)
+    grid = (*reversed(sigmas), sigma_next)
+    return [linear_multistep_coeff(n, grid, n - 1, j) for j in range(n)]
+
+
 def lms(
     ctx: Context,
     x: Tensor,
@@ -40,15 +53,66 @@ def lms(
     denoised: Tensor,
     state: Any,
     order: int = 4,
+    lower_order_final: bool = False,
+    weights: Weights = adams_bashforth,
 ) -> tuple[Tensor, Any]:
-    """Adams-Bashforth on an uneven grid in sigma, of order 1 at first and then up to `order`."""
+    """Adams-Bashforth in sigma, of order 1 at first and then up to `order`.
+
+    weights: of the slopes, newest first, from their noise levels and sigma_next; by default the
+    integrals of their Lagrange polynomials in sigma.
+    """
     sigmas, slopes = state or ((), ())
-    sigmas = (*sigmas, sigma)[-order:]
-    slopes = (*slopes, ctx.to_d(x, sigma, denoised))[-order:]
-    grid, n = (*sigmas, sigma_next), len(slopes)
-    for j, d in enumerate(reversed(slopes)):
-        x = x + d * linear_multistep_coeff(n, grid, n - 1, j)
+    sigmas = (sigma, *sigmas)[:order]
+    slopes = (ctx.to_d(x, sigma, denoised), *slopes)[:order]
+    n = min(ctx.order(sigma, order, lower_order_final), len(slopes))
+    for w, d in zip(weights(sigmas[:n], sigma_next), slopes):
+        x = x + d * w
     return x, (sigmas, slopes)
+
+
+def ipndm_weights(sigmas: Sequence[float], sigma_next: float) -> list[float]:
+    """Adams-Bashforth's weights on an even grid, whatever the grid is."""
+    n = len(sigmas)
+    h = sigma_next - sigmas[0]
+    return [h * linear_multistep_coeff(n, range(n + 1), n - 1, j) for j in range(n)]
+
+
+def deis_weights(sigmas: Sequence[float], sigma_next: float, time: str) -> list[float]:
+    """The integrals over sigma of the Lagrange polynomials in a time: tAB-DEIS, equation 15."""
+    to_time = DEIS_TIMES[time]
+    nodes = [float(to_time(np.float64(sigma))) for sigma in sigmas]
+    return lagrange_integrals(nodes, sigmas[0], sigma_next, np.ones_like, to_time)
+
+
+def vp_time(sigma: Any, beta_d: float = 19.9, beta_min: float = 0.1) -> Any:
+    """The time of a noise level in the VP schedule: the inverse of sigma in `get_sigmas_vp`."""
+    return (np.sqrt(beta_min**2 + 2 * beta_d * np.log1p(sigma**2)) - beta_min) / beta_d
+
+
+# The times in which DEIS extrapolates eps.
+DEIS_TIMES: dict[str, Callable[[Any], Any]] = {
+    "vp": vp_time,
+    "log_rho": np.log,
+    "rho": lambda sigma: sigma,
+}
+
+
+def gradient_estimation(
+    ctx: Context,
+    x: Tensor,
+    sigma: float,
+    sigma_next: float,
+    denoised: Tensor,
+    state: Any,
+    gamma: float = 2.0,
+) -> tuple[Tensor, Any]:
+    """Euler's method along gamma times the slope less gamma - 1 times the last one.
+
+    Permenter & Yuan 2023 (arXiv:2306.04848), equation 9. The step to 0 is plain.
+    """
+    d = ctx.to_d(x, sigma, denoised)
+    slope = d if state is None or sigma_next == 0 else d * gamma + state * (1 - gamma)
+    return x + slope * (sigma_next - sigma), d
 
 
 def dpmpp_2m(
@@ -83,7 +147,13 @@ SOLVER_TYPES = {
 
 
 def dpmpp_3m(
-    ctx: Context, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor, state: Any
+    ctx: Context,
+    x: Tensor,
+    sigma: float,
+    sigma_next: float,
+    denoised: Tensor,
+    state: Any,
+    lower_order_final: bool = False,
 ) -> tuple[Tensor, Any]:
     """DPM-Solver++(3M): the third-order multistep form of arXiv:2211.01095.
 
@@ -96,7 +166,8 @@ def dpmpp_3m(
     x = toward(x, denoised, sigma, sigma_next)
     phi_2 = 1 + math.expm1(-h) / h
     phi_3 = phi_2 / h - 0.5
-    history: tuple[tuple[Tensor, float], ...] = state or ()
+    past: tuple[tuple[Tensor, float], ...] = state or ()
+    history = past[: ctx.order(sigma, 3, lower_order_final) - 1]
     if len(history) == 1:
         ((denoised_1, h_1),) = history
         x = x + (denoised - denoised_1) * (phi_2 * h / h_1)
@@ -107,4 +178,4 @@ def dpmpp_3m(
         d1_1 = (denoised_1 - denoised_2) / r_1
         d2 = (d1_0 - d1_1) / (r_0 + r_1)
         x = x + (d1_0 + d2 * r_0) * phi_2 - d2 * phi_3
-    return x, ((denoised, h), *history)[:2]
+    return x, ((denoised, h), *past)[:2]

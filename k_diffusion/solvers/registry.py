@@ -50,3 +50,15 @@ def get_sampler(name: str) -> SamplerInfo:
     if name.removeprefix("sample_") not in SAMPLERS:
         raise unknown_name("sampler", name, SAMPLERS)
     return SAMPLERS[name.removeprefix("sample_")]
+
+
+def sampler_table() -> str:
+    """SAMPLERS as text, a row a line: first those that need no noise."""
+    rows = [("sampler", "order", "evaluations", "stochastic", "reference")]
+    for info in sorted(SAMPLERS.values(), key=lambda info: (info.stochastic, info.name)):
+        stochastic = "yes" if info.stochastic else "no"
+        rows.append((info.name, str(info.order), str(info.evaluations), stochastic, info.reference))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )

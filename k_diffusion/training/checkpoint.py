@@ -1,11 +1,12 @@
 """Checkpoint files: written whole or not at all, read without running code, found again."""
 
 import json
+import math
 import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -67,8 +68,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"no checkpoint {path}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
         reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path} is damaged or truncated and was not read: {reason}") from error
-    missing = [key for key in ("config", "model") if not isinstance(state, dict) or key not in state]
+        raise CheckpointError(f"{path} is damaged or truncated: {reason}") from error
+    missing = [k for k in ("config", "model") if not isinstance(state, dict) or k not in state]
     if missing:
         raise CheckpointError(f"{path} is no training checkpoint: it has no {missing}")
     return state
@@ -114,56 +115,59 @@ def write_inference(
 
 
 def find_checkpoints(name: str) -> list[Path]:
-    """A run's checkpoints, the one to resume from first: what NAME_state.json names, then by step.
+    """A run's checkpoints, in the order in which to try them; none without NAME_state.json.
 
-    Raises CheckpointError if NAME_state.json is there but no checkpoint is.
+    First what NAME_state.json names, then the ones before it, the latest first. Raises
+    CheckpointError if there are none of them.
     """
     state = state_path(name)
-    folder, stem = state.parent, state.name.removesuffix("_state.json")
-    pattern = re.compile(re.escape(stem) + r"_(\d{8,})\.pth")
-    found = {p: int(m[1]) for p in folder.glob("*.pth") if (m := pattern.fullmatch(p.name))}
-    ordered = sorted(found, key=lambda p: found[p], reverse=True)
     if not state.exists():
         return []
+    folder, stem = state.parent, state.name.removesuffix("_state.json")
+    pattern = re.compile(re.escape(stem) + r"_(\d{8,})\.pth")
+    steps = {p: int(m[1]) for p in folder.glob("*.pth") if (m := pattern.fullmatch(p.name))}
     try:
         latest = Path(json.loads(state.read_text())["latest_checkpoint"])
     except (ValueError, KeyError, TypeError):
         latest = Path()
     # other versions wrote a path that counts from the working directory
-    for named in (folder / latest.name, latest):
-        if latest.name and named.is_file():
-            return [named, *(p for p in ordered if p.resolve() != named.resolve())]
-    if not ordered:
+    named = [p for p in (folder / latest.name, latest) if p.is_file()][:1]
+    # those after it belong to a run that was left for an earlier checkpoint
+    end = steps.get(named[0], math.inf) if named else math.inf
+    before = sorted((p for p in steps if steps[p] < end), key=steps.__getitem__, reverse=True)
+    found = named + before
+    if not found:
         raise CheckpointError(
             f"{state} names a checkpoint that is gone ({latest.name or 'unreadable'}), and there "
-            f"is no other; delete {state} to start anew"
+            f"is none before it; delete {state} to start anew"
         )
-    return ordered
+    return found
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], source: object) -> None:
-    """Load a state dict whose names and shapes must be the model's.
-
-    Raises CheckpointError that says which differ.
-    """
-    have, want = weights, model.state_dict()
-    rows = [
-        ("missing from it", [k for k in want if k not in have]),
-        ("not in this model", [k for k in have if k not in want]),
-        (
-            "of another shape",
-            [
-                f"{k} {tuple(have[k].shape)} for {tuple(want[k].shape)}"
-                for k in want
-                if k in have and have[k].shape != want[k].shape
-            ],
-        ),
-    ]
-    if any(keys for _, keys in rows):
-        text = "; ".join(
-            f"{what}: {', '.join(keys[:4])}" + (f" and {len(keys) - 4} more" * (len(keys) > 4))
-            for what, keys in rows
-            if keys
+def check_weights(model: nn.Module, weights: Mapping[str, Any], source: object) -> None:
+    """Raises CheckpointError that says where names and shapes aren't those of the model."""
+    want = model.state_dict()
+    rows = {
+        "missing from it": [k for k in want if k not in weights],
+        "not in this model": [k for k in weights if k not in want],
+        "of another shape": [
+            f"{k} {tuple(weights[k].shape)} instead of {tuple(want[k].shape)}"
+            for k in want
+            if k in weights and weights[k].shape != want[k].shape
+        ],
+    }
+    if differences := [f"{what}: {_some(keys)}" for what, keys in rows.items() if keys]:
+        raise CheckpointError(
+            f"{source} is of another architecture than the config's model; {'; '.join(differences)}"
         )
-        raise CheckpointError(f"{source} is of another architecture than the config's model: {text}")
+
+
+def _some(keys: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + more
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Any], source: object) -> None:
+    """Load a state dict whose names and shapes must be the model's. Raises CheckpointError."""
+    check_weights(model, weights, source)
     model.load_state_dict(weights)

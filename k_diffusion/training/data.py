@@ -5,8 +5,9 @@ t div N, and its augmentation draws from a generator seeded by (seed, t). So a r
 position t goes on as if it had never stopped, whatever the number of workers.
 """
 
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,10 @@ class ImageTransform:
 
     def __init__(self, size: tuple[int, int], channels: int, augment_prob: float = 0.0):
         if channels not in _MODES:
-            raise ValueError(f"images have {' or '.join(map(str, _MODES))} channels, not {channels}")
+            raise ValueError(
+                f"model.input_channels is {channels}, but images have "
+                f"{', '.join(map(str, _MODES))} channels"
+            )
         self.size, self.mode = size, _MODES[channels]
         self.augment = KarrasAugmentationPipeline(augment_prob, disable_all=augment_prob == 0)
 
@@ -70,21 +74,32 @@ class TrainingData(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        index, seed = draw
-        skipped: list[str] = []
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            while True:
-                try:
-                    item = self.data[index]
-                    break
-                except utils.CorruptImageError as error:
-                    if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
-                        raise
-                    skipped.append(str(error.filename))
-                    index = (index + 1) % len(self)
-        image, original, aug_cond = item[self.image_key]
+            return [self._draw(*draw) for draw in draws]
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
+        return self.__getitems__([draw])[0]
+
+    def _draw(self, index: int, seed: int) -> dict[str, Any]:
+        torch.default_generator.manual_seed(seed)
+        skipped: list[str] = []
+        while True:
+            try:
+                item = self.data[index]
+                break
+            except utils.CorruptImageError as error:
+                if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
+                    raise
+                skipped.append(str(error.filename))
+                index = (index + 1) % len(self)
+        try:
+            image, original, aug_cond = item[self.image_key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(
+                f"item {index} of the data set has no image that `transform` was applied to at "
+                f"{self.image_key!r} (dataset.image_key)"
+            ) from None
         out = {"image": image, "original": original, "aug_cond": aug_cond}
         if self.num_classes:
             out["class"] = self._class_of(item, index)
@@ -93,15 +108,15 @@ class TrainingData(Dataset[dict[str, Any]]):
     def _class_of(self, item: Any, index: int) -> int:
         try:
             label = int(item[self.class_key])
-        except (KeyError, IndexError):
+        except (KeyError, IndexError, TypeError, ValueError):
             raise ValueError(
-                f"num_classes is {self.num_classes}, but the data set's items have no class at "
-                f"{self.class_key!r}; set dataset.class_key, or num_classes to 0"
+                f"item {index} of the data set has no class id at {self.class_key!r}, but "
+                f"num_classes is {self.num_classes}; set dataset.class_key, or num_classes to 0"
             ) from None
         if not 0 <= label < self.num_classes:
             raise ValueError(
-                f"image {index} has class {label}, outside of 0 to {self.num_classes - 1}; "
-                "dataset.num_classes must be the number of classes"
+                f"item {index} of the data set has class {label}, outside of 0 to "
+                f"{self.num_classes - 1}; dataset.num_classes must be the number of classes"
             )
         return label
 
@@ -145,9 +160,10 @@ class Stream(Sampler[list[tuple[int, int]]]):
             at += self.batch_size * self.processes
 
 
-def _ignore_interrupt(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process decides when to stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _own_session(worker: int) -> None:
+    # signals to the process group, such as Ctrl-C, are for the main process, which still needs data
+    if hasattr(os, "setsid"):
+        os.setsid()
 
 
 def make_loader(
@@ -162,7 +178,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         multiprocessing_context=start_method if num_workers else None,
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_own_session,
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -171,9 +187,16 @@ def checked(
     batches: Iterable[dict[str, Any]], report: Callable[[dict[str, Any]], object]
 ) -> Iterator[dict[str, Any]]:
     """The batches, each first shown to `report`, which tells of corrupt images."""
-    for batch in batches:
-        report(batch)
-        yield batch
+    try:
+        for batch in batches:
+            report(batch)
+            yield batch
+    except (ValueError, OSError) as error:
+        # a worker's error has its traceback as text; what it says comes last
+        said = re.findall(r"^[\w.]+Error: (.*)", str(error), re.MULTILINE)
+        if said and str(error).startswith("Caught "):
+            raise type(error)(said[-1]) from error
+        raise
 
 
 def make_training_data(

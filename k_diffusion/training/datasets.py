@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .. import utils
+from .optional import need
 
 Transform = Callable[[Image.Image], Any]
-
-_EXTRA = 'install it with: pip install "k-diffusion[train]"'
-
-
-def _need(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"this data set needs {module.split('.')[0]}; {_EXTRA}") from error
 
 
 class Digits(Dataset[tuple[Any, int]]):
@@ -32,7 +23,7 @@ class Digits(Dataset[tuple[Any, int]]):
     in_memory = True
 
     def __init__(self, transform: Transform):
-        digits = _need("sklearn.datasets").load_digits()
+        digits = need("sklearn.datasets", "the digits data set").load_digits()
         self.images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
         self.classes = digits.target.tolist()
         self.transform = transform
@@ -82,40 +73,83 @@ def _imagefolder_class(
     section: Mapping[str, Any], transform: Transform, folder: Path
 ) -> Dataset[Any]:
     if not Path(section["location"]).is_dir():
-        raise ValueError(f"no image folder {section['location']!r} (dataset.location)")
+        raise ValueError(f"no image folder at {section['location']}; check dataset.location")
     try:
-        return _need("torchvision.datasets").ImageFolder(
+        data = need("torchvision.datasets", "imagefolder-class").ImageFolder(
             section["location"], transform, loader=partial(utils.open_image, mode=None)
         )
     except FileNotFoundError as error:
         raise ValueError(
-            f"{section['location']!r} needs one subfolder with images for each class: {error}"
+            f"{section['location']} needs one subfolder with images for each class: {error}"
         ) from None
+    if 0 < section["num_classes"] < len(data.classes):
+        raise ValueError(
+            f"dataset.num_classes is {section['num_classes']}, but {section['location']} has "
+            f"{len(data.classes)} subfolders, each of them a class"
+        )
+    return data
 
 
 def _torchvision(name: str, section: Mapping[str, Any], transform: Transform) -> Dataset[Any]:
-    cls = getattr(_need("torchvision.datasets"), name)
-    return cls(section["location"], train=True, download=True, transform=transform)
+    cls = getattr(need("torchvision.datasets", section["type"]), name)
+    try:
+        return cls(section["location"], train=True, download=True, transform=transform)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{section['type']} is not at {section['location']} (dataset.location), and can't be "
+            f"downloaded to it: {error}"
+        ) from error
+
+
+class HuggingFace(Dataset[dict[str, Any]]):
+    """A data set of that library: items are its rows, with the transformed image.
+
+    data: a `datasets.Dataset` with a column `image_key` of images.
+    """
+
+    def __init__(self, data: Any, image_key: str, transform: Transform):
+        image_type = need("datasets", "the huggingface data set").Image
+        columns = [k for k, v in data.features.items() if isinstance(v, image_type)]
+        if image_key not in columns:
+            raise ValueError(
+                f"dataset.image_key: no column {image_key!r} of images; there are "
+                f"{', '.join(columns) or 'none'} among {', '.join(data.features)}"
+            )
+        self.image_key, self.transform = image_key, transform
+        self.data, self.feature = data, data.features[image_key]
+        # decoded here, where a corrupt one can be told from other errors
+        for column in columns:
+            self.data = self.data.cast_column(column, image_type(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.data[index]
+        stored = row[self.image_key]
+        try:
+            image = self.feature.decode_example(stored)
+        except Exception as cause:  # PIL's decoders raise many kinds
+            name = f"{(stored or {}).get('path') or 'image'} (row {index} of the data set)"
+            error = utils.CorruptImageError(f"can't read the image {name}: {cause}")
+            error.filename = name
+            raise error from cause
+        return {**row, self.image_key: self.transform(image)}
 
 
 def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
-    library = _need("datasets")
-    location = Path(section["location"])
-    if (location / "dataset_info.json").is_file():
-        data = library.load_from_disk(str(location))
-    elif (location / "dataset_dict.json").is_file():
-        data = library.load_from_disk(str(location))[section["split"]]
-    else:
-        data = library.load_dataset(section["location"], split=section["split"])
-    image_key = section["image_key"]
-    if image_key not in data.column_names:
-        raise ValueError(
-            f"dataset.image_key: no column {image_key!r}; there are {data.column_names}"
-        )
-    helper = partial(
-        utils.hf_datasets_augs_helper, transform=transform, image_key=image_key, mode=None
-    )
-    return data.with_transform(helper)
+    library = need("datasets", "the huggingface data set")
+    location, split = Path(section["location"]), section["split"]
+    try:
+        if (location / "dataset_info.json").is_file():
+            data = library.load_from_disk(str(location))
+        elif (location / "dataset_dict.json").is_file():
+            data = library.load_from_disk(str(location))[split]
+        else:
+            data = library.load_dataset(section["location"], split=split)
+    except KeyError:
+        raise ValueError(f"dataset.split: {location} has no split {split!r}") from None
+    return HuggingFace(data, section["image_key"], transform)
 
 
 def _custom(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:

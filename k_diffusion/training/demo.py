@@ -6,29 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from PIL import Image
 from torch import nn
 
 from .. import sampling, utils
 from ..generation import generate
+from .checkpoint import write_atomically
 
 STEPS = 50
 _MIN_SIDE = 48
 _MAX_CLASS_COLUMNS = 20
 
 
-def image_grid(images: torch.Tensor, columns: int | None = None) -> Image.Image:
+def image_grid(images: torch.Tensor, columns: int | None = None, border: int = 2) -> Image.Image:
     """Images, (n, c, h, w) in [-1, 1], as one picture; small ones are enlarged pixel by pixel.
 
-    columns: by default those of a square.
+    columns: by default those of a square. border: of black, around each image, in pixels.
     """
-    from torchvision.utils import make_grid
-
-    scale = max(1, math.ceil(_MIN_SIDE / max(images.shape[2:])))
-    images = images.clamp(-1, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    grid = make_grid(images, nrow=columns, padding=2, pad_value=0)
-    return utils.to_pil_image(grid[:1] if images.shape[1] == 1 else grid)
+    n, c, h, w = images.shape
+    scale = max(1, math.ceil(_MIN_SIDE / max(h, w)))
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    cells = images.new_full((rows * columns, c, h * scale + border, w * scale + border), -1.0)
+    enlarged = repeat(images, "n c h w -> n c (h a) (w b)", a=scale, b=scale)
+    cells[:n, :, border:, border:] = enlarged
+    grid = rearrange(cells, "(r k) c h w -> c (r h) (k w)", r=rows)
+    return utils.to_pil_image(F.pad(grid, (0, border, 0, border), value=-1.0))
 
 
 def grid_columns(num_classes: int, n: int) -> int | None:
@@ -59,10 +64,12 @@ def sample_share(
         num_classes=num_classes,
         batch_size=batch_size,
         device=accelerator.device,
-        disable=not accelerator.is_main_process,
+        disable=None if accelerator.is_main_process else True,
     )
     empty = torch.empty(0, *shape, device=accelerator.device)
-    return gather_shares(accelerator, torch.cat([empty, *batches]), len(seeds))
+    with accelerator.autocast():
+        images = torch.cat([empty, *batches])
+    return gather_shares(accelerator, images, len(seeds))
 
 
 def gather_shares(accelerator: Any, mine: torch.Tensor, n: int) -> torch.Tensor | None:
@@ -97,5 +104,6 @@ def write_demo(
     images = sample_share(accelerator, denoiser, config, seeds)
     if images is None:
         return None
-    image_grid(images, grid_columns(config["dataset"]["num_classes"], n)).save(path)
+    grid = image_grid(images, grid_columns(config["dataset"]["num_classes"], n))
+    write_atomically(path, lambda file: grid.save(file, format="png"))
     return path

@@ -1,6 +1,8 @@
 """What a run says: progress bar, console, CSV, loss curve, and Accelerate's trackers."""
 
+import csv
 import math
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -10,9 +12,12 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import utils
+from .checkpoint import write_atomically
+from .optional import need
 from .state import TrainState
 
 COLUMNS = ["step", "epoch", "time", "loss", "loss_avg", "lr", "ema_decay", "grad_norm"]
+_AVERAGE_DECAY = 0.98
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -30,19 +35,26 @@ class Log:
         self, accelerator: Any, name: str, state: TrainState, end_step: int | None, every: int = 25
     ):
         self.accelerator, self.name, self.every = accelerator, name, every
-        self.losses: list[torch.Tensor] = []
+        self.pending: list[torch.Tensor] = []
+        self.norm: torch.Tensor | None = None
         self.skipped: set[str] = set()
         self.started = time.monotonic() - state.elapsed
         main = accelerator.is_main_process
         self.csv = utils.CSVLogger(f"{name}_metrics.csv", COLUMNS) if main else None
+        # a file gets a line every `every` steps instead of a bar
         self.bar = tqdm(
-            total=end_step, initial=state.step, unit="step", disable=not main, dynamic_ncols=True
+            total=end_step,
+            initial=state.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if main else True,
         )
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on the main process."""
         if self.accelerator.is_main_process:
             tqdm.write(text)
+            sys.stdout.flush()
 
     def skip(self, batch: dict[str, Any]) -> None:
         """Report a batch's corrupt images, each file once."""
@@ -52,25 +64,43 @@ class Log:
                 tqdm.write(f"skipped a corrupt image ({len(self.skipped)} so far): {path}")
 
     def step(self, state: TrainState, loss: torch.Tensor, norm: torch.Tensor | None) -> None:
-        """Take in one step. Raises NonFiniteLoss at the next reading after the loss is lost."""
-        self.losses.append(loss)
+        """Take in one step."""
+        self.pending.append(loss)
+        self.norm = norm
         state.elapsed = time.monotonic() - self.started
         self.bar.update()
         if state.step % self.every == 0:
-            self.flush(state, norm)
+            self.write(state)
 
-    def flush(self, state: TrainState, norm: torch.Tensor | None = None) -> None:
-        """Read and write the losses collected so far."""
-        if not self.losses:
+    def read(self, state: TrainState, together: bool = True) -> None:
+        """Bring the losses from the device into the state.
+
+        together: averaged over all processes, which must all call this. Raises NonFiniteLoss if a
+        loss, or the last gradient, was NaN or infinite.
+        """
+        if not self.pending:
             return
-        losses, self.losses = torch.stack(self.losses).float(), []
-        loss = self.accelerator.reduce(losses.mean(), reduction="mean").item()
-        if not math.isfinite(loss):
-            raise NonFiniteLoss(
-                f"the loss is {loss} at step {state.step}; try a lower --lr or another "
-                "--mixed-precision, and resume from the last checkpoint"
-            )
-        utils.ema_update_dict(state.ema_stats, {"loss": loss}, 0.98 ** len(losses))
+        losses, self.pending = torch.stack(self.pending).float(), []
+        if together:
+            losses = self.accelerator.reduce(losses, reduction="mean")
+        # in fp16 gradients do overflow, and the step is skipped
+        if self.norm is not None and state.scaler is None:
+            losses[-1] += 0 * self.norm
+        for loss in losses.tolist():
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(
+                    f"the loss or its gradient is NaN or infinite, by step {state.step}; resume "
+                    "from the last checkpoint with a lower --lr, or another --mixed-precision"
+                )
+            state.losses.append(loss)
+            utils.ema_update_dict(state.ema_stats, {"loss": loss}, _AVERAGE_DECAY)
+
+    def write(self, state: TrainState) -> None:
+        """Write a row: the mean loss since the last one, its moving average, and where we are."""
+        self.read(state)
+        if not state.losses:
+            return
+        loss, state.losses = math.fsum(state.losses) / len(state.losses), []
         row = {
             "step": state.step,
             "epoch": state.epoch,
@@ -79,17 +109,23 @@ class Log:
             "loss_avg": state.ema_stats["loss"],
             "lr": state.sched.get_last_lr()[0],
             "ema_decay": state.ema_sched.get_value(),
-            "grad_norm": "" if norm is None else float(norm),
+            "grad_norm": "" if self.norm is None else float(self.norm),
         }
-        self.bar.set_postfix(epoch=state.epoch, loss=f"{state.ema_stats['loss']:.4g}")
+        self.accelerator.log({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
+        self.bar.set_postfix(epoch=state.epoch, loss=f"{row['loss_avg']:.4g}")
         if self.csv is not None:
             self.csv.write(*row.values())
-        self.accelerator.log({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
+            if self.bar.disable:
+                self.say(
+                    f"step {state.step}, epoch {state.epoch}, {state.elapsed:.0f} s: loss "
+                    f"{loss:.4g}, on average {row['loss_avg']:.4g}"
+                )
 
     def image(self, path: Path | None, step: int) -> None:
         """Send a demo grid to the trackers that take pictures, and redraw the loss curve."""
         if path is None:
             return
+        self.say(f"wrote {path}")
         for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":
                 import wandb
@@ -110,36 +146,41 @@ class Log:
         try:
             plot_loss(self.csv.filename, Path(f"{self.name}_loss.png"))
         except ImportError as error:
-            warnings.warn(f"no loss curve: {error}", stacklevel=2)
+            warnings.warn(str(error), stacklevel=2)
 
     def close(self) -> None:
         self.bar.close()
         self.accelerator.end_training()
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a run's CSV by step; where a resumed run wrote a step again, its last row."""
+    with path.open(newline="") as file:
+        # a row may be cut off where a run was killed
+        rows = [row for row in csv.DictReader(file) if row["grad_norm"] is not None]
+    return [row for _, row in sorted({int(row["step"]): row for row in rows}.items())]
+
+
 def plot_loss(csv_path: Path, path: Path) -> None:
     """The loss and its moving average against the step, from a run's CSV."""
-    import csv
-
+    need("matplotlib", "the loss curve")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with csv_path.open(newline="") as file:
-        # a resumed run may write a step again: its last row counts
-        rows = {int(row["step"]): row for row in csv.DictReader(file) if row["loss_avg"]}
+    rows = read_rows(csv_path)
     if not rows:
         return
-    steps = sorted(rows)
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    loss = [float(rows[s]["loss"]) for s in steps]
+    steps = [int(row["step"]) for row in rows]
+    loss = [float(row["loss"]) for row in rows]
+    average = [float(row["loss_avg"]) for row in rows]
     axes.plot(steps, loss, color="tab:blue", alpha=0.35, label="loss")
-    average = [float(rows[s]["loss_avg"]) for s in steps]
     axes.plot(steps, average, color="tab:blue", label="moving average")
     axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))

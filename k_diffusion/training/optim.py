@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .. import utils
+from .optional import need
 
 Groups = list[dict[str, Any]]
 
@@ -17,13 +18,8 @@ def _adamw(groups: Groups, o: Mapping[str, Any]) -> torch.optim.Optimizer:
 
 
 def _adam8bit(groups: Groups, o: Mapping[str, Any]) -> torch.optim.Optimizer:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ImportError(
-            "optimizer adam8bit needs bitsandbytes; install it with: pip install bitsandbytes"
-        ) from error
-    return bitsandbytes.optim.AdamW8bit(
+    adam = need("bitsandbytes", "optimizer adam8bit", "bitsandbytes").optim.AdamW8bit
+    return adam(
         groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"], weight_decay=o["weight_decay"]
     )
 
@@ -70,16 +66,3 @@ def make_ema_sched(config: Mapping[str, Any]) -> utils.EMAWarmup:
     section = dict(config["ema_sched"])
     section.pop("type")
     return utils.EMAWarmup(**section)
-
-
-def set_base_lr(
-    state_opt: torch.optim.Optimizer,
-    sched: torch.optim.lr_scheduler.LRScheduler,
-    model: Any,
-    lr: float,
-) -> None:
-    """Give a resumed optimizer and schedule another base learning rate."""
-    for i, (group, new) in enumerate(zip(state_opt.param_groups, model.param_groups(lr))):
-        scale = group["lr"] / sched.base_lrs[i]
-        sched.base_lrs[i] = group["initial_lr"] = new["lr"]
-        group["lr"] = new["lr"] * scale

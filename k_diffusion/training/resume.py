@@ -57,17 +57,18 @@ def _others(name: str, path: Path) -> str:
 def config_differences(old: Any, new: Any, path: str = "") -> list[str]:
     """`path: old -> new` for every key in which two configs differ."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = [k for k in new if k in old]  # versions may add keys
         return [
             line
-            for key in keys
+            for key in new
+            if key in old  # versions may add keys
             for line in config_differences(old[key], new[key], f"{path}.{key}" if path else key)
         ]
     return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
 
 
-def resume_inference(state: TrainState, path: Path) -> None:
+def resume_inference(state: TrainState, path: Path, say: Callable[[str], object]) -> None:
     """Start from the weights of an inference checkpoint (.safetensors), with a new optimizer."""
     weights = read_weights(path)
     load_weights(state.model, weights, path)
     load_weights(state.model_ema, weights, path)
+    say(f"started from the weights of {path}")

@@ -1,29 +1,34 @@
 """What train.py does before and around its loop: the accelerator, the seed, messages."""
 
 import argparse
-import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .. import utils
-from .optim import set_base_lr
+from . import launch
+from .optional import need
 from .state import TrainState
 
 
-def refuse_metrics(args: argparse.Namespace) -> None:
-    """Say what this version can't measure; leave if it was all that was asked for."""
+def refuse_metrics(args: argparse.Namespace, say: Callable[[str], object]) -> None:
+    """Say what this version can't measure. Raises ValueError if it was all that was asked for."""
     if args.evaluate_only:
-        raise SystemExit("--evaluate-only: this version has no metrics; sample.py draws samples")
+        raise ValueError("--evaluate-only: this version has no metrics; sample.py draws samples")
     if args.gns:
-        print("--gns is ignored: this version does not measure the gradient noise scale")
+        say("--gns has no effect: this version doesn't measure the gradient noise scale")
 
 
 def make_accelerator(args: argparse.Namespace) -> Any:
     """The Accelerator, with the trackers that the arguments ask for started."""
-    from accelerate import Accelerator
-
-    trackers = ["wandb"] * bool(args.wandb_project) + ["tensorboard"] * bool(args.tensorboard)
-    accelerator = Accelerator(
+    trackers = []
+    if args.wandb_project:
+        trackers.append("wandb")
+        need("wandb", "--wandb-project")
+    if args.tensorboard:
+        trackers.append("tensorboard")
+        need("tensorboard", "--tensorboard")
+    accelerator = launch.make_accelerator(
         mixed_precision=args.mixed_precision,
         log_with=trackers or None,
         project_dir=args.tensorboard,
@@ -36,23 +41,6 @@ def make_accelerator(args: argparse.Namespace) -> Any:
             init_kwargs={"wandb": {k: v for k, v in options.items() if v}},
         )
     return accelerator
-
-
-def agree_on_seed(seed: int | None) -> int:
-    """The given seed, or a new one, the same on all processes."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([secrets.randbits(32) if seed is None else seed])[0]
-
-
-def apply_overrides(args: argparse.Namespace, state: TrainState) -> None:
-    """What was given on the command line holds against what a checkpoint brought."""
-    if args.seed is not None:
-        state.seed = args.seed
-    if args.lr is not None:
-        set_base_lr(state.opt, state.sched, state.model, args.lr)
-    if args.reset_ema:
-        state.reset_ema()
 
 
 def describe(args: argparse.Namespace, state: TrainState, accelerator: Any) -> str:

@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM as a wish to stop after the current step."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Any
@@ -7,15 +8,15 @@ from typing import Any
 import torch
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_AGREE_EVERY = 10
 
 
 class StopSignal:
-    """Within it, the first Ctrl-C or SIGTERM sets `requested`; the second acts as usual."""
+    """Within it, the first Ctrl-C or SIGTERM sets `number`; the second acts as usual."""
 
     def __init__(self) -> None:
-        self.requested: str | None = None
+        self.number = 0
         self._old: dict[int, Any] = {}
+        self._asked: torch.Tensor | None = None
 
     def __enter__(self) -> "StopSignal":
         for number in _SIGNALS:
@@ -31,18 +32,32 @@ class StopSignal:
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
+        self.number = number
         self._restore()
+        # print isn't safe here: the signal may have come in the middle of another one
+        os.write(2, f"\n{self.name}: saving after this step; once more to leave at once\n".encode())
 
     def _restore(self) -> None:
         while self._old:
             signal.signal(*self._old.popitem())
 
-    def agreed(self, accelerator: Any, step: int) -> bool:
-        """Whether to stop after this step; all processes get the same answer."""
-        if accelerator.num_processes == 1:
-            return self.requested is not None
-        if step % _AGREE_EVERY:
-            return False
-        flag = torch.tensor(float(self.requested is not None), device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum").item())
+    @property
+    def name(self) -> str:
+        return signal.Signals(self.number).name
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell reports the signal; 0 without one."""
+        return 128 + self.number if self.number else 0
+
+    def agreed(self, accelerator: Any) -> bool:
+        """Whether to stop now: as soon as any process was told to, all get the same answer.
+
+        To be called once a step. Among several processes the answer is a step old, so that nobody
+        waits for the device.
+        """
+        if accelerator.num_processes > 1:
+            asked, mine = self._asked, torch.tensor([self.number], device=accelerator.device)
+            self._asked = accelerator.gather(mine)
+            return asked is not None and bool(asked.any())
+        return self.number != 0

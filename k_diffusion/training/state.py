@@ -1,6 +1,7 @@
 """All that resuming a run needs, as one object."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,16 +9,17 @@ import torch
 from torch import nn
 
 from .. import utils
-from .checkpoint import load_weights
+from .checkpoint import CheckpointError, check_weights
 
 
 @dataclass
 class TrainState:
     """A training run at one moment.
 
-    model, model_ema: the inner models, unwrapped. step: optimizer steps done. samples: images seen,
-    by all processes. Random numbers are a function of (seed, step) and (seed, sample), so the seed
-    is all there is to keep of them.
+    model, model_ema: the inner models, unwrapped. scaler: of the gradients, in fp16. step: steps
+    done. samples: images seen, by all processes. losses: of the steps since the last row of the
+    log. Random numbers are a function of (seed, step) and (seed, sample), so the seed is all there
+    is to keep of them.
     """
 
     config: dict[str, Any]
@@ -28,11 +30,14 @@ class TrainState:
     ema_sched: utils.EMAWarmup
     seed: int
     dataset_length: int
+    scaler: Any = None
     step: int = 0
     samples: int = 0
     elapsed: float = 0.0
+    losses: list[float] = field(default_factory=list)
     ema_stats: dict[str, float] = field(default_factory=dict)
     demo_gen: torch.Generator = field(default_factory=torch.Generator)
+    whole: bool = True
 
     def __post_init__(self) -> None:
         self.demo_gen.manual_seed(self.seed)
@@ -42,8 +47,15 @@ class TrainState:
         """Whole passes over the data set."""
         return self.samples // self.dataset_length
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Around changes that belong together: until they are done, `whole` is False."""
+        self.whole = False
+        yield
+        self.whole = True
+
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds: the published keys, and `samples` and `seed`."""
+        """What a checkpoint holds: the published keys, then those added here."""
         return {
             "config": self.config,
             "model": self.model.state_dict(),
@@ -59,26 +71,65 @@ class TrainState:
             "elapsed": self.elapsed,
             "samples": self.samples,
             "seed": self.seed,
+            "losses": self.losses,
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], source: object) -> None:
         """Take over a checkpoint read from `source`; one of older versions may lack keys.
 
-        Raises CheckpointError, before anything is changed, if its weights don't fit the model.
+        Hyperparameters are this run's config's, the checkpoint says how far they are. Raises
+        CheckpointError, before anything is changed, if it doesn't fit the model.
         """
-        load_weights(self.model, state["model"], source)
-        load_weights(self.model_ema, state.get("model_ema", state["model"]), source)
-        for name in ("opt", "sched", "ema_sched"):
-            if name in state:
-                getattr(self, name).load_state_dict(state[name])
+        averaged = state.get("model_ema", state["model"])
+        check_weights(self.model, state["model"], source)
+        check_weights(self.model_ema, averaged, source)
+        if "opt" in state:
+            self._load_optimizer(state["opt"], source)
+        self.model.load_state_dict(state["model"])
+        self.model_ema.load_state_dict(averaged)
+        if "sched" in state:
+            self._load_sched(int(state["sched"]["last_epoch"]))
+        if "ema_sched" in state:
+            self.ema_sched.last_epoch = int(state["ema_sched"]["last_epoch"])
+        if self.scaler is not None and state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
         self.step = int(state.get("step", 0))
         # older versions counted epochs alone
         self.samples = int(state.get("samples", state.get("epoch", 0) * self.dataset_length))
         self.seed = int(state.get("seed", self.seed))
         self.elapsed = float(state.get("elapsed", 0.0))
+        self.losses = list(state.get("losses", ()))
         self.ema_stats = dict(state.get("ema_stats") or {})
         if "demo_gen" in state:
             self.demo_gen.set_state(state["demo_gen"])
+
+    def _load_optimizer(self, saved: Mapping[str, Any], source: object) -> None:
+        groups = self.opt.state_dict()["param_groups"]
+        params = [p for group in self.opt.param_groups for p in group["params"]]
+        sizes, saved_sizes = (
+            [len(group["params"]) for group in g] for g in (groups, saved["param_groups"])
+        )
+        wrong = [
+            key
+            for i, values in saved["state"].items()
+            for key, x in values.items()
+            if isinstance(x, torch.Tensor) and x.ndim and x.shape != params[i].shape
+        ]
+        if sizes != saved_sizes or wrong:
+            raise CheckpointError(
+                f"the optimizer's state in {source} is not of this optimizer and model: parameters "
+                f"a group {saved_sizes}, here {sizes}; convert it and pass --resume-inference to "
+                "start from its weights alone"
+            )
+        self.opt.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+    def _load_sched(self, steps: int) -> None:
+        self.sched.last_epoch = steps
+        rates = self.sched.get_lr()
+        for group, rate in zip(self.opt.param_groups, rates):
+            group["lr"] = rate
+        self.sched.load_state_dict({"_step_count": steps + 1, "_last_lr": rates})
 
     def reset_ema(self) -> None:
         """Start the averaged weights anew from the current ones."""

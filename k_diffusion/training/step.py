@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 from .. import models, utils
 from .data import derive_seed
@@ -18,7 +17,7 @@ def drop_classes(classes: torch.Tensor, num_classes: int, rate: float) -> torch.
 
 
 def batch_loss(
-    denoiser: nn.Module,
+    denoiser: Any,
     batch: dict[str, Any],
     sample_density: Callable[..., torch.Tensor],
     config: dict[str, Any],
@@ -43,8 +42,8 @@ def batch_loss(
 
 def train_step(
     accelerator: Any,
-    denoiser: nn.Module,
-    opt: torch.optim.Optimizer,
+    denoiser: Any,
+    opt: Any,
     state: TrainState,
     batches: Iterator[dict[str, Any]],
     sample_density: Callable[..., torch.Tensor],
@@ -56,12 +55,14 @@ def train_step(
 
     denoiser: around the prepared (DDP-wrapped) inner model; opt: the prepared optimizer. Noise
     levels are stratified over all processes and batches of the step, and all random numbers follow
-    from the seed, the step and the process. Returns the mean loss of this process and the norm of
-    the gradient (None without clipping), on the device.
+    from the seed, the step and the process. In fp16, a step whose gradients overflowed leaves the
+    weights, and so the learning rate and the average, as they are. Returns the mean loss of this
+    process and the norm of the gradient (None without clipping), on the device.
     """
     config = state.config
     opt.zero_grad(set_to_none=True)
     losses = []
+    seen = 0
     for i in range(accumulate):
         batch = next(batches)
         torch.manual_seed(derive_seed(state.seed, 2, state.step, i, accelerator.process_index))
@@ -74,15 +75,18 @@ def train_step(
             loss = batch_loss(denoiser, batch, sample_density, config, accelerator.device).mean()
             accelerator.backward(loss / accumulate)
         losses.append(loss.detach())
-        state.samples += len(batch["image"]) * accelerator.num_processes
+        seen += len(batch["image"]) * accelerator.num_processes
 
     norm = None
     max_norm = config["optimizer"]["max_grad_norm"]
     if max_norm is not None:
         norm = accelerator.clip_grad_norm_(denoiser.parameters(), max_norm)
-    opt.step()
-    state.sched.step()
-    utils.ema_update(state.model, state.model_ema, state.ema_sched.get_value())
-    state.ema_sched.step()
-    state.step += 1
+    with state.changing():
+        opt.step()
+        if not opt.step_was_skipped:
+            state.sched.step()
+            utils.ema_update(state.model, state.model_ema, state.ema_sched.get_value())
+            state.ema_sched.step()
+        state.samples += seen
+        state.step += 1
     return torch.stack(losses).mean(), norm

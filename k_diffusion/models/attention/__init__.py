@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .. import flags
 from . import global_, neighborhood, shifted_window
 from .geometry import (
     Geometry,
@@ -89,7 +90,7 @@ def forced_backends(setting: str) -> dict[str, str]:
 @lru_cache(maxsize=256)
 def _choose(
     geometry: Geometry, device: str, dtype: torch.dtype, needs_grad: bool, setting: str
-) -> tuple[str, Backend]:
+) -> str:
     rows = BACKENDS[geometry.name]
     forced = forced_backends(setting).get(geometry.name)
     why_not = {
@@ -119,13 +120,12 @@ def _choose(
         " (forced)" if forced else "",
         passed_over,
     )
-    return name, rows[name]
+    return name
 
 
-def choose_backend(
-    geometry: Geometry, device: str, dtype: torch.dtype, needs_grad: bool
-) -> tuple[str, Backend]:
-    """The backend for a geometry on a device type, and its name; logs at DEBUG why.
+@flags.constant_when_compiled
+def choose_backend(geometry: Geometry, device: str, dtype: torch.dtype, needs_grad: bool) -> str:
+    """The name of the backend for a geometry on a device type; logs at DEBUG why.
 
     Raises ValueError if the environment forces one that can't run here.
     """
@@ -139,5 +139,5 @@ def attend(geometry: Geometry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     """
     geometry.check(q.shape[1], q.shape[2])
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    _, backend = choose_backend(geometry, q.device.type, q.dtype, needs_grad)
-    return backend.run(q, k, v, geometry)
+    name = choose_backend(geometry, q.device.type, q.dtype, needs_grad)
+    return BACKENDS[geometry.name][name].run(q, k, v, geometry)

@@ -4,10 +4,10 @@ import importlib.util
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from .. import flags
 from .geometry import Geometry
+from .tiles import dense_attention
 
 
 def can_always(geometry: Geometry, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
@@ -46,9 +46,8 @@ def flash2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: Geometry
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """torch's scaled_dot_product_attention, which picks its own kernel."""
-    q_, k_, v_ = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q_, k_, v_, scale=1.0)
-    return out.transpose(1, 2).reshape(q.shape)
+    q_, k_, v_ = (x.flatten(1, 2) for x in (q, k, v))
+    return dense_attention(q_, k_, v_).reshape(q.shape)
 
 
 def reference(

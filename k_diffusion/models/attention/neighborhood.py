@@ -3,12 +3,13 @@
 import importlib.util
 import math
 from functools import lru_cache
+from operator import index
 from typing import Any
 
 import torch
 
 from .geometry import NeighborhoodAttentionSpec
-from .tiles import TilePlan, tiled_attention
+from .tiles import TilePlan, cached_plan, tiled_attention
 
 # Above so many tokens the mask of all tiles at once would weigh more than it saves.
 _MAX_TOKENS_IN_ONE_PLAN = 256 * 256
@@ -51,26 +52,15 @@ def tiled(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: NeighborhoodAttentionSpec
 ) -> torch.Tensor:
     """Exact, in plain PyTorch, with memory linear in the number of tokens."""
-    _, h, w, _, _ = q.shape
+    h, w = index(q.shape[1]), index(q.shape[2])
     q_, k_, v_ = (x.flatten(1, 2) for x in (q, k, v))
     if h * w <= _MAX_TOKENS_IN_ONE_PLAN:
         plan = _plan(h, w, geometry, q.device, q.dtype)
-        return tiled_attention(q_, k_, v_, plan).view(q.shape)
-
-    # Row of tiles by row of tiles: all but those near the border share one plan.
-    queries, keys, first = _tile_axis(h, geometry)
-    bands, done = [], 0
-    for query_rows, key_rows, first_keys in zip(queries, keys, first.tolist()):
-        a, b, n_keys = int(query_rows[0]), int(key_rows[0]), len(key_rows)
-        plan = _band_plan(tuple(first_keys), n_keys, w, geometry, q.device, q.dtype)
-        band = tiled_attention(
-            q_[:, a * w : (a + len(query_rows)) * w],
-            k_[:, b * w : (b + n_keys) * w],
-            v_[:, b * w : (b + n_keys) * w],
-            plan,
-        )
-        bands.append(band[:, (done - a) * w :])  # the last tile may overlap the one before
-        done = a + len(query_rows)
+        return tiled_attention(q_, k_, v_, plan).reshape(q.shape)
+    bands = [
+        tiled_attention(q_[:, queries], k_[:, keys], v_[:, keys], plan)[:, done:]
+        for queries, keys, done, plan in _bands(h, w, geometry, q.device, q.dtype)
+    ]
     return torch.cat(bands, dim=1).view(q.shape)
 
 
@@ -123,23 +113,34 @@ def _cross(
     return TilePlan.make(tokens(rows[0], cols[0]), tokens(rows[1], cols[1]), both, device, dtype)
 
 
-# Plans depend on shapes alone, so each is made once: on the CPU, and outside of inference mode,
-# whose tensors could not be used in training later.
-
-
-@lru_cache(maxsize=64)
+@cached_plan
 def _plan(
     h: int, w: int, geometry: NeighborhoodAttentionSpec, device: torch.device, dtype: torch.dtype
 ) -> TilePlan:
     """The tiles of a whole grid; a small one is a single dense tile."""
     kernel = geometry.kernel_size
     whole = h * w <= max(256, 2 * (_tile_side(kernel) + kernel - 1) ** 2)
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        rows, cols = (_tile_axis(length, geometry, whole) for length in (h, w))
-        return _cross(rows, cols, w, geometry, device, dtype)
+    rows, cols = (_tile_axis(length, geometry, whole) for length in (h, w))
+    return _cross(rows, cols, w, geometry, device, dtype)
 
 
-@lru_cache(maxsize=64)
+@cached_plan
+def _bands(
+    h: int, w: int, geometry: NeighborhoodAttentionSpec, device: torch.device, dtype: torch.dtype
+) -> list[tuple[slice, slice, int, TilePlan]]:
+    """The rows of tiles of a large grid: their tokens, the tokens of their keys, how many of the
+    first tokens the row before has done, and the plan, which all rows inside share."""
+    bands, done = [], 0
+    for rows, key_rows, first in zip(*_tile_axis(h, geometry)):
+        start, end = int(rows[0]), int(rows[-1]) + 1
+        keys = slice(int(key_rows[0]) * w, (int(key_rows[-1]) + 1) * w)
+        plan = _band_plan(tuple(first.tolist()), len(key_rows), w, geometry, device, dtype)
+        bands.append((slice(start * w, end * w), keys, (done - start) * w, plan))
+        done = end
+    return bands
+
+
+@cached_plan
 def _band_plan(
     first: tuple[int, ...],
     n_keys: int,
@@ -149,10 +150,5 @@ def _band_plan(
     dtype: torch.dtype,
 ) -> TilePlan:
     """One row of tiles, whose queries and keys count from the first that it is given."""
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        rows = (
-            torch.arange(len(first))[None],
-            torch.arange(n_keys)[None],
-            torch.tensor(first)[None],
-        )
-        return _cross(rows, _tile_axis(w, geometry), w, geometry, device, dtype)
+    rows = torch.arange(len(first))[None], torch.arange(n_keys)[None], torch.tensor(first)[None]
+    return _cross(rows, _tile_axis(w, geometry), w, geometry, device, dtype)

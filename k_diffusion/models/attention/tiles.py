@@ -1,30 +1,38 @@
-"""Attention over tiles of a grid, in plain PyTorch: the form of every local geometry.
+"""Attention over tiles of a grid, in plain PyTorch: the form of every geometry.
 
 Queries are cut into equal tiles, each tile gathers the keys that any of its queries sees, and one
 scaled_dot_product_attention runs with the tiles as its batch. Memory grows linearly in the number
 of tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+
+from .. import flags
+
+R = TypeVar("R")
+
+# So many numbers of q are worked on at once on the CPU: the gathered windows stay in the cache.
+_NUMBERS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
 class TilePlan:
     """Where the tiles' tokens come from, as row indices into the flattened grid.
 
-    queries: (tiles * tile_tokens,) the queries of each tile, tile by tile.
-    keys: (tiles * key_tokens,) the keys of each tile.
-    place: (tokens,) the row of the tiled result that holds each token.
+    index: None for one tile of all tokens in their order, or three tensors: the queries of each
+    tile, tile by tile, (tiles * tile_tokens,), the keys of each tile, (tiles * key_tokens,), and
+    the row of the tiled result that holds each token, (tokens,).
     mask: None, or (tiles, 1, tile_tokens, key_tokens), 0 where seen and -inf where not.
     tiles: their number.
     """
 
-    queries: torch.Tensor
-    keys: torch.Tensor
-    place: torch.Tensor
+    index: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
     mask: torch.Tensor | None
     tiles: int
 
@@ -43,22 +51,64 @@ class TilePlan:
         if not seen.all():
             mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
             mask = mask[:, None].to(device)
+        if len(queries) == 1 and all(is_range(x[0]) for x in (queries, keys)):
+            return cls(None, mask, 1)
         rows = torch.arange(queries.numel())
         place = torch.full((int(queries.max()) + 1,), queries.numel())
         place.scatter_reduce_(0, queries.flatten(), rows, "amin")
         flat = [x.flatten().to(device) for x in (queries, keys, place)]
-        return cls(flat[0], flat[1], flat[2], mask, len(queries))
+        return cls((flat[0], flat[1], flat[2]), mask, len(queries))
+
+
+def is_range(x: torch.Tensor) -> bool:
+    """Whether x is 0, 1, 2, ..."""
+    return torch.equal(x, torch.arange(len(x)))
+
+
+def cached_plan(make: Callable[..., R]) -> Callable[..., R]:
+    """Cache a function that makes plans of shapes, given as numbers that `operator.index` took.
+
+    A plan is made on the CPU and outside of inference mode, whose tensors could not be used in
+    training later. Compiled code holds it as a constant.
+    """
+
+    @lru_cache(maxsize=64)
+    def cached(*args: Any) -> R:
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            return make(*args)
+
+    @wraps(make)
+    def plan(*args: Any) -> R:
+        return cached(*args)
+
+    return flags.constant_when_compiled(plan)
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Every query against every key, in one scaled_dot_product_attention of scale 1.
+
+    q, k, v: (n, tokens, heads, e). mask: broadcasts to (n, heads, queries, keys). Returns the
+    shape of q.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return out.transpose(1, 2)
 
 
 def tiled_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TilePlan
 ) -> torch.Tensor:
     """q, k, v: (n, tokens, heads, e). Returns the shape of q."""
-    if q.device.type == "cpu" and len(q) > 1:
-        # one sample at a time keeps the gathered windows in the cache
-        parts = zip(q.split(1), k.split(1), v.split(1))
+    if plan.index is None:
+        return dense_attention(q, k, v, plan.mask)
+    n, tokens, heads, e = q.shape
+    part = max(1, _NUMBERS_AT_ONCE // (tokens * heads * e))
+    if q.device.type == "cpu" and n > part and not torch.compiler.is_compiling():
+        parts = zip(q.split(part), k.split(part), v.split(part))
         return torch.cat([tiled_attention(*part, plan) for part in parts])
-    n, _, heads, e = q.shape
+    queries, keys, place = plan.index
 
     def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         rows = x.index_select(1, index).view(n, plan.tiles, -1, heads, e)
@@ -66,11 +116,11 @@ def tiled_attention(
         return rows.permute(1, 0, 3, 2, 4).flatten(1, 2)
 
     out = F.scaled_dot_product_attention(
-        gather(q, plan.queries),
-        gather(k, plan.keys),
-        gather(v, plan.keys),
+        gather(q, queries),
+        gather(k, keys),
+        gather(v, keys),
         attn_mask=plan.mask,
         scale=1.0,
     )
     rows = out.unflatten(1, (n, heads)).permute(1, 0, 3, 2, 4)
-    return rows.reshape(n, -1, heads, e).index_select(1, plan.place)
+    return rows.reshape(n, -1, heads, e).index_select(1, place)

@@ -1,0 +1,64 @@
+"""How both transformers are told the noise level, the augmentation, the class, and more."""
+
+import torch
+from torch import nn
+
+from ..layers import FourierFeatures
+from .checks import check_shape
+from .transformer import Linear, MappingNetwork, log_sigma, tag_module, tagged_param_groups
+
+AUG_FEATURES = 9
+
+
+class ConditionedModel(nn.Module):
+    """A model with a mapping network, which sums up its conditions for every adaptive norm."""
+
+    def add_conditioning(
+        self, mapping: MappingNetwork, width: int, num_classes: int, mapping_cond_dim: int = 0
+    ) -> None:
+        """Add the embeddings and the mapping network.
+
+        A method and not the constructor: saved optimizer states go by the order of parameters.
+        """
+        self.num_classes = num_classes
+        self.mapping_cond_dim = mapping_cond_dim
+        self.time_emb = FourierFeatures(1, width)
+        self.time_in_proj = Linear(width, width, bias=False)
+        self.aug_emb = FourierFeatures(AUG_FEATURES, width)
+        self.aug_in_proj = Linear(width, width, bias=False)
+        self.class_emb = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.mapping_cond_in_proj = (
+            Linear(mapping_cond_dim, width, bias=False) if mapping_cond_dim else None
+        )
+        self.mapping = tag_module(mapping, "mapping")
+
+    def condition(
+        self,
+        sigma: torch.Tensor,
+        aug_cond: torch.Tensor | None = None,
+        class_cond: torch.Tensor | None = None,
+        mapping_cond: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The mapping network's output, (n, width). sigma: (n,). The others: as in `forward`.
+
+        Raises ValueError for other shapes, and for conditions missing or not known to the model.
+        """
+        n, d = len(sigma), self.mapping_cond_dim
+        check_shape("aug_cond", aug_cond, (n, AUG_FEATURES), optional=True)
+        check_shape("class_cond", class_cond, (n,), wanted=self.num_classes)
+        check_shape("mapping_cond", mapping_cond, (n, d), wanted=d)
+        if aug_cond is None:
+            aug_cond = sigma.new_zeros(n, AUG_FEATURES)
+        cond = self.time_in_proj(self.time_emb(log_sigma(sigma)[:, None] / 4))
+        cond = cond + self.aug_in_proj(self.aug_emb(aug_cond))
+        if self.class_emb is not None:
+            cond = cond + self.class_emb(class_cond)
+        if self.mapping_cond_in_proj is not None:
+            cond = cond + self.mapping_cond_in_proj(mapping_cond)
+        return self.mapping(cond)
+
+    def param_groups(
+        self, base_lr: float = 5e-4, mapping_lr_scale: float = 1 / 3
+    ) -> list[dict[str, object]]:
+        """Optimizer groups: main with and without weight decay, then the mapping network's."""
+        return tagged_param_groups(self, base_lr, mapping_lr_scale)

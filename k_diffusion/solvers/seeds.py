@@ -1,0 +1,79 @@
+"""SEEDS: exponential Runge-Kutta steps of the reverse-time SDE (arXiv:2305.14267), in D.
+
+With eta the time is stretched: all exponentials run over (1 + eta) h, h = log(sigma / sigma_next),
+which at eta = 0 leaves the ODE. The noise of a stage is what one path of the SDE has gathered on
+the way to it.
+"""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from .context import Context
+from .exponential import toward
+from .levels import get_sde_step
+
+
+def _gather(
+    ctx: Context, noise: Tensor | float, sigma: float, sigma_next: float, eta: float
+) -> Tensor | float:
+    """The noise gathered by sigma_next, from that at sigma: it decays, and more is added."""
+    down, up = get_sde_step(sigma, sigma_next, eta)
+    return noise * (down / sigma) + ctx.noise(sigma, sigma_next) * up if up else noise
+
+
+def _phi_2(h: float) -> float:
+    """The integral of e^(u - h) u / h from 0 to h."""
+    return 1 + math.expm1(-h) / h
+
+
+def seeds_2(
+    ctx: Context,
+    x: Tensor,
+    sigma: float,
+    sigma_next: float,
+    denoised: Tensor,
+    state: Any,
+    eta: float = 1.0,
+    r: float = 0.5,
+) -> tuple[Tensor, Any]:
+    """SEEDS-2: two stages, the second at the fraction r of the step (algorithm 2)."""
+    if sigma_next == 0:
+        return denoised, None
+    sigma_2 = sigma * (sigma_next / sigma) ** r
+    noise = _gather(ctx, 0.0, sigma, sigma_2, eta)
+    x_2 = toward(x, denoised, sigma, get_sde_step(sigma, sigma_2, eta)[0]) + noise
+    denoised_2 = ctx.denoise(x_2, sigma_2)
+    noise = _gather(ctx, noise, sigma_2, sigma_next, eta)
+    mean = denoised + (denoised_2 - denoised) * (1 / (2 * r))
+    return toward(x, mean, sigma, get_sde_step(sigma, sigma_next, eta)[0]) + noise, None
+
+
+def seeds_3(
+    ctx: Context,
+    x: Tensor,
+    sigma: float,
+    sigma_next: float,
+    denoised: Tensor,
+    state: Any,
+    eta: float = 1.0,
+    r_1: float = 1 / 3,
+    r_2: float = 2 / 3,
+) -> tuple[Tensor, Any]:
+    """SEEDS-3: three stages, at the fractions r_1 and r_2 of the step (algorithm 3)."""
+    if sigma_next == 0:
+        return denoised, None
+    sigma_2 = sigma * (sigma_next / sigma) ** r_1
+    sigma_3 = sigma * (sigma_next / sigma) ** r_2
+    h = (1 + eta) * math.log(sigma / sigma_next)
+    noise = _gather(ctx, 0.0, sigma, sigma_2, eta)
+    x_2 = toward(x, denoised, sigma, get_sde_step(sigma, sigma_2, eta)[0]) + noise
+    slope = (ctx.denoise(x_2, sigma_2) - denoised) * (1 / r_1)
+    noise = _gather(ctx, noise, sigma_2, sigma_3, eta)
+    x_3 = toward(x, denoised, sigma, get_sde_step(sigma, sigma_3, eta)[0])
+    x_3 = x_3 + slope * (r_2 * _phi_2(r_2 * h)) + noise
+    slope = (ctx.denoise(x_3, sigma_3) - denoised) * (1 / r_2)
+    noise = _gather(ctx, noise, sigma_3, sigma_next, eta)
+    x = toward(x, denoised, sigma, get_sde_step(sigma, sigma_next, eta)[0])
+    return x + slope * _phi_2(h) + noise, None

@@ -1,0 +1,90 @@
+"""The flags of train.py."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .. import cli
+
+
+def parse_args(description: str | None = None) -> argparse.Namespace:
+    """The command line of train.py."""
+    p = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
+    count: dict[str, Any] = {"type": cli.positive, "metavar": "N"}
+    steps: dict[str, Any] = {"type": cli.positive, "metavar": "STEPS"}
+    add = p.add_argument_group("the run").add_argument
+    add("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key of it, e.g. model.patch_size=[2,2]; repeatable",
+    )
+    add("--name", default="model", help="the run's name; its files are NAME_...")
+    add("--end-step", **steps, help="stop after this many steps; else at Ctrl-C")
+    add("--seed", type=cli.non_negative, metavar="N", help="the random seed; else a new one")
+    add = p.add_argument_group("optimization").add_argument
+    add("--batch-size", **count, default=64, help="images a process takes at a time")
+    add("--grad-accum-steps", **count, default=1, help="batches that make up one step")
+    add("--lr", type=float, help="override the config's learning rate")
+    add("--mixed-precision", choices=["no", "fp16", "bf16", "fp8"], help="of the model")
+    add(
+        "--checkpointing",
+        action="store_true",
+        help="recompute blocks in the backward pass, to save memory",
+    )
+    add("--compile", action="store_true", help="compile the model")
+    add = p.add_argument_group("data").add_argument
+    add("--num-workers", type=cli.non_negative, default=8, metavar="N", help="loading processes")
+    add(
+        "--start-method",
+        default="spawn",
+        choices=["fork", "forkserver", "spawn"],
+        help="how they are started",
+    )
+    add("--strict-data", action="store_true", help="stop at a corrupt image, don't skip it")
+    add = p.add_argument_group("checkpoints").add_argument
+    add("--save-every", **steps, default=10000, help="save a checkpoint")
+    add(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="the checkpoint to resume from; else the run's latest, as NAME_state.json says",
+    )
+    add(
+        "--resume-inference",
+        type=Path,
+        metavar="FILE",
+        help="the inference checkpoint whose weights a new run starts from",
+    )
+    add("--reset-ema", action="store_true", help="start the averaged weights anew")
+    add = p.add_argument_group("demo grids and logs").add_argument
+    add("--demo-every", **steps, default=500, help="draw a demo grid")
+    add("--sample-n", **count, default=64, help="images in a demo grid")
+    add("--log-every", **steps, default=25, help="write a row of NAME_metrics.csv")
+    add("--tensorboard", type=Path, metavar="FOLDER", help="log to TensorBoard there")
+    add("--wandb-project", metavar="PROJECT", help="log to Weights & Biases")
+    add("--wandb-entity", metavar="ENTITY", help="its entity")
+    add("--wandb-group", metavar="GROUP", help="its group of runs")
+    add("--wandb-save-model", action="store_true", help="save checkpoints there too")
+    add = p.add_argument_group("metrics", "accepted, without effect in this version").add_argument
+    add(
+        "--evaluate-every",
+        type=cli.non_negative,
+        default=10000,
+        metavar="STEPS",
+        help="evaluate; 0 for never",
+    )
+    add("--evaluate-n", **count, default=2000, help="samples to draw")
+    add("--evaluate-only", action="store_true", help="evaluate, then leave")
+    add(
+        "--evaluate-with",
+        choices=["inception", "clip", "dinov2"],
+        default="inception",
+        help="the feature extractor",
+    )
+    add("--clip-model", default="ViT-B/16", metavar="MODEL", help="of CLIP")
+    add("--dinov2-model", default="vitl14", metavar="MODEL", help="of DINOv2")
+    add("--gns", action="store_true", help="measure the gradient noise scale")
+    return p.parse_args()

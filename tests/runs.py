@@ -1,0 +1,112 @@
+"""Tiny training runs for tests: a config, and the scripts called in this process or in another."""
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+TINY = {
+    "model": {
+        "type": "image_transformer_v2",
+        "input_channels": 1,
+        "input_size": [8, 8],
+        "patch_size": [2, 2],
+        "depths": [1, 1],
+        "widths": [16, 32],
+        "self_attns": [
+            {"type": "neighborhood", "d_head": 8, "kernel_size": 3},
+            {"type": "global", "d_head": 16},
+        ],
+        "mapping_depth": 1,
+        "mapping_width": 16,
+        "loss_config": "karras",
+        "sigma_data": 0.75,
+        "sigma_min": 0.02,
+        "sigma_max": 40,
+        "sigma_sample_density": {"type": "lognormal", "mean": -1.0, "std": 1.0},
+    },
+    "dataset": {"type": "digits", "num_classes": 10, "cond_dropout_rate": 0.25},
+    "optimizer": {"type": "adamw", "lr": 2e-3},
+    "lr_sched": {"type": "inverse", "inv_gamma": 10.0, "power": 1.0, "warmup": 0.9},
+    "ema_sched": {"type": "inverse", "power": 0.75, "max_value": 0.99},
+}
+
+
+def tiny_config(**sections):
+    """The tiny config as a loaded one; `model={...}` is laid over it, unless it has a type."""
+    import k_diffusion as K
+
+    raw = copy.deepcopy(TINY)
+    for name, section in sections.items():
+        raw[name] = section if "type" in section else {**raw[name], **section}
+    return K.config.load_config(raw)
+
+
+def call(script, *args, folder, monkeypatch):
+    """Run a root script's main() in this process, as if called in `folder` with these arguments."""
+    from accelerate.state import AcceleratorState
+
+    spec = importlib.util.spec_from_file_location(f"script_{script}", ROOT / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+        try:
+            module.main()
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def start(*command, folder, **env):
+    """Start a program in its own process group, its output in one pipe."""
+    return subprocess.Popen(
+        [str(word) for word in command],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*command, folder, **env):
+    """Run a program to its end. Returns (exit code, output)."""
+    process = start(*command, folder=folder, **env)
+    text, _ = process.communicate(timeout=120)
+    return process.returncode, text
+
+
+def python(script, *args):
+    return sys.executable, ROOT / f"{script}.py", *args
+
+
+def accelerate(processes, script, *args):
+    launcher = "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes
+    return sys.executable, *launcher, ROOT / f"{script}.py", *args
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def differences(a, b, path=""):
+    """Where two nests of dicts, lists and tensors differ, bit by bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = [f"{path}.{k}" for k in a.keys() ^ b.keys()]
+        return keys + [
+            d for k in a.keys() & b.keys() for d in differences(a[k], b[k], f"{path}.{k}")
+        ]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b)) for d in differences(x, y, f"{path}[{i}]")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [path]
+    return [] if a == b and type(a) is type(b) else [path]

@@ -1,0 +1,101 @@
+import argparse
+import sys
+
+import pytest
+
+from k_diffusion import cli
+from k_diffusion.training.args import parse_args
+from k_diffusion.training.optional import need
+
+
+@pytest.mark.parametrize("kind", [ValueError, ImportError, OSError, FloatingPointError])
+def test_errors_become_sentences(kind, monkeypatch):
+    @cli.friendly_errors
+    def main():
+        raise kind("the rule, what it got, the remedy")
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == "train.py: error: the rule, what it got, the remedy"
+    monkeypatch.setenv("K_DIFFUSION_DEBUG", "1")
+    with pytest.raises(kind):
+        main()
+
+
+def test_ctrl_c_needs_no_traceback(capsys):
+    @cli.friendly_errors
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")
+
+
+def test_errors_of_the_program_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.friendly_errors(lambda: 1 / 0)()
+
+
+def test_integers():
+    assert (cli.positive("3"), cli.non_negative("0")) == (3, 0)
+    for wrong, kind in (cli.positive, "0"), (cli.non_negative, "-1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be at least"):
+            wrong(kind)
+
+
+def test_sizes():
+    assert cli.size("256x384") == (256, 384)
+    assert cli.size("32") == (32, 32)
+    for text in "0x4", "axb", "4x4x4", "":
+        with pytest.raises(argparse.ArgumentTypeError):
+            cli.size(text)
+
+
+def test_writable_makes_folders_and_refuses_early(tmp_path):
+    path = tmp_path / "new" / "deep" / "x.png"
+    assert cli.writable(path) == path
+    assert path.parent.is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"can't make the folder of .*file/sub/x.png"):
+        cli.writable(tmp_path / "file" / "sub" / "x.png")
+    with pytest.raises(IsADirectoryError, match="name a file"):
+        cli.writable(tmp_path / "new")
+
+
+def test_help_tells_defaults_where_there_are_any(capsys):
+    p = argparse.ArgumentParser(formatter_class=cli.HelpFormatter)
+    p.add_argument("--number", type=int, default=8, help="how many")
+    p.add_argument("--names", nargs="+", default=["a", "b"], help="which")
+    p.add_argument("--none", help="maybe")
+    p.add_argument("--flag", action="store_true", help="on")
+    p.add_argument("--list", action="append", default=[], help="some")
+    lines = [line.split("  ")[-1].strip() for line in p.format_help().split("\n") if line.startswith("  -")]
+    assert lines[1:] == ["how many (default: 8)", "which (default: a b)", "maybe", "on", "some"]
+
+
+def test_published_flags_and_defaults(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "c.json"])
+    published = {
+        "batch_size": 64, "checkpointing": False, "clip_model": "ViT-B/16", "compile": False,
+        "demo_every": 500, "dinov2_model": "vitl14", "end_step": None, "evaluate_every": 10000,
+        "evaluate_n": 2000, "evaluate_only": False, "evaluate_with": "inception", "gns": False,
+        "grad_accum_steps": 1, "lr": None, "mixed_precision": None, "name": "model",
+        "num_workers": 8, "reset_ema": False, "resume": None, "resume_inference": None,
+        "sample_n": 64, "save_every": 10000, "seed": None, "start_method": "spawn",
+        "wandb_entity": None, "wandb_group": None, "wandb_project": None,
+        "wandb_save_model": False,
+    }  # fmt: skip
+    args = vars(parse_args())
+    assert {k: args[k] for k in published} == published
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit):
+        parse_args()
+
+
+def test_a_missing_package_is_named_with_its_remedy():
+    assert need("json", "this") is __import__("json")
+    with pytest.raises(ImportError, match=r'the log needs nosuch; .* pip install "k-diffusion\[tr'):
+        need("nosuch.module", "the log")
