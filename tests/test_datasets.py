@@ -56,7 +56,7 @@ def test_imagefolder_is_recursive_and_keeps_grey(tmp_path):
 
 @pytest.mark.parametrize("kind", ["imagefolder", "imagefolder-class"])
 def test_missing_and_empty_folders(tmp_path, kind):
-    with pytest.raises(ValueError, match="no image folder at .*gone"):
+    with pytest.raises(ValueError, match=r"no image folder at .*gone"):
         datasets.make_dataset(section(kind, tmp_path / "gone"), as_array)
     with pytest.raises(ValueError, match=str(tmp_path)):
         datasets.make_dataset(section(kind, tmp_path), as_array)
@@ -70,7 +70,7 @@ def test_imagefolder_class(tmp_path):
     folder = datasets.make_dataset(made, as_array)
     assert [folder[i][1] for i in range(4)] == [0, 0, 1, 1]
     assert [folder[i][0].tolist() for i in range(4)] == pixels.tolist()
-    with pytest.raises(ValueError, match="num_classes is 1, but .* has 2 subfolders"):
+    with pytest.raises(ValueError, match=r"num_classes is 1, but .* has 2 subfolders"):
         datasets.make_dataset({**made, "num_classes": 1}, as_array)
 
 
@@ -213,7 +213,7 @@ def test_corrupt_images_of_a_hugging_face_data_set(hub, tmp_path):
     item = training[0, 0]
     assert item["skipped"] == "bad.png (row 0 of the data set)"
     assert item["class"] == 2
-    with pytest.raises(utils.CorruptImageError, match="bad.png"):
+    with pytest.raises(utils.CorruptImageError, match=r"bad.png"):
         data.TrainingData(made, 10, "img", "y", strict=True)[0, 0]
 
 
@@ -264,7 +264,7 @@ def test_custom_data_sets_that_are_not_there(tmp_path):
 
 
 def test_no_data_to_train_on():
-    with pytest.raises(ValueError, match="no data to train on: .* there are digits, imagefolder"):
+    with pytest.raises(ValueError, match=r"no data to train on: .* there are digits, imagefolder"):
         datasets.make_dataset(section("none"), as_array)
 
 

@@ -10,6 +10,7 @@ import torch
 from k_diffusion import sampling as S
 
 diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs about numpy
 
 TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 KARRAS = {**TABLE, "use_karras_sigmas": True}

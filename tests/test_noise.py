@@ -247,7 +247,7 @@ def images_of(job):
 
 
 def test_an_image_does_not_depend_on_the_number_of_processes():
-    names = ["euler", "euler_ancestral", "dpmpp_2m_sde"]
+    names = SEEDED
     seeds = [4, 5, 6, 7]
     jobs = [(name, seeds[rank::2]) for name in names for rank in range(2)]
     context = multiprocessing.get_context("spawn")

@@ -440,12 +440,31 @@ def test_loops_read_no_value(name):
     sigmas = torch.tensor([4.0, 2.0, 2.0, 1.0, 0.0])
     options = {"noise_sampler": S.make_noise_sampler(name, x, sigmas, [1, 2])}
     options = options if S.SAMPLERS[name].noise else {}
+    if name == "restart":
+        options["restarts"] = [(1.0, 3.0, 2, 2)]
     seen = []
     with NoReads():
         run(name, problems.Gaussian(), x, sigmas, callback=seen.append, **options)
         if name in DETERMINISTIC:
             run(name, problems.Gaussian(), x, sigmas)
     assert len(seen) >= 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm_adaptive"])
+def test_loops_never_wait_for_a_cuda_device(name):
+    x = problems.normal(0, 2, 3).cuda()
+    sigmas = torch.tensor([4.0, 2.0, 2.0, 1.0, 0.0])
+    options = {"noise_sampler": lambda a, b: torch.randn_like(x)} if S.SAMPLERS[name].noise else {}
+    if name == "restart":
+        options["restarts"] = [(1.0, 3.0, 2, 2)]
+    run(name, problems.Gaussian(), x, sigmas, **options)  # whatever is set up once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(name, problems.Gaussian(), x, sigmas, **options)
+        run(name, problems.Gaussian(), x, sigmas)  # with its own noise
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm_adaptive"])

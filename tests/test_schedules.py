@@ -1,11 +1,12 @@
 import math
 
 import golden
+import problems
 import pytest
 import torch
 from scipy import stats
 
-from k_diffusion import schedules
+from k_diffusion import sampling, schedules
 from k_diffusion.schedules import make_sigmas
 
 NAMES = sorted(schedules.SCHEDULES)
@@ -113,20 +114,24 @@ def test_equal_spacings():
     torch.testing.assert_close(gaps(angles.atan()), torch.ones(19).double(), rtol=1e-4, atol=0)
 
 
-def test_kl_optimal_minimises_the_bound_for_gaussian_data():
-    """The sum over steps of (s_i - s_j)^2 / (s_i s_j)-like terms, by its stationarity."""
-    sigmas = make_sigmas("kl_optimal", 30, 0.05, 20.0)[:-1].double()
+def test_no_other_levels_serve_eulers_method_better_on_gaussian_data():
+    problem, x = problems.Gaussian(0.0, 0.5), torch.ones(1, 1, dtype=torch.float64)
 
-    def bound(s):
-        # theorem 3.1's, for unit data: the squared sines of steps in the angle atan(sigma)
-        return (s.atan().diff().sin() ** 2).sum()
+    def miss(sigmas):
+        """How far the standard deviation of the samples is from the data's with noise, in logs."""
+        y = sampling.sample_euler(problem, x, sigmas, disable=True) / problem.ode_map(x, 20.0, 0.05)
+        return abs(math.log(y.item()))
 
-    best = bound(sigmas)
+    options = {"sigma_data": 0.5}
+    sigmas = make_sigmas("kl_optimal", 12, 0.05, 20.0, **options)[:-1].double()
+    best = miss(sigmas)
     for seed in range(5):
-        nudge = torch.randn(28, generator=torch.Generator().manual_seed(seed)).double()
         other = sigmas.clone()
-        other[1:-1] *= 1 + 0.02 * nudge
-        assert bound(other) > best
+        other[1:-1] *= 1 + 0.02 * problems.normal(seed, 10, dtype=torch.float64)
+        assert miss(other) > best
+    # every step shrinks it by the cosine of its angle
+    angle = (math.atan(20.0 / 0.5) - math.atan(0.05 / 0.5)) / 11
+    assert best == pytest.approx(-11 * math.log(math.cos(angle)), rel=1e-4)
 
 
 def test_cosine_is_equally_spaced_in_the_time_of_v_diffusion():

@@ -1,6 +1,7 @@
 """Schedules over a model's table, and between given noise levels."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_align_your_steps_interpolates_between_given_levels():
     assert torch.equal(sampling.get_sigmas_align_your_steps(11, [*table, 0.0]), same)
     fine = sampling.get_sigmas_align_your_steps(21, torch.tensor(table))
     torch.testing.assert_close(fine[:-1:2], same[:-1])
-    middle = [math.sqrt(a * b) for a, b in zip(table, table[1:])]
+    middle = [math.sqrt(a * b) for a, b in pairwise(table)]
     torch.testing.assert_close(fine[1:-1:2], torch.tensor(middle))
     assert sampling.get_sigmas_align_your_steps(1, table).tolist() == pytest.approx([14.6, 0])
 
@@ -105,5 +106,5 @@ def test_other_bad_options():
         sampling.get_sigmas_beta(3, MODEL, alpha=0.0)
     with pytest.raises(ValueError, match="don't all differ"):
         sampling.get_sigmas_normal(4, [1.0, 1.0, 1.0, 1.0])
-    with pytest.raises(ValueError, match=r"needs a table .* get_sigmas_sgm_uniform\(n, table\)"):
+    with pytest.raises(ValueError, match=r"needs a table .*\.get_sigmas_sgm_uniform\(n, table\)"):
         schedules.make_sigmas("sgm_uniform", 5, 0.1, 10.0)

@@ -152,8 +152,8 @@ def _divisible(size: list[int], patch: list[int], levels: int) -> None:
         down = [max(m, s // m * m) for s, m in zip(size, multiple)]
         up = [-(-s // m) * m for s, m in zip(size, multiple)]
         raise fail(
-            f"input_size {size} does not divide by {multiple} (patch_size {patch} x 2 for each of "
-            f"{levels - 1} merges between {levels} levels); sizes that do: {down}, {up}"
+            f"input_size {size} does not divide by {multiple} (patch_size {patch} x 2 for each "
+            f"level above the first); sizes that do: {down}, {up}"
         )
 
 

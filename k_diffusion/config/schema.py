@@ -17,8 +17,8 @@ from .model_schema import AnyModel
 class Dataset(Section):
     """What every data set has. num_classes 0: unconditional.
 
-    cond_dropout_rate: how often training replaces a class by "no class". image_key, class_key: where
-    an item of the data set holds its image and class.
+    cond_dropout_rate: how often training replaces a class by "no class". image_key, class_key:
+    where an item of the data set holds its image and class.
     """
 
     num_classes: Count = 0

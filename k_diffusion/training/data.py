@@ -23,7 +23,7 @@ _MAX_CORRUPT_IN_A_ROW = 1000
 
 
 def derive_seed(*parts: int) -> int:
-    """A seed in [0, 2**63) that belongs to a tuple of non-negative integers."""
+    """A seed in [0, 2**63) that belongs to a tuple of integers >= 0, but for zeros at its end."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 

@@ -1,0 +1,182 @@
+import csv
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from k_diffusion.training import log
+
+
+class Accelerator:
+    """One process, or the first of two, whose other one has twice the loss."""
+
+    scaler = None
+    is_main_process = True
+    trackers = ()
+
+    def __init__(self, other=1.0):
+        self.other = other
+        self.logged = []
+
+    def reduce(self, x, reduction):
+        assert reduction == "mean"
+        return (x + self.other * x) / 2
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def end_training(self):
+        pass
+
+
+def make_state():
+    return SimpleNamespace(
+        step=0,
+        epoch=0,
+        elapsed=0.0,
+        losses=[],
+        ema_stats={},
+        scaler=None,
+        sched=SimpleNamespace(get_last_lr=lambda: [0.1, 0.03]),
+        ema_sched=SimpleNamespace(get_value=lambda: 0.9),
+    )
+
+
+def steps(logger, state, losses, norm=None):
+    for loss in losses:
+        state.step += 1
+        logger.step(state, torch.tensor(float(loss)), None if norm is None else torch.tensor(norm))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_rows(folder, capsys):
+    accelerator, state = Accelerator(), make_state()
+    logger = log.Log(accelerator, "runs/a", state, 6, every=3)
+    steps(logger, state, [1, 2, 6, 4, 4], norm=0.5)
+    logger.write(state)
+    rows = log.read_rows(folder / "runs/a_metrics.csv")
+    assert list(rows[0]) == log.COLUMNS
+    assert [row["step"] for row in rows] == ["3", "5"]
+    assert [float(row["loss"]) for row in rows] == [3, 4]
+    average = 1.0
+    for loss in 2, 6:
+        average = 0.98 * average + 0.02 * loss
+    assert float(rows[0]["loss_avg"]) == pytest.approx(average)
+    assert (rows[1]["lr"], rows[1]["ema_decay"], rows[1]["grad_norm"]) == ("0.1", "0.9", "0.5")
+    assert [step for step, _ in accelerator.logged] == [3, 5]
+    assert accelerator.logged[0][1]["loss"] == 3
+    # no bar where there's no terminal, but a line a row
+    text = capsys.readouterr()
+    assert text.err == ""
+    assert text.out.count("\n") == 2
+    assert "step 3, epoch 0, 0 s: loss 3, on average" in text.out
+
+
+def test_losses_are_means_over_processes(folder):
+    state = make_state()
+    steps(log.Log(Accelerator(other=2.0), "a", state, None, every=2), state, [1, 3])
+    assert float(log.read_rows(folder / "a_metrics.csv")[0]["loss"]) == 3
+
+
+def test_reading_in_between_changes_no_number(folder):
+    """What a save does, at any step."""
+    read, plain = make_state(), make_state()
+    losses = [0.3, 0.7, 0.1, 0.9, 0.4]
+    logger = log.Log(Accelerator(), "read", read, None, every=5)
+    for loss in losses:
+        steps(logger, read, [loss])
+        logger.read(read)
+    steps(log.Log(Accelerator(), "plain", plain, None, every=5), plain, losses)
+    rows = [log.read_rows(folder / f"{name}_metrics.csv")[0] for name in ("read", "plain")]
+    assert rows[0] == rows[1]
+    assert read.ema_stats == plain.ema_stats
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_lost_run_is_an_error(folder, bad, what):
+    state = make_state()
+    logger = log.Log(Accelerator(), "a", state, None, every=100)
+    steps(logger, state, [1.0])
+    steps(logger, state, [bad if what == "loss" else 1.0], norm=bad)
+    steps(logger, state, [1.0] * (what == "loss"), norm=1.0)
+    with pytest.raises(log.NonFiniteLoss, match=f"by step {state.step}; resume from the last"):
+        logger.read(state)
+
+
+def test_gradients_may_overflow_in_fp16(folder):
+    state = make_state()
+    state.scaler = object()
+    logger = log.Log(Accelerator(), "a", state, None, every=1)
+    steps(logger, state, [1.0], norm=math.inf)
+    assert log.read_rows(folder / "a_metrics.csv")[0]["grad_norm"] == "inf"
+
+
+def test_corrupt_images_are_named_once_and_counted(folder, capsys):
+    logger = log.Log(Accelerator(), "a", make_state(), None)
+    for skipped in ["", "x.png"], ["x.png", "y.png\nz.png"], ["z.png"]:
+        logger.skip({"skipped": skipped})
+    assert capsys.readouterr().out.splitlines() == [
+        "skipped a corrupt image (1 so far): x.png",
+        "skipped a corrupt image (2 so far): y.png",
+        "skipped a corrupt image (3 so far): z.png",
+    ]
+
+
+def write_rows(path, *rows):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(log.COLUMNS)
+        writer.writerows(rows)
+
+
+def row(step, loss):
+    return [step, 0, 1.0, loss, loss, 1e-3, 0.9, 0.1]
+
+
+def test_the_last_row_of_a_step_counts(tmp_path):
+    path = tmp_path / "a.csv"
+    write_rows(path, row(1, 5.0), row(2, 4.0), row(3, 9.0), row(2, 3.0), row(3, 2.0), [4, 0])
+    rows = log.read_rows(path)
+    assert [(int(r["step"]), float(r["loss"])) for r in rows] == [(1, 5.0), (2, 3.0), (3, 2.0)]
+
+
+def test_the_loss_curve(tmp_path):
+    path = tmp_path / "a.csv"
+    write_rows(path)
+    log.plot_loss(path, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
+    write_rows(path, *(row(i, math.exp(-i / 10)) for i in range(1, 30)))
+    log.plot_loss(path, tmp_path / "a.png")
+    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    blue = (pixels[..., 2] > pixels[..., 0] + 60).any(1).nonzero()[0]
+    assert len(blue) > 100  # an exponential on a logarithmic axis: a line over the whole height
+
+
+def test_a_run_without_matplotlib(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    state = make_state()
+    logger = log.Log(Accelerator(), "a", state, None, every=1)
+    steps(logger, state, [1.0])
+    with pytest.warns(UserWarning, match=r'loss curve needs matplotlib; .* "k-diffusion\[train\]"'):
+        logger.plot()
+
+
+def test_only_the_main_process_writes(folder, capsys):
+    accelerator, state = Accelerator(), make_state()
+    accelerator.is_main_process = False
+    logger = log.Log(accelerator, "a", state, None, every=1)
+    steps(logger, state, [1.0])
+    logger.say("hello")
+    logger.plot()
+    logger.close()
+    assert list(folder.iterdir()) == []
+    assert capsys.readouterr().out == ""
