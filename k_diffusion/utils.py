@@ -271,6 +271,9 @@ class CSVLogger:
 class CorruptImageError(OSError):
     """An image file that can't be decoded; `filename` is its path."""
 
+    def __str__(self) -> str:
+        return str(self.args[0])  # an OSError with a filename would tell of errno instead
+
 
 class FolderOfImages(Dataset[tuple[Any]]):
     """The images in a folder and its subfolders, sorted by path; items are 1-tuples.

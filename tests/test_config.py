@@ -177,10 +177,10 @@ ERRORS = [
         v2(self_attns=[{"type": "none"}, {"type": "global", "d_head": 4}]),
         "model.self_attns[1]: d_head must be a multiple of 8, got 4",
     ),
-    (v2(sigma_min=80), "model: sigma_min 80 must be below sigma_max 80.0"),
+    (v2(sigma_min=80), "model: sigma_min 80.0 must be below sigma_max 80.0"),
     (
         v2(depths=[1, 1, 1]),
-        "model: one entry a level: depths has 3, widths has 2, d_ffs has 2, self_attns has 2, "
+        "model: one entry a level: depths has 3, widths has 2, d_ffs has 2, self_attns has 3, "
         "dropout_rate has 3",
     ),
     (v2(has_variance=True), "model: has_variance needs a model with a variance head: image_v1"),

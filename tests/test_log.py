@@ -96,7 +96,7 @@ def test_reading_in_between_changes_no_number(folder):
         logger.read(read)
     steps(log.Log(Accelerator(), "plain", plain, None, every=5), plain, losses)
     rows = [log.read_rows(folder / f"{name}_metrics.csv")[0] for name in ("read", "plain")]
-    assert rows[0] == rows[1]
+    assert {**rows[0], "time": ""} == {**rows[1], "time": ""}
     assert read.ema_stats == plain.ema_stats
 
 
