@@ -42,7 +42,7 @@ class Counted:
 
 
 def sample(name: str, budget: int, x: torch.Tensor, schedule: str = "karras") -> torch.Tensor:
-    """Samples by at most `budget` evaluations, the last of them for the step from sigma_min to 0."""
+    """Samples by at most `budget` evaluations, the last one of the step from sigma_min to 0."""
     info, model = SAMPLERS[name], Counted()
     if name == "dpm_fast":
         x = info.function(model, x, SIGMA_MIN, SIGMA_MAX, budget - 1, disable=True)
@@ -100,6 +100,7 @@ def measure(n: int) -> tuple[Rows, Rows, Rows, float]:
     exact = MIXTURE(exact, torch.full((len(few),), SIGMA_MIN, dtype=torch.float64))
     errors: Rows = {}
     distances: Rows = {}
+    schedules: Rows = {}
     for name, info in SAMPLERS.items():
         distances[name] = []
         for budget in BUDGETS:
@@ -108,12 +109,98 @@ def measure(n: int) -> tuple[Rows, Rows, Rows, float]:
             distances[name].append(distance(y))
             if not info.stochastic:
                 errors.setdefault(name, []).append(problems.rms(y[:256] - exact))
-    schedules: Rows = {
-        schedule: [
-            problems.rms(MIXTURE_ERROR(sample("dpmpp_2m", budget, few, schedule)))
-            for budget in BUDGETS
-        ]
-        for schedule in SCHEDULES
-    }
-    floor = sum(distance(data(n, seed)) for seed in range(1, 5)) / 4
+    for schedule in SCHEDULES:
+        samples = [sample("dpmpp_2m", budget, few, schedule) for budget in BUDGETS]
+        schedules[schedule] = [problems.rms(y - exact) for y in samples]
+    floor = sum(distance(data(n, seed)) for seed in range(2, 6)) / 4
     return errors, distances, schedules, floor
+
+
+def table(head: str, rows: Rows, floor: float = 0.0) -> str:
+    """Rows of figures by budget as Markdown, the best of each budget, or the floor's, in bold."""
+    best = [max(min(column), floor) for column in zip(*rows.values())]
+    lines = [f"| {head} | " + " | ".join(map(str, BUDGETS)) + " |", "|---" * 6 + "|"]
+    for name, row in sorted(rows.items(), key=lambda item: item[1][2]):
+        cells = [f"**{v:.2g}**" if v <= b else f"{v:.2g}" for v, b in zip(row, best)]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def recommendation(errors: Rows, distances: Rows, floor: float) -> str:
+    """The best three of each kind by budget, or all that reach the floor, as Markdown."""
+    noisy = {name: row for name, row in distances.items() if SAMPLERS[name].stochastic}
+
+    def best(rows: Rows, column: int) -> str:
+        names = sorted(rows, key=lambda name: rows[name][column])
+        at_floor = [name for name in names if rows is noisy and rows[name][column] <= floor]
+        return ", ".join(f"`{name}`" for name in sorted(at_floor) or names[:3])
+
+    lines = ["| evaluations | ODE samplers | with noise |", "|---|---|---|"]
+    for i, budget in enumerate(BUDGETS):
+        lines.append(f"| {budget} | {best(errors, i)} | {best(noisy, i)} |")
+    return "\n".join(lines)
+
+
+def plot(errors: Rows, distances: Rows, floor: float, path: Path) -> None:
+    """Both tables as curves."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError('the plot needs matplotlib: pip install "k-diffusion[train]"') from error
+
+    noisy = {name: row for name, row in distances.items() if SAMPLERS[name].stochastic}
+    panels = (
+        (errors, "ODE samplers", "RMS error against the exact solution"),
+        (noisy, "Samplers that add noise", "sliced Wasserstein distance to the data"),
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
+    styles = ["-", "--", ":"]
+    for ax, (rows, title, label) in zip(axes, panels):
+        # In the order of the curves' right ends, so that the legend reads like the plot.
+        for i, (name, row) in enumerate(sorted(rows.items(), key=lambda item: -item[1][-1])):
+            style, colour = styles[i // 10], plt.cm.tab10(i % 10)
+            ax.loglog(BUDGETS, row, style, color=colour, marker="o", markersize=3, label=name)
+        ax.set(title=title, xlabel="model evaluations", ylabel=label, xticks=BUDGETS)
+        ax.set_xticks([], minor=True)
+        ax.set_xticklabels(BUDGETS)
+        ax.grid(alpha=0.3)
+    axes[1].axhline(floor, color="k", linewidth=0.8)
+    axes[1].text(BUDGETS[0], floor, "exact samples", va="bottom", fontsize=8)
+    for ax in axes:
+        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("-n", type=int, default=10000, help="samples that distances are measured on")
+    p.add_argument("--write", action="store_true", help="into docs/samplers.md, with the plot")
+    args = p.parse_args()
+
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    errors, distances, schedules, floor = measure(args.n)
+    sections = {
+        "recommendation": recommendation(errors, distances, floor),
+        "errors": table("RMS error", errors),
+        "distances": table("distance", distances, floor)
+        + f"\n\n{args.n} exact samples of the mixture are at a distance of {floor:.2g}.",
+        "schedules": table("RMS error of `dpmpp_2m`", schedules),
+    }
+    for section in sections.values():
+        print(section, end="\n\n")
+    print(f"{time.perf_counter() - start:.0f} s on one core")
+    if args.write:
+        page = ROOT / "docs" / "samplers.md"
+        text = page.read_text()
+        for name, section in sections.items():
+            begin, end = f"<!-- {name}: benchmarks/convergence.py -->", f"<!-- end of {name} -->"
+            before, rest = text.split(begin)
+            text = before + begin + "\n" + section + "\n" + end + rest.split(end)[1]
+        page.write_text(text)
+        plot(errors, distances, floor, ROOT / "docs" / "images" / "convergence.png")
+        print(f"wrote {page.relative_to(ROOT)} and docs/images/convergence.png")
+
+
+if __name__ == "__main__":
+    main()

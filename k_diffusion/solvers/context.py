@@ -49,6 +49,8 @@ def evaluate(
     Raises ValueError unless the model returns x's shape.
     """
     sigma_in = torch.full((x.shape[0],), sigma, dtype=dtype, device=x.device)
+    if hasattr(model, "at_level"):  # guidance that holds in an interval, known without the device
+        model = model.at_level(sigma)
     denoised = model(x, sigma_in, *args, **kwargs)
     if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
         got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__

@@ -24,7 +24,7 @@ NOISE_SCALES: dict[str, Callable[[Any], Any]] = {
 
 
 def er_levels(eta: float, noise_scale: str) -> Levels:
-    """Down by phi(sigma_next) / phi(sigma), the rest is noise: proposition 2."""
+    """Down by phi(sigma_next) / phi(sigma), the rest is noise, as the exact solution has it."""
     log_g = NOISE_SCALES[noise_scale]
 
     def split(sigma: float, sigma_next: float) -> tuple[float, float]:
@@ -48,7 +48,7 @@ def er_sde(
     order: int = 3,
     lower_order_final: bool = True,
 ) -> tuple[Tensor, Any]:
-    """ER-SDE-Solver-1 to -3 (algorithms 1 to 3): the Taylor expansion of D in sigma.
+    """ER-SDE-Solver-1 to -3: the Taylor expansion of D in sigma.
 
     Its derivatives are those of the polynomial through the last values of D.
     """

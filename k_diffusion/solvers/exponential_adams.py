@@ -30,7 +30,7 @@ def adams_weights(nodes: Sequence[float], h: float) -> list[float]:
 def uni_pc_weights(nodes: Sequence[float], h: float, variant: str) -> list[float]:
     """UniPC's: a_1 = 1/2 of B(h) for a single difference, whose exact weight isn't needed.
 
-    With several differences the order conditions (arXiv:2302.04867, equation 5) cancel B(h).
+    With several differences the order conditions (arXiv:2302.04867) on a cancel B(h).
     """
     if len(nodes) != 2:
         return adams_weights(nodes, h)

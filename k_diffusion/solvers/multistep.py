@@ -78,7 +78,7 @@ def ipndm_weights(sigmas: Sequence[float], sigma_next: float) -> list[float]:
 
 
 def deis_weights(sigmas: Sequence[float], sigma_next: float, time: str) -> list[float]:
-    """The integrals over sigma of the Lagrange polynomials in a time: tAB-DEIS, equation 15."""
+    """The integrals over sigma of the Lagrange polynomials in a time: tAB-DEIS (2204.13902)."""
     to_time = DEIS_TIMES[time]
     nodes = [float(to_time(np.float64(sigma))) for sigma in sigmas]
     return lagrange_integrals(nodes, sigmas[0], sigma_next, np.ones_like, to_time)
@@ -108,7 +108,7 @@ def gradient_estimation(
 ) -> tuple[Tensor, Any]:
     """Euler's method along gamma times the slope less gamma - 1 times the last one.
 
-    Permenter & Yuan 2023 (arXiv:2306.04848), equation 9. The step to 0 is plain.
+    Permenter & Yuan 2023 (arXiv:2306.04848), algorithm 2. The step to 0 is plain.
     """
     d = ctx.to_d(x, sigma, denoised)
     slope = d if state is None or sigma_next == 0 else d * gamma + state * (1 - gamma)

@@ -38,7 +38,7 @@ def seeds_2(
     eta: float = 1.0,
     r: float = 0.5,
 ) -> tuple[Tensor, Any]:
-    """SEEDS-2: two stages, the second at the fraction r of the step (algorithm 2)."""
+    """SEEDS-2: two stages, the second at the fraction r of the step."""
     if sigma_next == 0:
         return denoised, None
     sigma_2 = sigma * (sigma_next / sigma) ** r
@@ -61,7 +61,7 @@ def seeds_3(
     r_1: float = 1 / 3,
     r_2: float = 2 / 3,
 ) -> tuple[Tensor, Any]:
-    """SEEDS-3: three stages, at the fractions r_1 and r_2 of the step (algorithm 3)."""
+    """SEEDS-3: three stages, at the fractions r_1 and r_2 of the step."""
     if sigma_next == 0:
         return denoised, None
     sigma_2 = sigma * (sigma_next / sigma) ** r_1

@@ -1,0 +1,138 @@
+"""What samplers cost beside the model: time a step with a model that does nothing, and Brownian
+noise side by side with torchsde's.
+
+Medians of several runs after a warm-up. Time is the whole of a step: the loop, the coefficients,
+the arithmetic on x, noise where there is any; not the progress bar.
+
+    python benchmarks/sampler_overhead.py [--device cpu] [--shape 1 4 32 32] [--steps 50]
+"""
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torchsde
+from torchsde._brownian import brownian_interval
+
+import k_diffusion as K
+
+
+def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The median time of a run."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    run()
+    times = []
+    for _ in range(repeats):
+        start = now()
+        run()
+        times.append(now() - start)
+    return statistics.median(times)
+
+
+def samplers(x: torch.Tensor, steps: int, repeats: int) -> None:
+    """Prints each sampler's time a step, and as many Euler steps' time."""
+
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x * 0.5
+
+    sigmas = K.sampling.get_sigmas_karras(steps, 0.03, 15.0)
+    noise = torch.randn_like(x)
+    print(f"{'sampler':<24} {'us a step':>10} {'x euler':>8} {'with its own noise':>19}")
+    euler = 0.0
+    names = sorted(K.sampling.SAMPLERS, key=lambda name: name != "euler")
+    for name in names:
+        info = K.sampling.SAMPLERS[name]
+        if not info.takes_sigmas:
+            continue
+
+        def run(info=info, **options) -> torch.Tensor:
+            return info.function(model, x, sigmas, disable=True, **options)
+
+        def given(sigma, sigma_next) -> torch.Tensor:
+            return noise
+
+        options = {"noise_sampler": given} if info.noise else {}
+        if name == "restart":
+            options["restarts"] = ()
+        without = seconds(partial(run, **options), x.device, repeats) / steps * 1e6
+        euler = euler or without
+        own = ""
+        if info.stochastic:
+            own = f"{seconds(run, x.device, max(repeats // 4, 1)) / steps * 1e6:.0f}"
+        print(f"{name:<24} {without:>10.0f} {without / euler:>8.2f} {own:>19}")
+
+
+def brownian(x: torch.Tensor, steps: int, repeats: int) -> None:
+    """Prints draws and time of a run's noise, from torchsde's tree and from ours."""
+    sigmas = K.sampling.get_sigmas_karras(steps, 0.03, 15.0)[:-1].tolist()
+    draws = {"theirs": 0, "ours": 0}
+    their_randn, our_normal = brownian_interval._randn, K.noise.BatchedBrownianTree._normal
+
+    def counted_randn(*args):
+        draws["theirs"] += 1
+        return their_randn(*args)
+
+    def counted_normal(self, **spawn):
+        draws["ours"] += 1
+        return our_normal(self, **spawn)
+
+    def theirs() -> list[torch.Tensor]:
+        tree = torchsde.BrownianTree(sigmas[-1], torch.zeros_like(x), sigmas[0], entropy=5)
+        return [tree(b, a) for a, b in pairwise(sigmas)]
+
+    def ours() -> list[torch.Tensor]:
+        tree = K.noise.BatchedBrownianTree(x, sigmas[-1], sigmas[0], seed=5)
+        return [tree(b, a) for a, b in pairwise(sigmas)]
+
+    brownian_interval._randn = counted_randn
+    K.noise.BatchedBrownianTree._normal = counted_normal  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # theirs about float32 ends
+            error = max((a - b).abs().max().item() for a, b in zip(theirs(), ours()))
+    finally:
+        brownian_interval._randn = their_randn
+        K.noise.BatchedBrownianTree._normal = our_normal  # type: ignore[method-assign]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        times = {
+            "theirs": seconds(theirs, x.device, repeats),
+            "ours": seconds(ours, x.device, repeats),
+        }
+    print(f"\nBrownian noise of {steps - 1} steps, largest difference {error:.1e}")
+    for who, name in (("theirs", "torchsde"), ("ours", "k_diffusion")):
+        print(f"{name:<12} {draws[who]:>5} draws {times[who] * 1e3:>9.1f} ms")
+    print(
+        f"ratio        {draws['ours'] / draws['theirs']:>5.2f}       "
+        f"{times['ours'] / times['theirs']:>9.2f}"
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--shape", type=int, nargs="+", default=[1, 4, 32, 32])
+    p.add_argument("--steps", type=int, default=50)
+    p.add_argument("--repeats", type=int, default=9)
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    x = torch.randn(args.shape, device=args.device)
+    where = torch.cuda.get_device_name() if x.is_cuda else args.device
+    shape = " x ".join(map(str, args.shape))
+    print(f"{where}, {shape}, {x.dtype}, {args.steps} steps, median of {args.repeats}\n")
+    samplers(x, args.steps, args.repeats)
+    brownian(x, args.steps, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
