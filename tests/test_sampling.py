@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from pathlib import Path
 
 import golden
 import problems
@@ -490,3 +491,11 @@ def test_whole_loops_compile_as_one_graph(name):
 
     compiled = torch.compile(sample, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), sample(x))
+
+
+def test_the_guide_measures_every_sampler_and_schedule():
+    guide = (Path(__file__).parents[1] / "docs" / "samplers.md").read_text()
+    # the adaptive one can't be given a budget
+    assert not [n for n in NAMES if f"| `{n}` |" not in guide and n != "dpm_adaptive"]
+    assert not [n for n in S.SCHEDULES if f"| `{n}` |" not in guide and n != "polyexponential"]
+    assert not [n for n in S.TABLE_SCHEDULES if f"get_sigmas_{n}" not in guide]

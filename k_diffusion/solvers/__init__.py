@@ -15,8 +15,9 @@ from .context import Context, Step
 from .dpm_solver import DPMSolver, PIDStepSizeController
 from .exponential import dpmpp_2s, dpmpp_sde
 from .levels import ancestral, get_ancestral_step, get_sde_step, ode, sde
-from .multistep import dpmpp_2m, dpmpp_3m, linear_multistep_coeff, lms
-from .one_step import dpm_2, euler, heun
+from .multistep import dpmpp_2m, dpmpp_3m, gradient_estimation, linear_multistep_coeff, lms
+from .one_step import dpm_2, euler, heun, heunpp2, leap
+from .seeds import seeds_2, seeds_3
 
 __all__ = [
     "Context",
@@ -32,9 +33,14 @@ __all__ = [
     "euler",
     "get_ancestral_step",
     "get_sde_step",
+    "gradient_estimation",
     "heun",
+    "heunpp2",
+    "leap",
     "linear_multistep_coeff",
     "lms",
     "ode",
     "sde",
+    "seeds_2",
+    "seeds_3",
 ]
