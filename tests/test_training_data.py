@@ -82,6 +82,14 @@ def test_modes_and_range(channels, mode):
     assert torch.equal(data.ImageTransform((4, 6), channels)(gradient(4, 6, mode))[0], want)
 
 
+def test_16_bit_greys_are_scaled_not_clipped(tmp_path):
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(levels * 257).save(tmp_path / "16.png")
+    image = data.ImageTransform((16, 16), 1)(Image.open(tmp_path / "16.png"))[0]
+    want = utils.from_pil_image(Image.fromarray(levels.astype(np.uint8)))
+    assert torch.equal(image, want)
+
+
 def test_other_sizes_are_scaled_to_cover_and_cropped_around_the_centre():
     """16 x 12 to 4 x 4: rows of the whole height would need a width of 3, so it's columns."""
     image = data.ImageTransform((4, 4), 3)(gradient(16, 12))[0]

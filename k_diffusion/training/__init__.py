@@ -1,5 +1,6 @@
 """Training: small modules that train.py reads like a story.
 
-data, datasets: what it learns from; optim: what moves the weights; state, checkpoint: what
-resuming needs; step: one optimizer step; demo, log, signals: what a person sees and says.
+args, launch, setup: what is asked for, and by how many processes it is done; data, datasets: what
+it learns from; optim: what moves the weights; state, checkpoint, resume: what going on needs; step:
+one optimizer step; demo, log, signals: what a person sees and says.
 """

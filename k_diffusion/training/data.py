@@ -45,6 +45,8 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         h, w = self.size
+        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to 8 bits
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         image = image.convert(self.mode)
         if image.size != (w, h):
             image = ImageOps.fit(image, (w, h), Image.Resampling.LANCZOS)
