@@ -228,6 +228,13 @@ def test_overrides_are_json_or_else_strings():
             parse_overrides([text])
 
 
+def test_an_override_of_a_type_replaces_its_section():
+    config = V2 | {"lr_sched": {"type": "exponential", "num_steps": 5, "warmup": 0.5}}
+    assert load_config(config, ["lr_sched.type=constant"])["lr_sched"]["warmup"] == 0
+    same = load_config(config, ["lr_sched.type=exponential", "lr_sched.decay=0.25"])["lr_sched"]
+    assert (same["num_steps"], same["decay"], same["warmup"]) == (5, 0.25, 0.5)
+
+
 def test_overrides_are_laid_over_the_config_and_checked():
     config = load_config(V2, ["model.widths=[64,192]", "optimizer.lr=0.1"])
     assert config["model"]["widths"] == [64, 192]

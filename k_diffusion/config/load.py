@@ -29,7 +29,8 @@ def load_config(
 
     path_or_dict: a .json file, an inference checkpoint (.safetensors), a training checkpoint
     (.pth), an open file or a dict. overrides: laid over it, as a dict or as `key.path=value` texts
-    whose values are JSON or else strings. embedded: whether a dict comes out of a checkpoint.
+    whose values are JSON or else strings; another `type` replaces its whole section. embedded:
+    whether a dict comes out of a checkpoint.
     Returns a plain dict.
 
     Raises ConfigError naming the path of a bad key or value and the nearest valid one. In configs
@@ -38,6 +39,10 @@ def load_config(
     raw, from_checkpoint = _read(path_or_dict)
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides)
+    for key, section in overrides.items():
+        # the keys of another type would not fit
+        if isinstance(section, Mapping) and "type" in section and isinstance(raw.get(key), Mapping):
+            raw = raw if raw[key].get("type") == section["type"] else {**raw, key: {}}
     typed = parse(merge(raw, dict(overrides)), lenient=embedded or from_checkpoint)
     return typed.model_dump(mode="json", exclude={"model": {"sigma_sample_density"}}) | {
         "model": _dump_model(typed.model)
