@@ -17,7 +17,7 @@ from k_diffusion.models.image_transformer_v2 import (
     NoAttentionSpec,
     ShiftedWindowAttentionSpec,
 )
-from k_diffusion.models.rope import make_axial_pos
+from k_diffusion.models.rope import cos_sin, make_axial_pos
 
 SIGMA = torch.tensor([0.05, 1.3])
 ATTENTION = {
@@ -184,7 +184,7 @@ def test_low_precision():
 def angles_seen(monkeypatch, pos, dtype):
     seen = []
     monkeypatch.setattr(
-        v2, "rotary_attention", lambda geometry, q, k, v, t: seen.append(t) or q.flatten(-2)
+        v2, "cos_sin", lambda theta, dtype: seen.append(theta) or cos_sin(theta, dtype)
     )
     block = v2.SelfAttentionBlock(32, GlobalAttentionSpec(16), 8).to(dtype)
     block.pos_emb.float()

@@ -54,6 +54,7 @@ def _make_image_transformer_v1(model: schema.ImageTransformerV1, num_classes: in
         num_classes=num_classes,
         dropout=model.dropout_rate,
         sigma_data=model.sigma_data,
+        attn_backend=model.attn_backend,
     )
 
 
@@ -61,12 +62,12 @@ def _make_image_transformer_v2(model: schema.ImageTransformerV2, num_classes: in
     from ..models import image_transformer_v2 as v2
 
     specs: dict[type, Callable[[Any], v2.AttentionSpec]] = {
-        schema.GlobalAttention: lambda a: v2.GlobalAttentionSpec(a.d_head),
+        schema.GlobalAttention: lambda a: v2.GlobalAttentionSpec(a.d_head, a.backend),
         schema.NeighborhoodAttention: lambda a: v2.NeighborhoodAttentionSpec(
-            a.d_head, a.kernel_size
+            a.d_head, a.kernel_size, a.backend
         ),
         schema.ShiftedWindowAttention: lambda a: v2.ShiftedWindowAttentionSpec(
-            a.d_head, a.window_size
+            a.d_head, a.window_size, backend=a.backend
         ),
         schema.NoAttention: lambda a: v2.NoAttentionSpec(),
     }

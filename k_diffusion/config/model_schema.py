@@ -83,21 +83,31 @@ Density = Annotated[
 # ---------------------------------------------------------------- attention geometries
 
 
+GlobalBackend = Literal["flash4", "flash3", "flash2", "sdpa", "reference"]
+NeighborhoodBackend = Literal[
+    "natten", "natten-0.17", "flex", "natten-unfused", "tiled", "reference"
+]
+WindowBackend = Literal["sdpa", "reference"]
+
+
 class GlobalAttention(Section):
     type: Literal["global"]
     d_head: Positive = 64
+    backend: GlobalBackend | None = None
 
 
 class NeighborhoodAttention(Section):
     type: Literal["neighborhood"]
     d_head: Positive = 64
     kernel_size: Positive = 7
+    backend: NeighborhoodBackend | None = None
 
 
 class ShiftedWindowAttention(Section):
     type: Literal["shifted-window"]
     d_head: Positive = 64
     window_size: Positive
+    backend: WindowBackend | None = None
 
 
 class NoAttention(Section):
@@ -203,6 +213,7 @@ class ImageTransformerV1(Model):
     depth: Positive
     d_ff: Count = 0
     dropout_rate: Rate = 0.0
+    attn_backend: GlobalBackend | None = None
 
     @model_validator(mode="after")
     def _defaults(self) -> "ImageTransformerV1":

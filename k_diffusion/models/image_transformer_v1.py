@@ -11,7 +11,7 @@ from .attention import GlobalAttentionSpec
 from .checks import check_multiple, check_shape
 from .conditioning import ConditionedModel
 from .flags import checkpoint
-from .rope import make_axial_pos
+from .rope import apply_rotary_emb, make_axial_pos
 from .transformer import (
     AdaRMSNorm,
     FeedForwardBlock,
@@ -19,7 +19,7 @@ from .transformer import (
     MappingNetwork,
     RMSNorm,
     apply_wd,
-    rotary_attention,
+    grid_attention,
     scale_for_cosine_sim,
     split_heads,
     zero_init,
@@ -70,9 +70,9 @@ class LearnedAxialRoPE(nn.Module):
 class SelfAttentionBlock(nn.Module):
     """Residual global self-attention. x: (n, h, w, d_model), cond: (n, d_model)."""
 
-    def __init__(self, d_model: int, dropout: float = 0.0):
+    def __init__(self, d_model: int, dropout: float = 0.0, attn_backend: str | None = None):
         super().__init__()
-        self.geometry = GlobalAttentionSpec(D_HEAD)
+        self.geometry = GlobalAttentionSpec(D_HEAD, attn_backend)
         self.n_heads = d_model // D_HEAD
         self.norm = AdaRMSNorm(d_model, d_model)
         self.qkv_proj = apply_wd(Linear(d_model, d_model * 3, bias=False))
@@ -87,16 +87,20 @@ class SelfAttentionBlock(nn.Module):
         # This model rotates neighbouring features (2i, 2i + 1). The scores are the same whatever
         # the order of the features, so it is enough to move each pair to (i, i + d_head / 2).
         q, k = (rearrange(t, "... (e pair) -> ... (pair e)", pair=2) for t in (q, k))
-        y = rotary_attention(self.geometry, q, k, v, self.pos_emb(pos))
+        theta = self.pos_emb(pos)
+        q, k = (apply_rotary_emb(t, theta) for t in (q, k))
+        y = grid_attention(self.geometry, q, k, v)
         return x + self.out_proj(self.dropout(y))
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, then feed-forward."""
 
-    def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0):
+    def __init__(
+        self, d_model: int, d_ff: int, dropout: float = 0.0, attn_backend: str | None = None
+    ):
         super().__init__()
-        self.self_attn = SelfAttentionBlock(d_model, dropout)
+        self.self_attn = SelfAttentionBlock(d_model, dropout, attn_backend)
         self.ff = FeedForwardBlock(d_model, d_ff, d_model, dropout)
 
     def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
@@ -116,6 +120,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
     image and of the output. patch_size: height and width of a patch. num_classes: if not 0, the
     model takes `class_cond`, and the id num_classes means no class. dropout: a probability.
     sigma_data: kept as an attribute alone; scaling the input is the part of `K.Denoiser`.
+    attn_backend: forces a backend of the attention; None takes the best that can run.
     Raises ValueError if d_model isn't a multiple of 64.
     """
 
@@ -130,6 +135,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         num_classes: int = 0,
         dropout: float = 0.0,
         sigma_data: float = 1.0,
+        attn_backend: str | None = None,
     ):
         super().__init__()
         if d_model % D_HEAD:
@@ -143,7 +149,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         self.add_conditioning(mapping, d_model, num_classes)
         self.in_proj = Linear(in_features * patch_area, d_model, bias=False)
         self.blocks = nn.ModuleList(
-            TransformerBlock(d_model, d_ff, dropout) for _ in range(n_layers)
+            TransformerBlock(d_model, d_ff, dropout, attn_backend) for _ in range(n_layers)
         )
         self.out_norm = RMSNorm(d_model)
         self.out_proj = zero_init(Linear(d_model, out_features * patch_area, bias=False))

@@ -18,7 +18,8 @@ from .attention import (
 from .checks import check_multiple, check_shape
 from .conditioning import ConditionedModel
 from .flags import checkpoint, get_rope_parity
-from .rope import AxialRoPE, apply_rotary_emb, apply_rotary_emb_, make_axial_pos
+from .fused import turned_unit
+from .rope import AxialRoPE, apply_rotary_emb, apply_rotary_emb_, cos_sin, make_axial_pos
 from .transformer import (
     AdaRMSNorm,
     FeedForwardBlock,
@@ -29,8 +30,7 @@ from .transformer import (
     RMSNorm,
     apply_wd,
     filter_params,
-    rotary_attention,
-    scale_for_cosine_sim,
+    grid_attention,
     split_heads,
     tag_module,
     tag_param,
@@ -128,9 +128,10 @@ class SelfAttentionBlock(nn.Module):
     def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         skip = x
         q, k, v = split_heads(self.qkv_proj(self.norm(x, cond)), self.n_heads)
-        q, k = scale_for_cosine_sim(q, k, self.scale, 1e-6)
         theta = self.pos_emb(pos.to(q.dtype) if get_rope_parity() else pos)
-        x = rotary_attention(self.geometry, q, k, v, theta)
+        cos, sin = cos_sin(theta, q.dtype)
+        q, k = (turned_unit(t, self.scale, cos, sin, 1e-6) for t in (q, k))
+        x = grid_attention(self.geometry, q, k, v)
         return self.out_proj(self.dropout(x)) + skip
 
 

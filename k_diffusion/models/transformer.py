@@ -9,7 +9,7 @@ from torch import nn
 
 from . import flops
 from .attention import Geometry, attend
-from .rope import cos_sin, rotate
+from .fused import geglu, normalise, rms_norm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -106,18 +106,7 @@ class LinearGEGLU(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flops.op(flops.op_linear, x.shape, self.weight.shape)
-        value, gate = F.linear(x, self.weight, self.bias).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
-def rms_norm(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * scale over the last axis; the mean square is taken in at least float32.
-
-    x: (..., d). scale: broadcasts to x. Returns the dtype of x.
-    """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, scale.dtype), torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)  # in one pass over x
-    return x * (scale * torch.rsqrt(norm.square() / x.shape[-1] + eps)).to(x.dtype)
+        return geglu(F.linear(x, self.weight, self.bias))
 
 
 class RMSNorm(nn.Module):
@@ -214,23 +203,14 @@ def scale_for_cosine_sim(
 
     q, k: (..., n_heads, d_head). scale: (n_heads,). Norms are taken in at least float32.
     """
-    dtype = torch.promote_types(torch.promote_types(q.dtype, scale.dtype), torch.float32)
-    sqrt_scale = scale.to(dtype).sqrt()[:, None]
-
-    def normalise(x: torch.Tensor) -> torch.Tensor:
-        sum_sq = x.to(dtype).square().sum(dim=-1, keepdim=True)
-        return x * (sqrt_scale * torch.rsqrt(sum_sq + eps)).to(x.dtype)
-
-    return normalise(q), normalise(k)
+    return normalise(q, scale, eps), normalise(k, scale, eps)
 
 
-def rotary_attention(
-    geometry: Geometry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, theta: torch.Tensor
+def grid_attention(
+    geometry: Geometry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
-    """Attention with rotary embeddings. q, k, v: (n, h, w, n_heads, d_head); theta: angles in
-    radians, (h, w, n_heads, up to d_head / 2). Returns (n, h, w, n_heads * d_head)."""
-    cos, sin = cos_sin(theta, q.dtype)
-    q, k = (torch.cat(rotate(x, cos, sin), dim=-1) for x in (q, k))
+    """`attend` that `flop_counter` sees. q, k, v: (n, h, w, n_heads, d_head). Returns
+    (n, h, w, n_heads * d_head)."""
     geometry.record_flops(q.shape)
     return attend(geometry, q, k, v).flatten(-2)
 

@@ -3,21 +3,27 @@
 `attend(geometry, q, k, v)` takes q, k, v of (n, h, w, heads, d_head) and returns the same shape;
 scores are plain dot products (scale 1: the caller has scaled q and k). Each backend is a pair: a
 predicate that says why it can't run here, and the operation. The first backend of a geometry's
-list that can run is used; `K_DIFFUSION_ATTENTION` forces others, as a comma-separated list of
-`geometry=backend`, e.g. `neighborhood=tiled,global=sdpa`.
+list that can run is used. A geometry's `backend`, which configs set, forces another, and
+`K_DIFFUSION_ATTENTION` overrides that: a comma-separated list of `geometry=backend`, e.g.
+`neighborhood=tiled,global=auto`. `python -m k_diffusion.models.attention` lists them all.
 """
 
-import logging
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from operator import index
 
 import torch
 
-from .. import flags
-from . import global_, neighborhood, shifted_window
+from ..fused import in_forward_mode
+from . import flash, flex, natten, neighborhood, plain, shifted_window
+from .choice import (
+    AUTO,
+    BACKENDS,
+    ENV_VAR,
+    Backend,
+    Request,
+    choose_as_constant,
+    choose_backend,
+    reasons,
+)
 from .geometry import (
     Geometry,
     GlobalAttentionSpec,
@@ -27,117 +33,57 @@ from .geometry import (
 )
 
 __all__ = [
+    "AUTO",
     "BACKENDS",
+    "ENV_VAR",
     "Backend",
     "Geometry",
     "GlobalAttentionSpec",
     "NeighborhoodAttentionSpec",
     "NoAttentionSpec",
+    "Request",
     "ShiftedWindowAttentionSpec",
     "attend",
     "choose_backend",
+    "reasons",
 ]
 
-logger = logging.getLogger(__name__)
-
-ENV_VAR = "K_DIFFUSION_ATTENTION"
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to run a geometry.
-
-    why_not: (geometry, device type, dtype, needs_grad) -> a reason why it can't run, or None.
-    run: (q, k, v, geometry) -> output.
-    devices: the device types on which it is chosen without being asked for; None for all.
-    """
-
-    why_not: Callable[[Geometry, str, torch.dtype, bool], str | None]
-    run: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
-    devices: tuple[str, ...] | None = None
-
-
-BACKENDS: dict[str, dict[str, Backend]] = {
-    "global": {
-        "flash2": Backend(global_.why_not_flash2, global_.flash2, devices=("cuda",)),
-        "sdpa": Backend(global_.can_always, global_.sdpa),
-        "reference": Backend(global_.can_always, global_.reference),
-    },
-    "neighborhood": {
-        "natten": Backend(neighborhood.why_not_natten, neighborhood.natten, devices=("cuda",)),
-        "tiled": Backend(global_.can_always, neighborhood.tiled),
-        "reference": Backend(global_.can_always, global_.reference),
-    },
-    "shifted-window": {
-        "sdpa": Backend(global_.can_always, shifted_window.sdpa),
-        "reference": Backend(global_.can_always, global_.reference),
-    },
+BACKENDS["global"] = {
+    "flash4": Backend(flash.flash4, flash.why_not_flash4),
+    "flash3": Backend(flash.flash3, flash.why_not_flash3),
+    "flash2": Backend(flash.flash2, flash.why_not_flash2),
+    "sdpa": Backend(plain.sdpa),
+    "reference": Backend(plain.reference),
+}
+BACKENDS["neighborhood"] = {
+    "natten": Backend(natten.natten, natten.why_not_natten, natten.not_without_kernels),
+    "natten-0.17": Backend(natten.natten_0_17, natten.why_not_natten_0_17),
+    "flex": Backend(flex.flex, flex.why_not_flex, flex.better_without),
+    "natten-unfused": Backend(natten.unfused, natten.why_not_unfused, natten.not_without_kernels),
+    "tiled": Backend(neighborhood.tiled),
+    "reference": Backend(plain.reference),
+}
+BACKENDS["shifted-window"] = {
+    "sdpa": Backend(shifted_window.sdpa),
+    "reference": Backend(plain.reference),
 }
 
-
-def forced_backends(setting: str) -> dict[str, str]:
-    """Parse a `geometry=backend,...` setting. Raises ValueError, listing what there is."""
-    forced = {}
-    for item in filter(None, (part.strip() for part in setting.split(","))):
-        geometry, _, name = item.partition("=")
-        if name not in BACKENDS.get(geometry, {}):
-            rows = "; ".join(f"{g}={'|'.join(rows)}" for g, rows in BACKENDS.items())
-            raise ValueError(f"{ENV_VAR}: no backend {item!r}; there are {rows}")
-        forced[geometry] = name
-    return forced
-
-
-@lru_cache(maxsize=256)
-def _choose(
-    geometry: Geometry, device: str, dtype: torch.dtype, needs_grad: bool, setting: str
-) -> str:
-    rows = BACKENDS[geometry.name]
-    forced = forced_backends(setting).get(geometry.name)
-    why_not = {
-        name: row.why_not(geometry, device, dtype, needs_grad)
-        or (
-            f"not chosen by itself on {device}"
-            if name != forced and row.devices is not None and device not in row.devices
-            else None
-        )
-        for name, row in rows.items()
-    }
-    can = [name for name in rows if why_not[name] is None]
-    if forced is not None and forced not in can:
-        raise ValueError(
-            f"{ENV_VAR} asks for {geometry.name}={forced}, which can't run here: "
-            f"{why_not[forced]}; these can: {', '.join(can)}"
-        )
-    name = forced or can[0]
-    passed_over = "".join(f"; {n}: {why_not[n]}" for n in rows if why_not[n] is not None)
-    logger.debug(
-        "%s on %s %s%s: backend %s%s%s",
-        geometry,
-        device,
-        str(dtype).removeprefix("torch."),
-        " with gradients" if needs_grad else "",
-        name,
-        " (forced)" if forced else "",
-        passed_over,
-    )
-    return name
-
-
-@flags.constant_when_compiled
-def choose_backend(geometry: Geometry, device: str, dtype: torch.dtype, needs_grad: bool) -> str:
-    """The name of the backend for a geometry on a device type; logs at DEBUG why.
-
-    Raises ValueError if the environment forces one that can't run here.
-    """
-    return _choose(geometry, device, dtype, needs_grad, os.environ.get(ENV_VAR, ""))
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def attend(geometry: Geometry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Self-attention of a geometry. q, k, v: (n, h, w, heads, d_head); returns the same shape.
 
-    Raises ValueError if the geometry doesn't fit h and w.
+    Raises ValueError if the geometry doesn't fit h and w, for a dtype that is no floating point
+    number of 16 to 64 bits, and if a forced backend can't run here.
     """
-    geometry.check(q.shape[1], q.shape[2])
+    h, w = index(q.shape[1]), index(q.shape[2])
+    geometry.check(h, w)
+    if q.dtype not in _DTYPES:
+        raise ValueError(
+            f"attention needs float16, bfloat16, float32 or float64, got {q.dtype}; "
+            "cast the model's input with .float()"
+        )
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    name = choose_backend(geometry, q.device.type, q.dtype, needs_grad)
+    name = choose_as_constant(geometry, h, w, q.device.type, q.dtype, needs_grad, in_forward_mode())
     return BACKENDS[geometry.name][name].run(q, k, v, geometry)

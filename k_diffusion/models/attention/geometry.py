@@ -1,4 +1,7 @@
-"""Which tokens see each other: the geometries of self-attention on an h x w grid."""
+"""Which tokens see each other: the geometries of self-attention on an h x w grid.
+
+`backend` forces one of the ways to compute it; None takes the best that can run.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,6 +16,7 @@ class GlobalAttentionSpec:
     """Every token sees every token."""
 
     d_head: int
+    backend: str | None = None
     name: ClassVar[str] = "global"
 
     def check(self, h: int, w: int) -> None:
@@ -37,6 +41,7 @@ class NeighborhoodAttentionSpec:
 
     d_head: int
     kernel_size: int
+    backend: str | None = None
     name: ClassVar[str] = "neighborhood"
 
     def check(self, h: int, w: int) -> None:
@@ -79,6 +84,7 @@ class ShiftedWindowAttentionSpec:
     d_head: int
     window_size: int
     shift: int = 0
+    backend: str | None = None
     name: ClassVar[str] = "shifted-window"
 
     def check(self, h: int, w: int) -> None:

@@ -1,10 +1,7 @@
-"""Neighborhood attention: NATTEN's kernels, and tiles in plain PyTorch."""
+"""Neighborhood attention over tiles, in plain PyTorch."""
 
-import importlib.util
 import math
-from functools import lru_cache
 from operator import index
-from typing import Any
 
 import torch
 
@@ -13,39 +10,6 @@ from .tiles import TilePlan, cached_plan, tiled_attention
 
 # Above so many tokens the mask of all tiles at once would weigh more than it saves.
 _MAX_TOKENS_IN_ONE_PLAN = 256 * 256
-
-
-@lru_cache
-def _natten_version() -> tuple[int, ...] | None:
-    if importlib.util.find_spec("natten") is None:
-        return None
-    from importlib.metadata import version
-
-    return tuple(int(part) for part in version("natten").split("+")[0].split(".")[:2])
-
-
-def why_not_natten(geometry: Any, device: str, dtype: torch.dtype, needs_grad: bool) -> str | None:
-    version = _natten_version()
-    if version is None:
-        return 'natten is not installed (pip install "k-diffusion[natten]")'
-    if version < (0, 20):
-        return f"needs natten >= 0.20 (natten.na2d), got {'.'.join(map(str, version))}"
-    if geometry.kernel_size < 2:
-        return "needs kernel_size >= 2"
-    if geometry.d_head % 8:
-        return f"needs d_head to be a multiple of 8, got {geometry.d_head}"
-    if device == "cpu" and needs_grad:
-        return "has no backward on the CPU"
-    return None
-
-
-def natten(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: NeighborhoodAttentionSpec
-) -> torch.Tensor:
-    """NATTEN >= 0.20's `na2d`, heads last."""
-    from natten import na2d
-
-    return na2d(q, k, v, kernel_size=geometry.kernel_size, scale=1.0)
 
 
 def tiled(

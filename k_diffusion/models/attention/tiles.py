@@ -11,9 +11,9 @@ from functools import lru_cache, wraps
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from .. import flags
+from .plain import dense, fused
 
 R = TypeVar("R")
 
@@ -84,25 +84,12 @@ def cached_plan(make: Callable[..., R]) -> Callable[..., R]:
     return flags.constant_when_compiled(plan)
 
 
-def dense_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Every query against every key, in one scaled_dot_product_attention of scale 1.
-
-    q, k, v: (n, tokens, heads, e). mask: broadcasts to (n, heads, queries, keys). Returns the
-    shape of q.
-    """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-    return out.transpose(1, 2)
-
-
 def tiled_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: TilePlan
 ) -> torch.Tensor:
     """q, k, v: (n, tokens, heads, e). Returns the shape of q."""
     if plan.index is None:
-        return dense_attention(q, k, v, plan.mask)
+        return dense(q, k, v, plan.mask)
     n, tokens, heads, e = q.shape
     part = max(1, _NUMBERS_AT_ONCE // (tokens * heads * e))
     if q.device.type == "cpu" and n > part and not torch.compiler.is_compiling():
@@ -115,12 +102,6 @@ def tiled_attention(
         # tiles are the batch, samples x heads the heads: the mask then broadcasts over samples
         return rows.permute(1, 0, 3, 2, 4).flatten(1, 2)
 
-    out = F.scaled_dot_product_attention(
-        gather(q, queries),
-        gather(k, keys),
-        gather(v, keys),
-        attn_mask=plan.mask,
-        scale=1.0,
-    )
+    out = fused(gather(q, queries), gather(k, keys), gather(v, keys), plan.mask)
     rows = out.unflatten(1, (n, heads)).permute(1, 0, 3, 2, 4)
     return rows.reshape(n, -1, heads, e).index_select(1, place)

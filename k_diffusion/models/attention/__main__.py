@@ -1,0 +1,63 @@
+"""Prints which attention backends can run here: python -m k_diffusion.models.attention"""
+
+import argparse
+
+import torch
+
+from . import BACKENDS, choice
+from .geometry import (
+    Geometry,
+    GlobalAttentionSpec,
+    NeighborhoodAttentionSpec,
+    ShiftedWindowAttentionSpec,
+)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def table(requests: list[choice.Request]) -> str:
+    """A row for each backend of each request: whether it can run, is chosen, and why not."""
+    rows = [("geometry", "backend", "can run here", "why not")]
+    for request in requests:
+        chosen = choice.choose_backend(request)
+        for name, reason in choice.reasons(request).items():
+            can = "no" if reason else "chosen" if name == chosen else "yes"
+            why = reason or BACKENDS[request.geometry.name][name].passed_over(request) or ""
+            rows.append((request.geometry.name, name, can, "" if name == chosen else why))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip()
+        for row in rows
+    )
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(
+        prog="python -m k_diffusion.models.attention",
+        description="Which attention backends can run here, which is chosen, and why not others.",
+    )
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = ["cpu", found.type] if found else ["cpu"]
+    p.add_argument("--device", choices=devices, default=devices[-1])
+    p.add_argument("--dtype", choices=list(DTYPES), default="bf16" if found else "fp32")
+    p.add_argument("--tokens", type=int, default=64, help="of a side of the grid")
+    p.add_argument("--d-head", type=int, default=64)
+    p.add_argument("--kernel-size", type=int, default=7)
+    p.add_argument("--window-size", type=int, default=8)
+    p.add_argument("--inference", action="store_true", help="without gradients")
+    args = p.parse_args()
+    geometries: list[Geometry] = [
+        GlobalAttentionSpec(args.d_head),
+        NeighborhoodAttentionSpec(args.d_head, args.kernel_size),
+        ShiftedWindowAttentionSpec(args.d_head, args.window_size),
+    ]
+    n, dtype, grad = args.tokens, DTYPES[args.dtype], not args.inference
+    print(
+        f"{args.device}, {args.dtype}, {n} x {n} tokens, d_head {args.d_head}, "
+        f"{'training' if grad else 'inference'}; {choice.ENV_VAR} forces a backend\n"
+    )
+    print(table([choice.Request(g, n, n, args.device, dtype, grad) for g in geometries]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Which backend computes a geometry: by what is installed, the device, the dtype and the shape."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+
+from .. import flags
+from .geometry import Geometry
+
+logger = logging.getLogger(__name__)
+
+ENV_VAR = "K_DIFFUSION_ATTENTION"
+# In the environment: whatever is best here, also where the config forces a backend.
+AUTO = "auto"
+
+Run: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What attention is asked for.
+
+    h, w: the grid of tokens. device: its type. needs_grad: whether a backward pass may follow.
+    forward_mode: whether forward-mode derivatives (torch.func.jvp) are being taken.
+    """
+
+    geometry: Geometry
+    h: int
+    w: int
+    device: str
+    dtype: torch.dtype
+    needs_grad: bool = True
+    forward_mode: bool = False
+
+
+def can_always(request: Request) -> str | None:
+    """The predicate of plain PyTorch: nothing stands against it."""
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a geometry.
+
+    run: (q, k, v, geometry) -> output, all of (n, h, w, heads, d_head).
+    why_not: a reason why it can't do what is requested, or None.
+    passed_over: a reason not to choose it without being asked for, or None.
+    """
+
+    run: Run
+    why_not: Callable[[Request], str | None] = can_always
+    passed_over: Callable[[Request], str | None] = can_always
+
+
+# By geometry, the best first; filled by the package's __init__.
+BACKENDS: dict[str, dict[str, Backend]] = {}
+
+
+@lru_cache
+def installed(module: str) -> bool:
+    """Whether a module can be imported, without importing it (its parents are)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def custom_kernel(*needs: Callable[[Request], str | None]) -> Callable[[Request], str | None]:
+    """The predicate of CUDA kernels from other packages: the first reason that any need gives."""
+
+    def why_not(request: Request) -> str | None:
+        if request.device != "cuda":
+            return f"needs a CUDA device, got {request.device}"
+        if request.forward_mode:
+            return "has no forward-mode derivatives"
+        return next(filter(None, (need(request) for need in needs)), None)
+
+    return why_not
+
+
+def half_precision(request: Request) -> str | None:
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs float16 or bfloat16, got {str(request.dtype).removeprefix('torch.')}"
+    return None
+
+
+def forced_backends(setting: str) -> dict[str, str]:
+    """Parse a `geometry=backend,...` setting. Raises ValueError, listing what there is."""
+    forced = {}
+    for item in filter(None, (part.strip() for part in setting.split(","))):
+        geometry, _, name = item.partition("=")
+        if name not in (*BACKENDS.get(geometry, ()), AUTO) or geometry not in BACKENDS:
+            rows = "; ".join(f"{g}={'|'.join(rows)}|{AUTO}" for g, rows in BACKENDS.items())
+            raise ValueError(f"{ENV_VAR}: no backend {item!r}; there are {rows}")
+        forced[geometry] = name
+    return forced
+
+
+def reasons(request: Request) -> dict[str, str | None]:
+    """For each backend of the request's geometry, why it can't run here, or None."""
+    return {name: row.why_not(request) for name, row in BACKENDS[request.geometry.name].items()}
+
+
+@lru_cache(maxsize=1024)
+def _choose(request: Request, setting: str) -> str:
+    geometry = request.geometry
+    rows = BACKENDS[geometry.name]
+    who, forced = ENV_VAR, forced_backends(setting).get(geometry.name)
+    if forced is None and geometry.backend is not None:
+        who, forced = "the config", geometry.backend
+        if forced not in rows:
+            raise ValueError(
+                f"no {geometry.name} attention backend {forced!r}; there are {', '.join(rows)}"
+            )
+    why_not = reasons(request)
+    can = [name for name, reason in why_not.items() if reason is None]
+    if forced in rows and forced not in can:
+        text = f"{who} asks for {geometry.name}={forced}, which can't run here: {why_not[forced]}"
+        if who != ENV_VAR:
+            text += f"; {ENV_VAR}={geometry.name}={AUTO} overrides it"
+        raise ValueError(f"{text}; these can: {', '.join(can)}")
+    why_not = {name: why_not[name] or rows[name].passed_over(request) for name in rows}
+    chosen = forced if forced in rows else next(n for n in rows if why_not[n] is None)
+    logger.debug(
+        "%s at %d x %d on %s %s%s: backend %s%s%s",
+        geometry,
+        request.h,
+        request.w,
+        request.device,
+        str(request.dtype).removeprefix("torch."),
+        " with gradients" if request.needs_grad else "",
+        chosen,
+        f" (forced by {who})" if chosen == forced else "",
+        "".join(f"; {n}: {reason}" for n, reason in why_not.items() if reason and n != chosen),
+    )
+    return chosen
+
+
+def choose_backend(request: Request) -> str:
+    """The name of the backend for a request; logs at DEBUG why.
+
+    Raises ValueError if the environment or the config forces one that can't run here.
+    """
+    return _choose(request, os.environ.get(ENV_VAR, ""))
+
+
+@flags.constant_when_compiled
+def choose_as_constant(*request: Any) -> str:
+    """`choose_backend` by the fields of a request, for compiled code."""
+    return choose_backend(Request(*request))

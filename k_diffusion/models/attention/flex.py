@@ -1,0 +1,164 @@
+"""Neighborhood attention by torch's FlexAttention, compiled.
+
+Tokens are put in the order of 8 x 16 tiles, one a block of FlexAttention, so that a block of
+queries sees few blocks of keys.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, prod
+from operator import index
+from typing import Any
+
+import torch
+
+from .choice import Request
+from .geometry import NeighborhoodAttentionSpec
+from .tiles import cached_plan
+
+_TILE = (8, 16)
+# Below so many tokens a single dense tile is less work than a few blocks.
+_MIN_TOKENS = 512
+
+
+def why_not_flex(request: Request) -> str | None:
+    d = request.geometry.d_head
+    if request.device not in ("cpu", "cuda"):
+        return f"needs a CPU or CUDA device, got {request.device}"
+    if request.device == "cpu" and request.needs_grad:
+        return "has no backward on the CPU"
+    if request.forward_mode:
+        return "has no forward-mode derivatives"
+    if request.dtype == torch.float64:
+        return "needs float32, float16 or bfloat16, got float64"
+    if d < 16 or d & (d - 1):
+        return f"needs d_head to be a power of 2 of at least 16, got {d}"
+    if request.device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+def better_without(request: Request) -> str | None:
+    """On the CPU the tiled form is faster at every size; small grids are one dense tile."""
+    if request.device != "cuda":
+        return f"not chosen by itself on {request.device}"
+    if request.h * request.w < _MIN_TOKENS:
+        return f"not chosen by itself below {_MIN_TOKENS} tokens"
+    return None
+
+
+@lru_cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: NeighborhoodAttentionSpec
+) -> torch.Tensor:
+    """FlexAttention (arXiv 2412.05496) over blocks that are tiles of the grid."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    h, w = index(q.shape[1]), index(q.shape[2])
+    plan = _plan(h, w, geometry, q.device)
+    q_, k_, v_ = (x.flatten(1, 2).index_select(1, plan.tokens).transpose(1, 2) for x in (q, k, v))
+    if torch.compiler.is_compiling():  # a graph can't hold a BlockMask, but make one
+        out = flex_attention(
+            q_, k_, v_, block_mask=_describe(plan, h, w, geometry.kernel_size), scale=1.0
+        )
+    else:
+        blocks = _block_mask(h, w, geometry, q.device)
+        out = _compiled()(q_, k_, v_, block_mask=blocks, scale=1.0)
+    return out.transpose(1, 2).index_select(1, plan.place).view(q.shape)
+
+
+@dataclass(frozen=True)
+class FlexPlan:
+    """Where the tokens go and what they see.
+
+    tokens: the grid's token at each place of the tiles' order, (padded tokens,). Tiles beyond the
+    border repeat the last row and column; nobody sees what lies there. place: of each token of the
+    grid, (h * w,). sees: how many tiles each tile sees, (1, 1, tiles), and which ones, those
+    first, (1, 1, tiles, tiles). seen_by: the same the other way round.
+    """
+
+    tokens: torch.Tensor
+    place: torch.Tensor
+    sees: tuple[torch.Tensor, torch.Tensor]
+    seen_by: tuple[torch.Tensor, torch.Tensor]
+
+
+def _describe(plan: FlexPlan, h: int, w: int, k: int) -> Any:
+    """The BlockMask of a plan."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows, cols = _TILE
+    size, across = rows * cols, ceil(w / cols)
+
+    def sees(b: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        query_y = query // size // across * rows + query % size // cols
+        query_x = query // size % across * cols + query % cols
+        down = key // size // across * rows + key % size // cols
+        down = down - (query_y - k // 2).clamp(min=0).clamp(max=h - k)
+        right = key // size % across * cols + key % cols
+        right = right - (query_x - k // 2).clamp(min=0).clamp(max=w - k)
+        return (down >= 0) & (down < k) & (right >= 0) & (right < k)
+
+    # not by from_kv_blocks: it can't be traced with constants
+    return BlockMask(
+        seq_lengths=(len(plan.tokens), len(plan.tokens)),
+        kv_num_blocks=plan.sees[0],
+        kv_indices=plan.sees[1],
+        full_kv_num_blocks=None,
+        full_kv_indices=None,
+        q_num_blocks=plan.seen_by[0],
+        q_indices=plan.seen_by[1],
+        full_q_num_blocks=None,
+        full_q_indices=None,
+        BLOCK_SIZE=(size, size),
+        mask_mod=sees,
+    )
+
+
+@lru_cache(maxsize=64)
+def _block_mask(h: int, w: int, geometry: NeighborhoodAttentionSpec, device: torch.device) -> Any:
+    with torch.inference_mode(False), torch.no_grad():
+        return _describe(_plan(h, w, geometry, device), h, w, geometry.kernel_size)
+
+
+@cached_plan
+def _plan(h: int, w: int, geometry: NeighborhoodAttentionSpec, device: torch.device) -> FlexPlan:
+    counts = ceil(h / _TILE[0]), ceil(w / _TILE[1])
+    spots = torch.arange(prod(counts) * prod(_TILE)).view(*counts, *_TILE)
+    spots = spots.permute(0, 2, 1, 3).reshape(counts[0] * _TILE[0], counts[1] * _TILE[1])
+    in_order = spots.flatten().argsort()
+    y, x = in_order // spots.shape[1], in_order % spots.shape[1]
+    near_y, near_x = (
+        _near(length, side, geometry, n) for length, side, n in zip((h, w), _TILE, counts)
+    )
+    near = (near_y[:, None, :, None] & near_x[None, :, None, :]).flatten(2, 3).flatten(0, 1)
+
+    def listed(near: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = near.int().argsort(dim=-1, descending=True, stable=True)
+        number = near.sum(dim=-1, dtype=torch.int32)
+        return number[None, None].to(device), order.int()[None, None].to(device)
+
+    return FlexPlan(
+        tokens=(y.clamp(max=h - 1) * w + x.clamp(max=w - 1)).to(device),
+        place=spots[:h, :w].flatten().to(device),
+        sees=listed(near),
+        seen_by=listed(near.mT),
+    )
+
+
+def _near(length: int, side: int, geometry: NeighborhoodAttentionSpec, tiles: int) -> torch.Tensor:
+    """Along an axis: whether any query of a tile sees a key of another, (tiles, tiles)."""
+    start = geometry.axis_start(length)
+    first = torch.arange(tiles) * side
+    low = start[first] // side
+    last = start[(first + side - 1).clamp(max=length - 1)] + geometry.kernel_size - 1
+    tile = torch.arange(tiles)
+    return (tile >= low[:, None]) & (tile <= last[:, None] // side)

@@ -1,0 +1,88 @@
+"""Attention in plain PyTorch: every query against every key, and the reference of all geometries.
+
+All of it can be differentiated twice and in forward mode.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..fused import differentiable_gradient, in_forward_mode
+from .geometry import Geometry
+
+
+def formula(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """softmax(q k^T + mask) v. q, k, v: (..., tokens, e); mask: 0 where seen and -inf where not."""
+    scores = q @ k.mT
+    return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """Gives the output of a fused kernel, which has a first derivative alone, a second one.
+
+    A backward pass that is to be differentiated itself (create_graph) goes by the formula; any
+    other passes through to the kernel's.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return grad, None, None, None, None
+        needed = ctx.needs_input_grad[1:]
+        return None, *differentiable_gradient(formula, ctx.saved_tensors, grad, needed)
+
+
+def fused(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The formula by torch's scaled_dot_product_attention, which picks its own kernel.
+
+    q, k, v: (n, heads, tokens, e). mask: broadcasts to (n, heads, queries, keys).
+    """
+    if torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    if in_forward_mode():
+        return formula(q, k, v, mask)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    return _TwiceDifferentiable.apply(out, q, k, v, mask) if out.requires_grad else out
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Every query against every key. q, k, v: (n, tokens, heads, e). Returns the shape of q."""
+    return fused(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """Global attention by torch's scaled_dot_product_attention."""
+    return dense(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)).reshape(q.shape)
+
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: Geometry
+) -> torch.Tensor:
+    """The formula over all keys, those outside of the geometry masked out: any one, O(N^2)."""
+    seen = geometry.mask(q.shape[1], q.shape[2]).to(q.device)
+    mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+    q_, k_, v_ = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+    return formula(q_, k_, v_, mask).transpose(1, 2).reshape(q.shape)
