@@ -5,9 +5,11 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import k_diffusion as K
 from k_diffusion.models import flags
+from k_diffusion.models import image_transformer_v2 as v2
 
 
 def in_a_thread(function):
@@ -59,6 +61,41 @@ def test_blocks_are_recomputed_for_gradients_only(enable, grad, calls):
         y.sum().backward()
         assert x.grad.tolist() == [1, 1]
     assert block.calls == calls
+
+
+class AttentionRuns(TorchDispatchMode):
+    """Counts the runs of torch's attention kernel."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "scaled_dot_product" in str(func) and "backward" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_attention_is_run_again_or_its_output_kept():
+    mapping = v2.MappingSpec(1, 16, 16, 0.0)
+    near = v2.LevelSpec(1, 32, 64, v2.NeighborhoodAttentionSpec(16, 3), 0.0)
+    top = v2.LevelSpec(2, 32, 64, v2.GlobalAttentionSpec(16), 0.0)
+    model = v2.ImageTransformerDenoiserModelV2([near, top], mapping, 3, 3, (1, 1))
+    for p in model.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    x = torch.randn(2, 3, 20, 20)
+
+    def run(**options):
+        model.zero_grad()
+        with AttentionRuns() as runs, K.models.checkpointing(**options):
+            model(x, torch.ones(2)).square().sum().backward()
+        return runs.count, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    blocks = 1 + 2 + 1
+    count, want = run(enable=False)
+    assert count == blocks
+    for keep_attention, again in ((False, blocks), (True, 0)):
+        count, got = run(keep_attention=keep_attention)
+        assert count == blocks + again
+        torch.testing.assert_close(got, want)
 
 
 SWITCHES = {

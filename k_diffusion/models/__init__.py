@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .compiling import compile_model as compile_model
 from .flags import checkpointing as checkpointing
 from .flags import get_checkpointing as get_checkpointing
 
@@ -10,8 +11,10 @@ if TYPE_CHECKING:
     from . import (  # noqa: F401
         attention,
         axial_rope,
+        compiling,
         flags,
         flops,
+        fused,
         image_transformer_v1,
         image_transformer_v2,
         image_v1,
@@ -27,13 +30,23 @@ _MODELS = {
     "ImageTransformerDenoiserModelV1": "image_transformer_v1",
     "ImageTransformerDenoiserModelV2": "image_transformer_v2",
 }
-_SUBMODULES = ("attention", "axial_rope", "flags", "flops", "rope", "transformer")
+_SUBMODULES = (
+    "attention",
+    "axial_rope",
+    "compiling",
+    "flags",
+    "flops",
+    "fused",
+    "rope",
+    "transformer",
+)
 
 __all__ = [
     "ImageDenoiserModelV1",
     "ImageTransformerDenoiserModelV1",
     "ImageTransformerDenoiserModelV2",
     "checkpointing",
+    "compile_model",
     "get_checkpointing",
 ]
 

@@ -1,12 +1,14 @@
 """Switches of the models: gradient checkpointing, compilation, FlashAttention-2, RoPE parity."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -21,16 +23,22 @@ def constant_when_compiled(function: F) -> F:
     return function
 
 
-_checkpointing: ContextVar[bool] = ContextVar("k_diffusion_checkpointing", default=False)
+CheckpointingMode: TypeAlias = Literal["off", "full", "selective"]
+_checkpointing: ContextVar[CheckpointingMode] = ContextVar(
+    "k_diffusion_checkpointing", default="off"
+)
 
 
 @contextmanager
-def checkpointing(enable: bool = True) -> Iterator[None]:
+def checkpointing(enable: bool = True, *, keep_attention: bool = False) -> Iterator[None]:
     """Within it, models recompute each block in the backward pass instead of keeping activations.
 
-    The setting belongs to the thread (or task) that enters it; any other starts from off.
+    keep_attention: keep the outputs of attention, the part that is dear to compute and cheap to
+    keep, and recompute the rest. The setting belongs to the thread (or task) that enters it; any
+    other starts from off.
     """
-    token = _checkpointing.set(enable)
+    mode: CheckpointingMode = "selective" if keep_attention else "full"
+    token = _checkpointing.set(mode if enable else "off")
     try:
         yield
     finally:
@@ -39,14 +47,33 @@ def checkpointing(enable: bool = True) -> Iterator[None]:
 
 def get_checkpointing() -> bool:
     """Whether gradient checkpointing is on in this thread."""
-    return _checkpointing.get()
+    return _checkpointing.get() != "off"
+
+
+# torch's fused attention, FlashAttention's and NATTEN's kernels, by the names of their operators
+_ATTENTION = re.compile(r"scaled_dot_product|flash_attn|natten")
+
+
+def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return (
+        CheckpointPolicy.MUST_SAVE
+        if _ATTENTION.search(str(op))
+        else CheckpointPolicy.PREFER_RECOMPUTE
+    )
+
+
+def _contexts() -> Any:
+    return create_selective_checkpoint_contexts(_keep_attention)
 
 
 def checkpoint(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
     """`function(*args)`, recomputed in the backward pass where `checkpointing` is on."""
-    if get_checkpointing() and torch.is_grad_enabled():
-        return torch_checkpoint(function, *args, use_reentrant=False)
-    return function(*args)
+    mode = _checkpointing.get()
+    if mode == "off" or not torch.is_grad_enabled():
+        return function(*args)
+    if mode == "selective":
+        return torch_checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)
+    return torch_checkpoint(function, *args, use_reentrant=False)
 
 
 def _env_flag(name: str, default: bool) -> bool:

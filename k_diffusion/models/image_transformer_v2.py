@@ -14,6 +14,7 @@ from .attention import (
     NeighborhoodAttentionSpec,
     NoAttentionSpec,
     ShiftedWindowAttentionSpec,
+    shared,
 )
 from .checks import check_multiple, check_shape
 from .conditioning import ConditionedModel
@@ -113,7 +114,7 @@ class SelfAttentionBlock(nn.Module):
             raise ValueError(f"width must be a multiple of d_head, got {d_model} and {d_head}")
         if d_head % 8:
             raise ValueError(f"d_head must be a multiple of 8 (axial RoPE), got {d_head}")
-        self.geometry = geometry
+        self.geometry = shared(geometry)
         self.n_heads = d_model // d_head
         self.norm = AdaRMSNorm(d_model, cond_features)
         self.qkv_proj = apply_wd(Linear(d_model, d_model * 3, bias=False))
@@ -137,6 +138,8 @@ class SelfAttentionBlock(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Self-attention, if the level has any, then feed-forward."""
+
+    compile_unit = True
 
     def __init__(self, spec: LevelSpec, cond_features: int, index: int):
         super().__init__()

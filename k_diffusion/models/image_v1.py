@@ -20,6 +20,8 @@ CHANNELS_PER_HEAD = 64
 class _Level(layers.ConditionedSequential):
     """The layers of one level of the U-Net, each recomputed alone under checkpointing."""
 
+    compile_unit = True
+
     def forward(self, input: torch.Tensor, cond: layers.Cond) -> torch.Tensor:  # type: ignore[override]
         for module in self:
             args = (input, cond) if isinstance(module, layers.ConditionedModule) else (input,)

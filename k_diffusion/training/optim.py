@@ -11,30 +11,36 @@ from .optional import need
 Groups = list[dict[str, Any]]
 
 
-def _adamw(groups: Groups, o: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _adamw(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"], weight_decay=o["weight_decay"]
+        groups,
+        lr=o["lr"],
+        betas=tuple(o["betas"]),
+        eps=o["eps"],
+        weight_decay=o["weight_decay"],
+        fused=fused,
     )
 
 
-def _adam8bit(groups: Groups, o: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _adam8bit(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
     adam = need("bitsandbytes", "optimizer adam8bit", "bitsandbytes").optim.AdamW8bit
     return adam(
         groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"], weight_decay=o["weight_decay"]
     )
 
 
-def _sgd(groups: Groups, o: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _sgd(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         groups,
         lr=o["lr"],
         momentum=o["momentum"],
         nesterov=o["nesterov"],
         weight_decay=o["weight_decay"],
+        fused=fused,
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, Mapping[str, Any]], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Groups, Mapping[str, Any], bool], torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adam8bit": _adam8bit,
     "sgd": _sgd,
@@ -47,10 +53,16 @@ LR_SCHEDS: dict[str, Callable[..., torch.optim.lr_scheduler.LRScheduler]] = {
 }
 
 
-def make_optimizer(config: Mapping[str, Any], model: Any) -> torch.optim.Optimizer:
-    """The optimizer of a config over a model's `param_groups`."""
+def make_optimizer(
+    config: Mapping[str, Any], model: Any, fused: bool = True
+) -> torch.optim.Optimizer:
+    """The optimizer of a config over a model's `param_groups`.
+
+    fused: update all parameters in one kernel. Not under a GradScaler: it would then skip steps
+    without saying so.
+    """
     section = config["optimizer"]
-    return OPTIMIZERS[section["type"]](model.param_groups(section["lr"]), section)
+    return OPTIMIZERS[section["type"]](model.param_groups(section["lr"]), section, fused)
 
 
 def make_lr_sched(

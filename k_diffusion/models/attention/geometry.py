@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -120,3 +121,10 @@ class NoAttentionSpec:
 
 
 Geometry = GlobalAttentionSpec | NeighborhoodAttentionSpec | ShiftedWindowAttentionSpec
+
+
+@cache
+def shared(geometry: Geometry) -> Geometry:
+    """The one object that stands for all geometries equal to it: compiled code goes by identity,
+    and blocks that share a geometry share their code."""
+    return geometry
