@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .fused import by_formula
+
 
 def check_shape(
     name: str,
@@ -26,6 +28,36 @@ def check_shape(
         not isinstance(size, str) and size != given for size, given in zip(shape, value.shape)
     ):
         raise ValueError(f"{name} of shape {_text(shape)} expected, got {tuple(value.shape)}")
+
+
+def check_floats(**values: torch.Tensor) -> None:
+    """Raise ValueError unless the named tensors hold real floating point numbers."""
+    for name, value in values.items():
+        if not value.is_floating_point():
+            raise ValueError(
+                f"{name} must hold floating point numbers, got {value.dtype}; convert it with "
+                ".float()"
+            )
+
+
+def check_classes(class_cond: torch.Tensor | None, num_classes: int) -> None:
+    """Raise ValueError unless class ids are integers within range, which is only looked at where
+    it makes nothing wait: on the CPU, outside of compiled code."""
+    if class_cond is None:
+        return
+    if class_cond.is_floating_point() or class_cond.dtype == torch.bool:
+        raise ValueError(f"class_cond must hold integers, got {class_cond.dtype}")
+    # a fake tensor, of another type, has no numbers
+    if class_cond.device.type != "cpu" or type(class_cond) is not torch.Tensor or by_formula():
+        return
+    if len(class_cond) == 0:
+        return
+    low, high = class_cond.aminmax()
+    if low < 0 or high > num_classes:
+        raise ValueError(
+            f"class_cond must lie between 0 and {num_classes}, where {num_classes} is no class, "
+            f"got {int(low)} to {int(high)}"
+        )
 
 
 def _text(shape: Sequence[int | str]) -> str:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..layers import FourierFeatures
-from .checks import check_shape
+from .checks import check_classes, check_shape
 from .transformer import Linear, MappingNetwork, log_sigma, tag_module, tagged_param_groups
 
 AUG_FEATURES = 9
@@ -46,6 +46,7 @@ class ConditionedModel(nn.Module):
         n, d = len(sigma), self.mapping_cond_dim
         check_shape("aug_cond", aug_cond, (n, AUG_FEATURES), optional=True)
         check_shape("class_cond", class_cond, (n,), wanted=self.num_classes)
+        check_classes(class_cond, self.num_classes)
         check_shape("mapping_cond", mapping_cond, (n, d), wanted=d)
         if aug_cond is None:
             aug_cond = sigma.new_zeros(n, AUG_FEATURES)

@@ -98,7 +98,7 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     d = x.shape[-1]
     a_row = scale.numel() == d == scale.shape[-1]
     a_row_a_sample = scale.ndim == x.ndim and scale.numel() == len(x) * d == len(scale) * d
-    if by_formula() or not x.is_contiguous() or not (a_row or a_row_a_sample):
+    if by_formula() or not (x.is_contiguous() and x.numel() and (a_row or a_row_a_sample)):
         return rms_norm_formula(x, scale, eps)
     return _RMSNorm.apply(x, scale, eps)
 

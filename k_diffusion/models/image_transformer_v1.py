@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import nn
 
 from .attention import GlobalAttentionSpec, shared
-from .checks import check_multiple, check_shape
+from .checks import check_floats, check_multiple, check_shape
 from .conditioning import ConditionedModel
 from .flags import checkpoint
 from .rope import apply_rotary_emb, make_axial_pos
@@ -173,6 +173,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         _, _, h, w = x.shape
         check_multiple(h, w, (self.patch_h, self.patch_w), "the patch size")
         check_shape("sigma", sigma, (len(x),))
+        check_floats(x=x, sigma=sigma)
         cond = self.condition(sigma, aug_cond, class_cond)
 
         patches = {"p": self.patch_h, "q": self.patch_w}

@@ -16,7 +16,7 @@ from .attention import (
     ShiftedWindowAttentionSpec,
     shared,
 )
-from .checks import check_multiple, check_shape
+from .checks import check_floats, check_multiple, check_shape
 from .conditioning import ConditionedModel
 from .flags import checkpoint, get_rope_parity
 from .fused import turned_unit
@@ -280,6 +280,8 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         reason = "patch size x 2 for each level above the first"
         check_multiple(x.shape[2], x.shape[3], self.size_multiple, reason)
         check_shape("sigma", sigma, (len(x),))
+        check_floats(x=x, sigma=sigma)
+        self._check_attention(x.shape[2], x.shape[3])
         cond = self.condition(sigma, aug_cond, class_cond, mapping_cond)
         x = self.patch_in(x.movedim(1, -1))
         skips = []
@@ -291,3 +293,14 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         for level, split, skip in reversed(list(zip(self.up_levels, self.splits, skips))):
             x = level(split(x, skip), cond)
         return self.patch_out(self.out_norm(x)).movedim(-1, 1)
+
+    def _check_attention(self, h: int, w: int) -> None:
+        size = [side // patch for side, patch in zip((h, w), (self.patch_in.h, self.patch_in.w))]
+        for i, level in enumerate([*self.down_levels, self.mid_level]):
+            for block in level:
+                try:
+                    if block.self_attn is not None:
+                        block.self_attn.geometry.check(*size)
+                except ValueError as error:
+                    raise ValueError(f"level {i} of an image of {h} x {w}: {error}") from None
+            size = [side // 2 for side in size]

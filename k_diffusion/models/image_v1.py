@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import layers
-from .checks import check_multiple, check_shape
+from .checks import check_classes, check_floats, check_multiple, check_shape
 from .flags import checkpoint
 from .transformer import Linear, log_sigma, zero_init
 
@@ -249,6 +249,7 @@ class ImageDenoiserModelV1(nn.Module):
         reason = f"patch size {self.patch_size}, halved {halvings} times"
         check_multiple(h, w, (multiple, multiple), reason)
         check_shape("sigma", sigma, (n,))
+        check_floats(input=input, sigma=sigma)
         d = self.mapping_cond_dim
         check_shape("mapping_cond", mapping_cond, (n, d), wanted=d, optional=True)
         d = self.unet_cond_dim
@@ -256,3 +257,4 @@ class ImageDenoiserModelV1(nn.Module):
         d = self.cross_cond_dim
         check_shape("cross_cond", cross_cond, (n, "tokens", d), wanted=d)
         check_shape("class_cond", class_cond, (n,), wanted=self.num_classes)
+        check_classes(class_cond, self.num_classes)

@@ -141,7 +141,7 @@ class AdaRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         scale = self.linear(cond) + 1
-        return rms_norm(x, scale.view(len(scale), *[1] * (x.ndim - 2), -1), self.eps)
+        return rms_norm(x, scale.view(len(scale), *[1] * (x.ndim - 2), x.shape[-1]), self.eps)
 
 
 class FeedForwardBlock(nn.Module):
