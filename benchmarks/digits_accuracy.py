@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 import k_diffusion as K
-from k_diffusion import generation
+from k_diffusion import generation, guidance
 
 
 def judge(images: np.ndarray, classes: np.ndarray) -> SVC:
@@ -44,6 +44,9 @@ def main() -> None:
 
     denoiser, config = generation.load_denoiser(args.checkpoint)
     model = config["model"]
+    if args.cfg_scale != 1:
+        no_class = torch.tensor([10])
+        denoiser = guidance.CFGDenoiser(denoiser, args.cfg_scale, class_cond=no_class)
     classes = [i % 10 for i in range(args.n)]
     sigmas = K.sampling.get_sigmas_karras(args.steps, model["sigma_min"], model["sigma_max"])
     start = time.perf_counter()
@@ -56,7 +59,6 @@ def main() -> None:
                 sigmas,
                 classes=classes,
                 num_classes=10,
-                cfg_scale=args.cfg_scale,
                 sampler=args.sampler,
                 batch_size=250,
             )

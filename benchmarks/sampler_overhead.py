@@ -5,15 +5,22 @@ Medians of several runs after a warm-up. Time is the whole of a step: the loop, 
 the arithmetic on x, noise where there is any; not the progress bar.
 
     python benchmarks/sampler_overhead.py [--device cpu] [--shape 1 4 32 32] [--steps 50]
+
+With --against FOLDER, times of the samplers in FOLDER/k_diffusion, an unpacked wheel of the
+published package, say, stand beside ours: the best of runs in turn, in processes of their own.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torchsde
@@ -61,7 +68,7 @@ def samplers(x: torch.Tensor, steps: int, repeats: int) -> None:
         def given(sigma, sigma_next) -> torch.Tensor:
             return noise
 
-        options = {"noise_sampler": given} if info.noise else {}
+        options: dict[str, object] = {"noise_sampler": given} if info.noise else {}
         if name == "restart":
             options["restarts"] = ()
         without = seconds(partial(run, **options), x.device, repeats) / steps * 1e6
@@ -118,13 +125,35 @@ def brownian(x: torch.Tensor, steps: int, repeats: int) -> None:
     )
 
 
+def against(folder: Path, shape: list[int], steps: int, repeats: int) -> None:
+    """Prints each published sampler's time a step, theirs and ours."""
+    here = Path(__file__).parent
+    flags = ["--shape", *map(str, shape), "--steps", str(steps), "--repeats", str(repeats)]
+    rounds = [
+        [
+            json.loads(
+                subprocess.check_output([sys.executable, here / "step_times.py", of, *flags])
+            )
+            for of in (folder, here.parent)
+        ]
+        for _ in range(2)
+    ]
+    print(f"{'us a step':<24} {'theirs':>10} {'ours':>10} {'ratio':>8}")
+    for name in rounds[0][0]:
+        theirs, ours = (min(times[i][name] for times in rounds) for i in (0, 1))
+        print(f"{name:<24} {theirs:>10.0f} {ours:>10.0f} {ours / theirs:>8.2f}")
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split(":")[0])
     p.add_argument("--device", default="cpu")
     p.add_argument("--shape", type=int, nargs="+", default=[1, 4, 32, 32])
     p.add_argument("--steps", type=int, default=50)
     p.add_argument("--repeats", type=int, default=9)
+    p.add_argument("--against", type=Path, metavar="FOLDER", help="of another k_diffusion")
     args = p.parse_args()
+    if args.against:
+        return against(args.against, args.shape, args.steps, args.repeats)
     torch.set_num_threads(1)
     x = torch.randn(args.shape, device=args.device)
     where = torch.cuda.get_device_name() if x.is_cuda else args.device

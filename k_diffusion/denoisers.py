@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .utils import append_dims
+from .utils import append_dims, widen
 
 Weighting = Callable[[torch.Tensor], torch.Tensor]
 
@@ -94,8 +94,11 @@ class Denoiser(nn.Module):
 
     def get_scalings(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """c_skip, c_out, c_in of table 1, shaped like sigma."""
-        total = sigma**2 + self.sigma_data**2
-        return self.sigma_data**2 / total, sigma * self.sigma_data / total.sqrt(), total.rsqrt()
+        wide = widen(sigma)
+        total = wide**2 + self.sigma_data**2
+        c_out, c_in = wide * self.sigma_data / total.sqrt(), total.rsqrt()
+        c_skip = self.sigma_data**2 / total
+        return c_skip.to(sigma.dtype), c_out.to(sigma.dtype), c_in.to(sigma.dtype)
 
     def loss(
         self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
@@ -122,14 +125,15 @@ class Denoiser(nn.Module):
         self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor
     ) -> torch.Tensor:
         """(input - c_skip x) / c_out with x = input + sigma noise, free of its 0 / 0."""
-        sigma = append_dims(sigma, input.ndim)
-        total = sigma**2 + self.sigma_data**2
-        return (sigma / self.sigma_data * input - self.sigma_data * noise) / total.sqrt()
+        wide = append_dims(widen(sigma), input.ndim)
+        root = (wide**2 + self.sigma_data**2).sqrt()
+        of_input, of_noise = wide / self.sigma_data / root, self.sigma_data / root
+        return of_input.to(sigma.dtype) * input - of_noise.to(sigma.dtype) * noise
 
     def _weight(self, sigma: torch.Tensor) -> torch.Tensor:
         if callable(self.weighting):
             return self.weighting(sigma)
-        return WEIGHTINGS[self.weighting](sigma, self.sigma_data)
+        return WEIGHTINGS[self.weighting](widen(sigma), self.sigma_data).to(sigma.dtype)
 
     def _squared_error(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Mean squared error per sample, (n,), weighted by frequency where scales > 1."""
@@ -169,4 +173,4 @@ class SimpleLossDenoiser(Denoiser):
         return super().loss(input, noise, sigma, **kwargs)
 
     def _weight(self, sigma: torch.Tensor) -> torch.Tensor:
-        return WEIGHTINGS["snr"](sigma, self.sigma_data)
+        return WEIGHTINGS["snr"](widen(sigma), self.sigma_data).to(sigma.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .schedules import append_zero
-from .utils import append_dims
+from .utils import append_dims, widen
 
 # Where a table ends at zero signal-to-noise ratio sigma would be infinite; here it is 2^12.
 MIN_ALPHA_CUMPROD = 2.0**-24
@@ -31,8 +31,11 @@ class VPrediction(nn.Module):
 
     def get_scalings(self, sigma: torch.Tensor) -> Scalings3:
         """c_skip, c_out, c_in, shaped like sigma. c_out is negative: v points away from x0."""
-        total = sigma**2 + self.sigma_data**2
-        return self.sigma_data**2 / total, -sigma * self.sigma_data / total.sqrt(), total.rsqrt()
+        wide = widen(sigma)
+        total = wide**2 + self.sigma_data**2
+        c_out = -wide * self.sigma_data / total.sqrt()
+        c_skip, c_in = self.sigma_data**2 / total, total.rsqrt()
+        return c_skip.to(sigma.dtype), c_out.to(sigma.dtype), c_in.to(sigma.dtype)
 
     def loss(
         self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
@@ -117,8 +120,7 @@ class DiscreteSchedule(nn.Module):
 
 def _sigmas(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     """sqrt((1 - abar) / abar), kept finite at zero signal-to-noise ratio."""
-    wide = torch.promote_types(alphas_cumprod.dtype, torch.float32)
-    alphas_cumprod = alphas_cumprod.to(wide).clamp(min=MIN_ALPHA_CUMPROD)
+    alphas_cumprod = widen(alphas_cumprod).clamp(min=MIN_ALPHA_CUMPROD)
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
 
 
@@ -136,7 +138,7 @@ class DiscreteEpsDDPMDenoiser(DiscreteSchedule):
 
     def get_scalings(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c_out and c_in, shaped like sigma."""
-        return -sigma, (sigma**2 + self.sigma_data**2).rsqrt()
+        return -sigma, (widen(sigma) ** 2 + self.sigma_data**2).rsqrt().to(sigma.dtype)
 
     def get_eps(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The model's estimate of the noise, from (x, t, **kwargs)."""
@@ -193,5 +195,5 @@ class DiscreteSampleDDPMDenoiser(DiscreteSchedule):
         return (denoised - input).pow(2).flatten(1).mean(1)
 
     def forward(self, input: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        c_in = append_dims((sigma**2 + 1).rsqrt(), input.ndim)
+        c_in = append_dims((widen(sigma) ** 2 + 1).rsqrt().to(sigma.dtype), input.ndim)
         return self.get_sample(input * c_in, self.sigma_to_t(sigma), **kwargs)

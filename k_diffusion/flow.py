@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .schedules import append_zero
-from .utils import append_dims
+from .utils import append_dims, widen
 
 
 class RectifiedFlowDenoiser(nn.Module):
@@ -88,7 +88,7 @@ class RectifiedFlowDenoiser(nn.Module):
         self, x: torch.Tensor, sigma: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x_t, t: (n,), and v there. Times stay precise where x is in half precision."""
-        sigma = sigma.to(torch.promote_types(sigma.dtype, torch.float32))
+        sigma = widen(sigma)
         t = self.sigma_to_t(sigma)
         x_t = x / append_dims(1 + sigma, x.ndim)
         return x_t, t, self.get_v(x_t.to(x.dtype), t, **kwargs)

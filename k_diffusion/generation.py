@@ -10,7 +10,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import sampling, utils
-from .guidance import CFGDenoiser
 
 
 def generate(
@@ -21,7 +20,6 @@ def generate(
     *,
     classes: Sequence[int] | None = None,
     num_classes: int = 0,
-    cfg_scale: float = 1.0,
     sampler: str = "dpmpp_2m",
     sampler_args: Mapping[str, Any] | None = None,
     batch_size: int = 64,
@@ -30,10 +28,10 @@ def generate(
 ) -> Iterator[torch.Tensor]:
     """Sample one image per seed, batch by batch.
 
-    model: a denoiser, (x, sigma, class_cond=) -> denoised. shape: of an image, (c, h, w). sigmas:
-    the schedule. classes: one id per seed, for a class-conditional model of num_classes. cfg_scale:
-    strength of classifier-free guidance; 1 is none. sampler: a row of `sampling.SAMPLERS`.
-    disable: hides the progress bar; None hides it where there's no terminal.
+    model: a denoiser, guided or not, (x, sigma, class_cond=) -> denoised. shape: of an image,
+    (c, h, w). sigmas: the schedule. classes: one id per seed, for a class-conditional model of
+    num_classes. sampler: a row of `sampling.SAMPLERS`. disable: hides the progress bar; None hides
+    it where there's no terminal.
 
     Yields (n, c, h, w) in float32, n <= batch_size, in the order of the seeds. Raises ValueError
     for class ids out of range or an unknown sampler.
@@ -41,8 +39,6 @@ def generate(
     check_classes(classes, num_classes)
     if classes is not None and len(classes) != len(seeds):
         raise ValueError(f"needs one class for each of {len(seeds)} seeds, got {len(classes)}")
-    if cfg_scale != 1 and not num_classes:
-        raise ValueError("guidance needs a class-conditional model, and this one has no classes")
     info = sampling.get_sampler(sampler)
     if not info.takes_sigmas:
         names = ", ".join(name for name, row in sampling.SAMPLERS.items() if row.takes_sigmas)
@@ -54,15 +50,10 @@ def generate(
         noise_sampler = sampling.make_noise_sampler(sampler, x, sigmas, seeds[at])
         if noise_sampler is not None:
             args["noise_sampler"] = noise_sampler
-        cond, denoiser = {}, model
-        if classes is not None:
-            cond["class_cond"] = torch.tensor(classes[at], device=device)
-            if cfg_scale != 1:
-                null = torch.full_like(cond["class_cond"], num_classes)
-                denoiser = CFGDenoiser(model, cfg_scale, class_cond=null)
+        cond = {} if classes is None else {"class_cond": torch.tensor(classes[at], device=device)}
         with utils.eval_mode(model):
             return info.function(
-                denoiser, x, sigmas, extra_args=cond, callback=step, disable=True, **args
+                model, x, sigmas, extra_args=cond, callback=step, disable=True, **args
             ).float()
 
     starts = range(0, len(seeds), batch_size)

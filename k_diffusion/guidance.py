@@ -10,7 +10,8 @@ A scale is a number, or a function of sigma: (n,) that gives one for each sample
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .schedules import Sigmas, read_sigmas
-from .utils import append_dims
+from .solvers.context import at_level, start_run
+from .utils import append_dims, widen
 
 Scale: TypeAlias = float | Callable[[Tensor], Tensor]
 # (given, without, scale, sigma) -> guided: two estimates and how far to go from one to the other.
@@ -30,17 +32,31 @@ def _at(scale: Scale, sigma: Tensor, like: Tensor) -> Any:
     return append_dims(scale(sigma).to(like.dtype), like.ndim) if callable(scale) else scale
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Guidance amplifies rounding: half precision is too little for its sums."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _dims(x: Tensor) -> tuple[int, ...]:
     return tuple(range(1, x.ndim))
 
 
 def _tiny(x: Tensor) -> float:
     return torch.finfo(x.dtype).tiny
+
+
+class Guidance(nn.Module):
+    """What the wrappers share: they hand on what a sampler says of its run.
+
+    parts: the attributes that may be guidance themselves. Where the host knows the noise level, a
+    wrapper gets it as `host_sigma` beside the tensor sigma.
+    """
+
+    parts: tuple[str, ...] = ("model",)
+
+    def start_run(self) -> None:
+        """Samplers call it before their first step: memories of an earlier run are dropped."""
+        for name in self.parts:
+            start_run(getattr(self, name))
+
+    def at_level(self, sigma: float) -> Any:
+        """The denoiser to call at a noise level that the host knows."""
+        return partial(self, host_sigma=sigma)
 
 
 # ------------------------------------------------------------------ how two estimates are combined
@@ -66,8 +82,11 @@ class Rescaled:
 
     def __call__(self, given: Tensor, without: Tensor, scale: Any, sigma: Tensor) -> Tensor:
         guided = linear(given, without, scale, sigma)
-        std, std_guided = (y.std(_dims(y), keepdim=True) for y in (given, guided))
-        return torch.lerp(guided, guided * (std / std_guided.clamp(min=_tiny(std))), self.phi)
+        std, std_guided = (y.std(_dims(y), correction=0, keepdim=True) for y in (given, guided))
+        ratio = std / std_guided.clamp(min=_tiny(std))
+        # A guided estimate without contrast has none to restore.
+        ratio = torch.where(std_guided > 0, ratio, 1)
+        return torch.lerp(guided, guided * ratio, self.phi)
 
 
 class APG:
@@ -78,9 +97,10 @@ class APG:
     linear guidance. The paper takes a max_norm of 2.5 to 15, and a momentum of -0.5 to -0.75, which
     pushes away from the steps before.
 
-    With momentum it has a state, so one object guides one run at a time. A call at more than twice
-    the noise level of the one before it starts a new run; so does `reset()`. Raises ValueError for
-    a max_norm that isn't positive or a momentum outside (-1, 1).
+    With momentum it has a memory, so one object guides one run at a time. The samplers of this
+    package clear it as they start; else `start_run()` does, or a call at more than twice the noise
+    level of the one before it. Raises ValueError for a max_norm that isn't positive or a momentum
+    outside (-1, 1).
     """
 
     def __init__(self, eta: float = 0.0, max_norm: float = math.inf, momentum: float = 0.0):
@@ -89,9 +109,9 @@ class APG:
         if not -1 < momentum < 1:
             raise ValueError(f"momentum must lie between -1 and 1, got {momentum}")
         self.eta, self.max_norm, self.momentum = eta, max_norm, momentum
-        self.reset()
+        self.start_run()
 
-    def reset(self) -> None:
+    def start_run(self) -> None:
         """Forget the steps before."""
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -153,59 +173,78 @@ class CFGPlusPlus:
 # ---------------------------------------------------------------------- guidance by another model
 
 
-class CFGDenoiser(nn.Module):
+def _both(name: str, without: Any, value: Any, n: int) -> Any:
+    """A condition for both halves of a batch, first as `without` has it: (2 n, ...)."""
+    where = f"the condition {name}"
+    if isinstance(value, Mapping):
+        if not isinstance(without, Mapping) or without.keys() != value.keys():
+            raise ValueError(f"{where} has keys {sorted(value)}, and so must its absence")
+        return {k: _both(f"{name}[{k!r}]", without[k], v, n) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        if not isinstance(without, list | tuple) or len(without) != len(value):
+            raise ValueError(f"{where} has {len(value)} parts, and so must its absence")
+        pairs = enumerate(zip(without, value))
+        parts = [_both(f"{name}[{i}]", w, v, n) for i, (w, v) in pairs]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    if without is value and not (isinstance(value, Tensor) and value.ndim and len(value) == n):
+        return value  # not of single samples
+    shapes = [tuple(y.shape) if isinstance(y, Tensor) else () for y in (without, value)]
+    if not all(s and s[0] in {1, n} and s[1:] == shapes[0][1:] for s in shapes):
+        raise ValueError(
+            f"{where} has shape {shapes[1]}, and its absence {shapes[0]}; both must be ({n}, ...) "
+            "or (1, ...), and alike otherwise"
+        )
+    return torch.cat([y.expand(n, *y.shape[1:]) for y in (without, value)])
+
+
+class CFGDenoiser(Guidance):
     """Classifier-free guidance (arXiv 2207.12598): D_uncond + scale * (D_cond - D_uncond).
 
     model: (x, sigma, **cond) -> denoised, called once with both halves as one batch of 2 n. scale:
     1 is the model itself. combine: how the halves are combined: `linear`, `Rescaled`, `APG`.
     uncond: for each condition that guidance strengthens, the (n, ...) or (1, ...) tensor that
-    stands for its absence, e.g. `class_cond=torch.full((n,), num_classes)`. Other conditions are
-    given to both halves. Raises ValueError where a strengthened condition is missing or of another
-    shape.
+    stands for its absence, e.g. `class_cond=torch.full((n,), num_classes)`; a condition may be a
+    dict or a list of tensors, as its absence then is. Both halves get the other conditions: tensors
+    (n, ...) twice, whatever else as it is. Raises ValueError where a strengthened condition is
+    missing or unlike its absence.
     """
 
-    def __init__(
-        self, model: nn.Module, scale: Scale, *, combine: Combine = linear, **uncond: Tensor
-    ):
+    parts = ("model", "combine")
+
+    def __init__(self, model: nn.Module, scale: Scale, *, combine: Combine = linear, **uncond: Any):
         super().__init__()
         self.model = model
         self.scale = scale
         self.combine = combine
         self.uncond = uncond
 
-    def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-        missing = [name for name in self.uncond if not isinstance(cond.get(name), Tensor)]
+    def forward(
+        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
+    ) -> Tensor:
+        missing = [name for name in self.uncond if cond.get(name) is None]
         if missing:
             raise ValueError(
                 f"guidance strengthens {', '.join(missing)}, but the sampler's extra_args lack it"
             )
         both = {
-            name: torch.cat([self._absent(name, value), value])
-            if isinstance(value, Tensor)
-            else value
+            name: _both(name, self.uncond.get(name, value), value, len(x))
             for name, value in cond.items()
         }
-        out = self.model(torch.cat([x, x]), torch.cat([sigma, sigma]), **both)
-        without, given = _wide(out).chunk(2)
+        model = at_level(self.model, host_sigma)
+        out = model(torch.cat([x, x]), torch.cat([sigma, sigma]), **both)
+        without, given = widen(out).chunk(2)
         guided = self.combine(given, without, _at(self.scale, sigma, given), sigma)
         return guided.to(out.dtype)
 
-    def _absent(self, name: str, value: Tensor) -> Tensor:
-        without = self.uncond.get(name, value)
-        if without.shape[1:] != value.shape[1:] or len(without) not in {1, len(value)}:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, and its absence {tuple(without.shape)}; "
-                "it needs the same, or a first dimension of 1"
-            )
-        return without.expand_as(value)
 
-
-class AutoguidedDenoiser(nn.Module):
+class AutoguidedDenoiser(Guidance):
     """Autoguidance (arXiv:2406.02507): a model guided by a weaker version of itself.
 
     D_weak + scale * (D - D_weak). weak: a smaller or less trained model, called with the same
     arguments. scale: 1 is the model itself. combine: as in `CFGDenoiser`.
     """
+
+    parts = ("model", "weak", "combine")
 
     def __init__(
         self, model: nn.Module, weak: nn.Module, scale: Scale, *, combine: Combine = linear
@@ -216,9 +255,11 @@ class AutoguidedDenoiser(nn.Module):
         self.scale = scale
         self.combine = combine
 
-    def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-        out = self.model(x, sigma, **cond)
-        given, without = _wide(out), _wide(self.weak(x, sigma, **cond))
+    def forward(
+        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
+    ) -> Tensor:
+        out, weak = (at_level(m, host_sigma)(x, sigma, **cond) for m in (self.model, self.weak))
+        given, without = widen(out), widen(weak)
         guided = self.combine(given, without, _at(self.scale, sigma, given), sigma)
         return guided.to(out.dtype)
 
@@ -226,15 +267,17 @@ class AutoguidedDenoiser(nn.Module):
 # ------------------------------------------------------------------------------ where it is applied
 
 
-class IntervalDenoiser(nn.Module):
+class IntervalDenoiser(Guidance):
     """Guidance in an interval of noise levels alone (arXiv:2404.07724), the model elsewhere.
 
     guided: a guided denoiser of this module, whose `model` is the one without its guidance. It
     counts where sigma_min < sigma <= sigma_max. The one that isn't needed isn't called, where the
-    noise level can be known: on the CPU, and by samplers that ask `at_level`. Reading it from a GPU
-    would make the host wait, so there both are called. Raises ValueError for sigma_min >=
-    sigma_max.
+    noise level can be known: in the samplers of this package, within other guidance too, and on the
+    CPU. Reading it from a GPU would make the host wait, so there both are called. Raises ValueError
+    for sigma_min >= sigma_max.
     """
+
+    parts = ("guided",)
 
     def __init__(self, guided: Any, sigma_min: float = 0.0, sigma_max: float = math.inf):
         super().__init__()
@@ -251,8 +294,8 @@ class IntervalDenoiser(nn.Module):
         return self.guided.model
 
     def at_level(self, sigma: float) -> Any:
-        """The denoiser to call at a noise level that the host knows."""
-        return self.guided if self.sigma_min < sigma <= self.sigma_max else self.model
+        inside = self.sigma_min < sigma <= self.sigma_max
+        return at_level(self.guided if inside else self.model, sigma)
 
     def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
         inside = (sigma > self.sigma_min) & (sigma <= self.sigma_max)
@@ -265,7 +308,7 @@ class IntervalDenoiser(nn.Module):
         return torch.where(append_dims(inside, x.ndim), guided, plain)
 
 
-class ThresholdedDenoiser(nn.Module):
+class ThresholdedDenoiser(Guidance):
     """Estimates kept within [-limit, limit] (Imagen, arXiv:2205.11487, section 2.3).
 
     percentile: None clamps them: static thresholding. A fraction, 0.995 in the paper, is dynamic:
@@ -284,8 +327,10 @@ class ThresholdedDenoiser(nn.Module):
         self.limit = limit
         self.percentile = percentile
 
-    def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-        denoised = self.model(x, sigma, **cond)
+    def forward(
+        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
+    ) -> Tensor:
+        denoised = at_level(self.model, host_sigma)(x, sigma, **cond)
         if self.percentile is None:
             return denoised.clamp(-self.limit, self.limit)
         sizes = denoised.abs().flatten(1)
@@ -297,12 +342,12 @@ class ThresholdedDenoiser(nn.Module):
 # ------------------------------------------------------------------------------ guidance by a loss
 
 
-def _recordable(x: Any) -> Any:
+def recordable(x: Any) -> Any:
     """A tensor made under inference_mode can't take part in a gradient; its copy can."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
-class GradientGuidedDenoiser(nn.Module):
+class GradientGuidedDenoiser(Guidance):
     """Guidance by the gradient of a loss: D - scale * sigma^2 * grad_x loss(D(x, sigma)).
 
     With loss = -log p(y | x) this is Tweedie's formula for the score of p(x | y) (classifier
@@ -319,12 +364,14 @@ class GradientGuidedDenoiser(nn.Module):
         self.loss = loss
         self.scale = scale
 
-    def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
+    ) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_()
-            sigma = _recordable(sigma)
-            cond = {name: _recordable(value) for name, value in cond.items()}
-            denoised = self.model(x, sigma, **cond)
+            sigma = recordable(sigma)
+            cond = {name: recordable(value) for name, value in cond.items()}
+            denoised = at_level(self.model, host_sigma)(x, sigma, **cond)
             loss = self.loss(denoised)
             if loss.shape != x.shape[:1]:
                 raise ValueError(
@@ -336,5 +383,5 @@ class GradientGuidedDenoiser(nn.Module):
             # scaled before the gradient is taken, which might underflow in half precision
             scale = self.scale(sigma) if callable(self.scale) else self.scale
             (grad,) = torch.autograd.grad((loss * scale).sum(), x)
-        step = append_dims(sigma, x.ndim) ** 2 * _wide(grad)
+        step = append_dims(widen(sigma), x.ndim) ** 2 * widen(grad)
         return (denoised.detach() - step).to(denoised.dtype)

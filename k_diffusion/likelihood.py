@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guidance import recordable
 from .schedules import check_range, unknown_name
+from .solvers.context import evaluate
+from .utils import widen
 
 # The distributions of Hutchinson's probe vector: mean 0, covariance 1.
 PROBES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -16,6 +19,7 @@ PROBES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def log_likelihood(
     model: Callable[..., Tensor],
@@ -39,9 +43,11 @@ def log_likelihood(
 
     x: (n, ...), clean samples. atol, rtol: tolerances of the adaptive Dormand-Prince solver.
     probes: how many vectors to average over. probe: "rademacher" or "gaussian". prior_std:
-    sigma_max unless given. Returns (n,) and a dict with `fevals` and `nfe`, the number of model
-    evaluations, and, for several probes, `probe_standard_error` (n,). Raises ValueError for
-    sigma_min >= sigma_max, an unknown probe, or probes < 1.
+    sigma_max unless given. The model gets x's dtype; all else is float32, or float64 as x is.
+    Returns (n,) and a dict with `fevals` and `nfe`, the number of model evaluations, and, for
+    several probes, `probe_standard_error` (n,). Raises ValueError for sigma_min >= sigma_max, an
+    unknown probe, probes < 1, and a model whose estimate has another shape, isn't finite, or has no
+    gradient with respect to x.
     """
     from torchdiffeq import odeint
 
@@ -52,7 +58,8 @@ def log_likelihood(
         raise unknown_name("probe", probe, PROBES)
     if probes < 1:
         raise ValueError(f"the trace needs at least one probe, got {probes}")
-    extra_args = {} if extra_args is None else extra_args
+    extra_args = {name: recordable(value) for name, value in (extra_args or {}).items()}
+    dtype, x = x.dtype, widen(x)
     vs = [PROBES[probe](x) for _ in range(probes)]
     nfe = 0
 
@@ -61,7 +68,14 @@ def log_likelihood(
         nfe += 1
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
-            denoised = model(x, sigma * x.new_ones([len(x)]), **extra_args)
+            denoised = evaluate(model, x.to(dtype), float(sigma), dtype, **extra_args)
+            if not denoised.requires_grad:
+                raise ValueError(
+                    "the model's estimate has no gradient, so its divergence is unknown; let the "
+                    "model run without no_grad, and without guidance by a loss"
+                )
+            if not denoised.isfinite().all():
+                raise ValueError(f"the model's estimate at sigma = {float(sigma):g} isn't finite")
             d = sampling.to_d(x, sigma, denoised)
         traces = []
         for i, v in enumerate(vs):
@@ -111,8 +125,10 @@ def bits_per_dim(
     deviation; the prior then has that of the data with noise, sqrt(sigma_max^2 + sigma_data^2).
     Other arguments: as in log_likelihood. Returns (n,) and log_likelihood's info with `mean` and
     `standard_error` over the n images (NaN for a single one). Raises ValueError where x leaves
-    [-1, 1].
+    [-1, 1], and for fewer than 2 bins.
     """
+    if bins < 2:
+        raise ValueError(f"quantised images have at least 2 bins, got {bins}")
     low, high = torch.aminmax(x)
     if not (low >= -1 and high <= 1):
         raise ValueError(f"images must lie in [-1, 1], got [{float(low):g}, {float(high):g}]")

@@ -6,6 +6,7 @@ host never has to wait for the device (`accepts_floats`).
 """
 
 import math
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ Device = torch.device | str
 
 
 def _check_seeds(seeds: Iterable[Any]) -> list[int]:
-    out = [int(s) for s in seeds]
+    try:
+        out = [operator.index(s) for s in seeds]
+    except TypeError as e:
+        raise ValueError(f"seeds must be integers >= 0, one for each image, got {seeds!r}") from e
     if any(s < 0 for s in out):
         raise ValueError(f"seeds must be integers >= 0, got {min(out)}")
     return out

@@ -53,8 +53,8 @@ def get_sigmas_karras(
     A larger rho puts more steps at low noise levels. Returns (n + 1,).
     """
     lo, hi = _check(n, sigma_min, sigma_max)
-    if not rho > 0:
-        raise ValueError(f"rho must be positive, got {rho}")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho must be positive and finite, got {rho}")
     root_min, root_max = lo ** (1 / rho), hi ** (1 / rho)
     ramp = torch.linspace(0, 1, n, dtype=torch.float32)
     return append_zero((root_max + ramp * (root_min - root_max)) ** rho).to(device)
@@ -78,8 +78,8 @@ def get_sigmas_polyexponential(
 ) -> Tensor:
     """Polynomial in log sigma, of degree rho; exponential at rho = 1. Returns (n + 1,)."""
     lo, hi = _check(n, sigma_min, sigma_max)
-    if not rho > 0:
-        raise ValueError(f"rho must be positive, got {rho}")
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho must be positive and finite, got {rho}")
     ramp = torch.linspace(1, 0, n, dtype=torch.float32) ** rho
     log_sigmas = ramp * (math.log(hi) - math.log(lo)) + math.log(lo)
     return append_zero(log_sigmas.exp()).to(device)
@@ -109,17 +109,28 @@ def _vp_between(
     n: int,
     sigma_min: Number,
     sigma_max: Number,
-    eps_s: float = 1e-3,
+    eps_s: float | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """The VP schedule whose noise levels at times 1 and eps_s are sigma_max and sigma_min.
 
-    Karras et al. 2022, appendix C: two linear equations in beta_d and beta_min.
+    Karras et al. 2022, appendix C: two linear equations in beta_d and beta_min. eps_s: 1e-3, or as
+    late as it takes for beta, whose integral is log(1 + sigma^2), not to fall with time. Raises
+    ValueError for an eps_s at which sigma would.
     """
     lo, hi = _check(n, sigma_min, sigma_max)
     log_lo, log_hi = math.log1p(lo**2), math.log1p(hi**2)
+    eps_s = max(1e-3, log_lo / log_hi) if eps_s is None else eps_s
+    if not 0 < eps_s < 1:
+        raise ValueError(f"eps_s must lie between 0 and 1, got {eps_s}")
     beta_d = 2 * (log_lo / eps_s - log_hi) / (eps_s - 1)
-    return get_sigmas_vp(n, beta_d, log_hi - beta_d / 2, eps_s, device)
+    beta_min = log_hi - beta_d / 2
+    if beta_min + beta_d < 0:
+        raise ValueError(
+            f"no VP schedule falls from {hi:g} to {lo:g} with eps_s = {eps_s:g}; pass a larger one"
+        )
+    t = np.linspace(1, eps_s, n)
+    return finish(np.sqrt(np.expm1(beta_d * t**2 / 2 + beta_min * t)), device)
 
 
 def finish(sigmas: Sequence[float] | np.ndarray, device: torch.device | str) -> Tensor:
@@ -130,7 +141,8 @@ def finish(sigmas: Sequence[float] | np.ndarray, device: torch.device | str) -> 
     out = append_zero(torch.as_tensor(np.asarray(sigmas, dtype=np.float64)).float())
     if not (out.diff() < 0).all():
         raise ValueError(
-            f"{len(out) - 1} steps from {out[0]:g} to {out[-2]:g} don't all differ; use fewer steps"
+            f"{len(out) - 1} steps from {out[0]:g} to {out[-2]:g} don't fall strictly in float32; "
+            "use fewer steps, or options less extreme"
         )
     return out.to(device)
 
@@ -187,8 +199,8 @@ def get_sigmas_laplace(
     so that no step is wasted beyond them. Returns (n + 1,).
     """
     lo, hi = _check(n, sigma_min, sigma_max)
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    if not 0 < beta < math.inf or not math.isfinite(mu):
+        raise ValueError(f"mu must be finite and beta positive, got mu = {mu} and beta = {beta}")
 
     def tails(log_sigma: float) -> tuple[float, float]:
         """The probabilities below and above."""
@@ -197,8 +209,11 @@ def get_sigmas_laplace(
 
     # Both tails are interpolated: 1 - p would lose the small one's digits.
     below, above = (np.linspace(a, b, n) for a, b in zip(tails(math.log(hi)), tails(math.log(lo))))
-    small = np.log(2 * np.minimum(below, above))
-    return finish(np.exp(mu + beta * np.where(below < above, small, -small)), device)
+    # A tail that underflows to 0 gives levels that aren't finite, which `finish` reports.
+    with np.errstate(divide="ignore", over="ignore"):
+        small = np.log(2 * np.minimum(below, above))
+        levels = np.exp(mu + beta * np.where(below < above, small, -small))
+    return finish(levels, device)
 
 
 def get_sigmas_linear_quadratic(
@@ -308,7 +323,13 @@ def read_sigmas(
     adds_noise: whether it must descend. Raises ValueError where it is no schedule.
     """
     if not isinstance(sigmas, Tensor):
-        sigmas = torch.tensor(host := [float(s) for s in sigmas], dtype=torch.float32)
+        try:
+            host = [float(s) for s in sigmas]
+        except TypeError as e:
+            raise ValueError(
+                f"sigmas must be 1-D, a tensor or a sequence of numbers, got {sigmas!r}"
+            ) from e
+        sigmas = torch.tensor(host, dtype=torch.float32)
     elif sigmas.ndim != 1:
         raise ValueError(
             f"sigmas must be 1-D, got shape {tuple(sigmas.shape)}; pass one schedule for the whole "

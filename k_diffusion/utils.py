@@ -45,6 +45,12 @@ _PIL_MAX = {"L": 255, "LA": 255, "RGB": 255, "RGBA": 255, "I;16": 65535}
 _PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """x in at least float32: squares of noise levels above 255 don't fit into float16, and sums of
+    half precision lose too much."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def append_dims(x: torch.Tensor, target_dims: int) -> torch.Tensor:
     """x with dimensions of size 1 appended until it has target_dims.
 

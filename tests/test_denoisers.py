@@ -246,3 +246,18 @@ def test_published_numbers(name, cls, options):
     sigma = SIGMA.float()
     got = {"y": model(x, sigma), "loss": model.loss(x, noise, sigma)}
     torch.testing.assert_close(got, golden.load(f"denoiser_{name}")[0], rtol=1e-5, atol=1e-6)
+
+
+def test_float16_holds_at_high_noise():
+    """The square of a noise level above 255 doesn't fit into float16."""
+    model = Denoiser(nn.Identity(), sigma_data=0.5)
+    for sigma in (80.0, 1000.0, 30000.0):
+        level = torch.tensor([sigma], dtype=torch.float16)
+        for got, want in zip(model.get_scalings(level), model.get_scalings(level.double())):
+            assert got.dtype == torch.float16
+            torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=1e-7)
+        x, noise = torch.ones(1, 2).half(), torch.full((1, 2), 0.5).half()
+        wide = (x.double(), noise.double(), level.double())
+        torch.testing.assert_close(
+            model._target(x, noise, level).double(), model._target(*wide), rtol=2e-3, atol=1e-3
+        )

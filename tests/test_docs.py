@@ -4,9 +4,13 @@ out."""
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
+from k_diffusion import external, guidance
 from k_diffusion.config.schema import json_schema
 
 ROOT = Path(__file__).parent.parent
@@ -69,3 +73,102 @@ def test_readme_flags_exist(script, parser):
     assert commands
     flags = [w for c in commands for w in shlex.split(c, comments=True) if w.startswith("-")]
     assert not [flag for flag in flags if f'"{flag}"' not in source]
+
+
+# ------------------------------------------------------------------------------ examples that run
+
+
+def run_examples(page: str, **names) -> dict:
+    """Runs a page's Python blocks one after the other, with these names given."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+    assert blocks
+    for i, block in enumerate(blocks):
+        exec(compile(block, f"{page}, block {i + 1}", "exec"), names)
+        for name in ("images", "latents"):
+            assert name not in names or names[name].isfinite().all(), block
+    return names
+
+
+class Digits(nn.Module):
+    """A stand-in for a class-conditional denoiser: its estimate is nearly its class."""
+
+    def __init__(self, strength: float):
+        super().__init__()
+        self.strength = strength
+
+    def forward(self, x, sigma, class_cond):
+        assert class_cond.shape == sigma.shape == x.shape[:1]
+        sigma2 = sigma[:, None, None, None] ** 2
+        mean = self.strength * (class_cond[:, None, None, None] / 10 - 0.5)
+        return (0.04 * x + sigma2 * mean) / (0.04 + sigma2)
+
+
+def test_examples_of_guidance():
+    torch.manual_seed(0)
+    names = run_examples(
+        "guidance.md", model=Digits(0.5), weak=Digits(0.3), classes=torch.tensor([3, 7])
+    )
+    public = {
+        name
+        for name, kind in vars(guidance).items()
+        if isinstance(kind, type) and kind.__module__ == guidance.__name__
+    }
+    text = (ROOT / "docs" / "guidance.md").read_text()
+    assert not [name for name in public - {"Guidance"} if f"{name}(" not in text]
+    assert names["images"].abs().max() <= 1  # the last one is thresholded
+
+
+class Network(nn.Module):
+    """A stand-in for a network of x and t, which checks what it gets."""
+
+    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
+
+    def __init__(self, channels: int = 1, **conditions: tuple[int, ...]):
+        super().__init__()
+        self.channels, self.conditions = channels, conditions
+
+    def forward(self, x, t, **kwargs):
+        assert t.shape == x.shape[:1]
+        got = {name: tuple(value.shape[1:]) for name, value in kwargs.items()}
+        assert got == self.conditions
+        return torch.tanh(x).repeat(1, self.channels, 1, 1)
+
+    def apply_model(self, x, t, cond):
+        return self(x, t, cond=cond)
+
+
+def test_examples_of_wrappers():
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        num_class_embeds=10,
+    ).eval()
+    embeddings = {"encoder_hidden_states": (7, 12)}
+    names = run_examples(
+        "wrappers.md",
+        net=Network(),
+        alphas_cumprod=Network.alphas_cumprod,
+        ldm=Network(cond=(7, 12)),
+        text=torch.randn(2, 7, 12),
+        no_text=torch.zeros(1, 7, 12),
+        guided_net=Network(2, y=()),
+        diffusion=SimpleNamespace(alphas_cumprod=Network.alphas_cumprod.numpy()),
+        labels=torch.tensor([3, 7]),
+        unet=unet,
+        scheduler=diffusers.DDPMScheduler(),
+        text_model=external.DiscreteEpsDDPMDenoiser(
+            Network(**embeddings), Network.alphas_cumprod, quantize=False
+        ),
+        karras_net=Network(),
+    )
+    text = (ROOT / "docs" / "wrappers.md").read_text()
+    public = [name for name in vars(external) if name.lower().endswith("denoiser")]
+    assert len(public) > 8
+    assert not [name for name in public if f"{name}(" not in text]
+    assert names["images"].shape == (2, 4, 8, 8)

@@ -155,6 +155,37 @@ def test_sigma_zero_gives_the_input_back():
         assert torch.equal(model(data(), torch.zeros(3, dtype=torch.float64)), data())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["continuous v", "v", "eps", "sample", "flow"])
+def test_half_precision_at_high_noise_levels(name, dtype):
+    """The square of sigma doesn't fit into float16 from 256 on. The models see x's dtype."""
+    dtypes = set()
+
+    def inner(x, t):
+        dtypes.add(x.dtype)
+        return 0.5 * x
+
+    alphas = zero_terminal(ALPHAS).float()
+    model = {
+        "continuous v": lambda: VDenoiser(inner),
+        "v": lambda: DiscreteVDDPMDenoiser(inner, alphas, False),
+        "eps": lambda: DiscreteEpsDDPMDenoiser(inner, alphas, False),
+        "sample": lambda: DiscreteSampleDDPMDenoiser(inner, alphas, False),
+        "flow": lambda: external.RectifiedFlowDenoiser(inner),
+    }[name]()
+    sigma = torch.tensor([0.5, 300.0, 4000.0])
+    x = (data(dtype=torch.float32) * per_sample(sigma)).to(dtype)
+    y = model(x, sigma.to(dtype))
+    assert (y.dtype, dtypes) == (dtype, {dtype})
+    want = model(x.float(), sigma.to(dtype).float())
+    # what a sampler makes of it is sigma times as exact
+    size = torch.maximum(per_sample(sigma), torch.ones(()))
+    torch.testing.assert_close(y.float() / size, want / size, rtol=0.02, atol=0.02)
+    assert model.loss(x.clamp(-1, 1), x.clamp(-1, 1), sigma.to(dtype)).isfinite().all()
+    if name != "eps":  # its estimate is a small difference of large numbers
+        torch.testing.assert_close(y.float(), want, rtol=0.02, atol=0.02)
+
+
 def test_vdenoiser_scalings_and_times():
     model, sigma = VDenoiser(nn.Identity()), torch.tensor([0.0, 0.3, 1.0, 1e6]).double()
     c_skip, c_out, c_in = model.get_scalings(sigma)

@@ -194,3 +194,36 @@ def test_one_model_in_every_parametrisation_gives_equal_samples(make):
         want = sample(mixture(), x, sigmas, disable=True)
         got = sample(make(), x, sigmas, disable=True)
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", sampling.SAMPLERS)
+def test_every_sampler_takes_a_flow(name):
+    """It samples as the denoiser that it is, from its own schedule, with noise and without."""
+    info, model = sampling.get_sampler(name), RectifiedFlowDenoiser(Velocity(mixture()), 3.0)
+    sigmas = model.get_sigmas(8).double()
+    levels = (sigmas,) if info.takes_sigmas else (model.sigma_min, 80.0)
+    x = normal(0, 6, 2, dtype=torch.float64) * (sigmas[0] if info.takes_sigmas else 80.0)
+    got, want = (
+        info.function(
+            each,
+            x,
+            *levels,
+            **({"n": 9} if name == "dpm_fast" else {}),
+            **({"s_churn": 2.0} if name == "euler" else {}),
+            **({"noise_sampler": Fixed(x)} if info.noise else {}),
+            disable=True,
+        )
+        for each in (model, mixture())
+    )
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+class Fixed:
+    """The same noise at the same call."""
+
+    def __init__(self, x):
+        self.x, self.calls = x, 0
+
+    def __call__(self, sigma, sigma_next):
+        self.calls += 1
+        return normal(self.calls, *self.x.shape, dtype=self.x.dtype)

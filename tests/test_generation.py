@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import k_diffusion as K
-from k_diffusion import generation
+from k_diffusion import generation, guidance
 from k_diffusion.training import checkpoint
 
 SIGMAS = K.sampling.get_sigmas_karras(4, 0.05, 10.0)
@@ -58,12 +58,11 @@ def test_guidance_moves_the_means_in_one_batched_call():
     model = Elementwise()
     kwargs = {"num_classes": 10, "disable": True}
     seeds, shape = range(3), (1, 4, 3)
-    (guided,) = generation.generate(
-        model, shape, seeds, SIGMAS, classes=[7, 8, 9], cfg_scale=3.0, **kwargs
-    )
+    guided = guidance.CFGDenoiser(model, 3.0, class_cond=torch.tensor([10]))
+    (got,) = generation.generate(guided, shape, seeds, SIGMAS, classes=[7, 8, 9], **kwargs)
     assert set(model.shapes) == {6}
     moved = images(seeds, classes=[1, 4, 7], num_classes=10)
-    torch.testing.assert_close(guided, moved, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, moved, atol=1e-5, rtol=0)
 
 
 def test_the_model_is_left_in_its_mode():
@@ -95,8 +94,6 @@ def test_bad_arguments():
         images([0], classes=[3], num_classes=3)
     with pytest.raises(ValueError, match="one class for each of 2 seeds, got 1"):
         images([0, 1], classes=[2], num_classes=3)
-    with pytest.raises(ValueError, match="guidance needs a class-conditional model"):
-        images([0], cfg_scale=2.0)
     with pytest.raises(ValueError, match="unconditional"):
         images([0], classes=[0])
 

@@ -1,6 +1,7 @@
 """Guidance against closed forms. The data are Gaussian, N(m, S^2), so that denoisers are linear."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -20,6 +21,7 @@ from k_diffusion.guidance import (
     ThresholdedDenoiser,
     linear,
 )
+from k_diffusion.solvers.context import at_level, start_run
 
 S, GIVEN, NULL = 0.5, 2.0, -1.0
 
@@ -99,7 +101,7 @@ working = pytest.mark.parametrize("make", WORKING.values(), ids=WORKING.keys())
 
 
 def gaussian_weak(x, sigma, **cond):
-    return Gaussian(0.0, 3.0)(x, sigma)
+    return Gaussian(0.0, 3.0)(x.double(), sigma).to(x)
 
 
 def squared(denoised):
@@ -139,15 +141,38 @@ def test_guidance_in_half_precision_is_that_of_full_precision_rounded(make):
 
 
 @working
-@pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "heun", "euler_ancestral"])
+@pytest.mark.parametrize("name", sampling.SAMPLERS)
 def test_guided_models_are_sampled(make, name):
+    info = sampling.get_sampler(name)
+    if info.takes_sigmas:
+        run = partial(info.function, sigmas=SIGMAS)
+    else:
+        run = partial(info.function, sigma_min=0.05, sigma_max=20.0)
+        run = partial(run, n=7) if name == "dpm_fast" else run
     x, _, cond = batch(dtype=torch.float32)
     torch.manual_seed(0)
-    y = sampling.get_sampler(name).function(
-        make(Conditional()), x * SIGMAS[0], SIGMAS, extra_args=cond, disable=True
-    )
+    y = run(make(Conditional()), x * SIGMAS[0], extra_args=cond, disable=True)
     assert y.isfinite().all()
     assert not y.requires_grad
+
+
+@working
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 1), (4, 7), (1, 2, 6), (4, 2, 3, 3), (4, 1, 2, 3, 2)])
+def test_samples_of_any_rank_and_dtype(make, shape, dtype):
+    exact = Plain(lambda x, sigma, mean: Conditional()(x.double(), sigma.double(), mean).to(x))
+    x, sigmas = normal(0, *shape, std=300.0).to(dtype), torch.tensor([300.0, 9.0, 1.0, 0.0])
+    guided = make(exact)
+    uncond = torch.full((1,), NULL)
+    if hasattr(guided, "uncond"):  # of any batch size
+        guided.uncond = {"mean": uncond}
+    elif hasattr(guided, "guided"):
+        guided.guided.uncond = {"mean": uncond}
+    cond = {"mean": torch.full(shape[:1], GIVEN)}
+    y = sampling.sample_dpmpp_2m(guided, x, sigmas.to(dtype), extra_args=cond, disable=True)
+    assert y.shape == shape
+    assert y.dtype == dtype
+    assert y.isfinite().all()
 
 
 # ------------------------------------------------------------------- classifier-free, autoguidance
@@ -182,11 +207,55 @@ def test_cfg_without_its_condition_is_an_error(cond):
         cfg(2.0)(x, sigma, **cond)
 
 
-@pytest.mark.parametrize("shape", [(3,), (4, 1)])
-def test_cfg_with_an_absence_of_another_shape_is_an_error(shape):
+@pytest.mark.parametrize("absence", [torch.zeros(3), torch.zeros(4, 1), torch.zeros(()), None])
+def test_cfg_with_an_absence_of_another_shape_is_an_error(absence):
     x, sigma, cond = batch()
     with pytest.raises(ValueError, match="mean has shape"):
-        CFGDenoiser(Conditional(), 2.0, mean=torch.zeros(shape))(x, sigma, **cond)
+        CFGDenoiser(Conditional(), 2.0, mean=absence)(x, sigma, **cond)
+
+
+def test_cfg_gives_both_halves_what_belongs_to_samples_twice_and_the_rest_as_it_is():
+    x, sigma, cond = batch()
+    seen = {}
+
+    def model(x, sigma, mean, **other):
+        seen.update(other)
+        return Conditional()(x, sigma, mean)
+
+    shared = {"ids": torch.zeros(7, 3), "scale": torch.tensor(2.0), "mode": "text", "none": None}
+    own = torch.arange(4.0)
+    nested = {"of": {"samples": own, "ids": torch.zeros(7, 3)}, "pair": (own[:, None], own)}
+    guided = CFGDenoiser(Plain(model), 2.0, mean=torch.tensor([NULL]))
+    torch.testing.assert_close(
+        guided(x, sigma, **cond, **shared, **nested), cfg(2.0)(x, sigma, **cond)
+    )
+    assert all(seen[name] is value for name, value in shared.items())
+    assert torch.equal(seen["of"]["samples"], own.repeat(2))
+    assert seen["of"]["ids"].shape == (7, 3)
+    assert isinstance(seen["pair"], tuple)
+    assert [y.shape for y in seen["pair"]] == [(8, 1), (8,)]
+
+
+def test_cfg_of_conditions_in_a_dict_or_a_list():
+    x, sigma, cond = batch()
+
+    def model(x, sigma, text):
+        return Conditional()(x, sigma, text["mean"] if isinstance(text, dict) else text[0])
+
+    want = cfg(2.0)(x, sigma, **cond)
+    for kind in (lambda m: {"mean": m}, lambda m: [m]):
+        guided = CFGDenoiser(Plain(model), 2.0, text=kind(torch.tensor([NULL])))
+        torch.testing.assert_close(guided(x, sigma, text=kind(cond["mean"])), want)
+        # one condition for all samples, too
+        torch.testing.assert_close(guided(x, sigma, text=kind(torch.tensor([GIVEN]))), want)
+    for absence, given, match in (
+        ({"men": torch.zeros(1)}, {"mean": torch.zeros(4)}, r"text has keys \['mean'\]"),
+        (torch.zeros(1), {"mean": torch.zeros(4)}, r"text has keys \['mean'\]"),
+        ([], [torch.zeros(4)], "text has 1 parts"),
+        ({"mean": torch.zeros(3)}, {"mean": torch.zeros(4)}, r"text\['mean'\] has shape \(4,\)"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            CFGDenoiser(Plain(model), 2.0, text=absence)(x, sigma, text=given)
 
 
 def test_autoguidance_extrapolates_from_the_weak_model():
@@ -223,9 +292,12 @@ def test_rescaled_guidance_has_the_contrast_of_the_conditional_estimate():
     torch.testing.assert_close(Rescaled(0.0)(given, without, 7.0, torch.ones(4)), plain)
 
 
-def test_rescaled_guidance_of_a_flat_image_is_finite():
-    flat = torch.zeros(2, 3, 5)
-    assert Rescaled()(flat, flat, 7.0, torch.ones(2)).isfinite().all()
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 1)])
+def test_rescaled_guidance_without_contrast_is_plain(shape):
+    for given, without in ((0.0, 0.0), (0.5, 0.25)):
+        flat = [torch.full(shape, v) for v in (given, without)]
+        y = Rescaled()(*flat, 7.0, torch.ones(2))
+        torch.testing.assert_close(y, linear(*flat, 7.0, torch.ones(2)))
 
 
 def test_apg_without_projection_is_linear_guidance():
@@ -270,7 +342,7 @@ def test_apg_momentum_sums_the_steps_of_one_run():
     for _ in range(2):
         y = apg(given, without, 2.0, torch.full((4,), 8.0))
         torch.testing.assert_close(y, 2 * given - without)
-        apg.reset()
+        apg.start_run()
 
 
 def test_apg_momentum_gives_equal_runs():
@@ -283,6 +355,33 @@ def test_apg_momentum_gives_equal_runs():
         for _ in range(2)
     ]
     assert torch.equal(*runs)
+
+
+class Stop(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", ["euler", "dpm_fast", "dpm_adaptive"])
+def test_nothing_is_left_of_an_interrupted_run(name):
+    x, _, cond = batch(dtype=torch.float32)
+    apg = cfg(3.0, combine=APG(0.0, 2.0, -0.5))
+    guided = ThresholdedDenoiser(IntervalDenoiser(AutoguidedDenoiser(apg, Conditional(), 1.5)))
+    info = sampling.get_sampler(name)
+
+    def run(x, **options):
+        ends = (SIGMAS,) if info.takes_sigmas else (0.05, 20.0)
+        options |= {"n": 9} if name == "dpm_fast" else {}
+        return info.function(guided, x, *ends, extra_args=cond, disable=True, **options)
+
+    def stop(d):
+        raise Stop
+
+    torch.manual_seed(0)
+    want = run(x * 20)
+    with pytest.raises(Stop):
+        run(x * 10, callback=stop)
+    torch.manual_seed(0)
+    assert torch.equal(run(x * 20), want)
 
 
 @pytest.mark.parametrize("strength", [0.3, 1.0])
@@ -348,10 +447,40 @@ def test_interval_reads_no_device_value():
     assert y.shape == x.shape
 
 
-def test_interval_tells_a_sampler_which_denoiser_is_needed():
-    guided = IntervalDenoiser(cfg(3.0), 0.3, 5.0)
-    for sigma, inside in [(0.1, False), (0.3, False), (0.4, True), (5.0, True), (6.0, False)]:
-        assert guided.at_level(sigma) is (guided.guided if inside else guided.guided.model)
+def test_intervals_within_guidance_are_decided_for_a_level_that_the_host_knows():
+    """Called with another sigma than the host's, they keep to the host's."""
+    x, sigma, cond = batch(sigma=1.0)
+    model = Conditional()
+    interval = IntervalDenoiser(cfg(3.0, model=model), 0.3, 5.0)
+    around = [
+        interval,
+        ThresholdedDenoiser(interval, 1e9),
+        AutoguidedDenoiser(Plain(gaussian_weak), interval, 0.0),
+        GradientGuidedDenoiser(interval, squared, 0.0),
+        IntervalDenoiser(ThresholdedDenoiser(interval, 1e9)),
+        cfg(1.0, model=IntervalDenoiser(AutoguidedDenoiser(model, model, 1.0), 0.3, 5.0)),
+    ]
+    for guided in around[:-1]:
+        for level, inside in [(0.1, 0), (0.3, 0), (0.4, 1), (5.0, 1), (6.0, 0)]:
+            model.batches.clear()
+            y = at_level(guided, level)(x, sigma, **cond)
+            torch.testing.assert_close(y, cfg(3.0 if inside else 1.0)(x, sigma, **cond))
+            assert model.batches == [8 if inside else 4]
+    for level, calls in [(0.1, 1), (1.0, 2)]:
+        model.batches.clear()
+        at_level(around[-1], level)(x, sigma, **cond)
+        assert model.batches == [8] * calls
+
+
+def test_a_compiled_model_stays_compiled():
+    compiled = torch.compile(IntervalDenoiser(cfg(3.0)), backend="eager")
+    assert at_level(compiled, 1.0) is compiled
+
+
+def test_other_models_are_called_as_they_are():
+    model = Plain(Gaussian())
+    assert at_level(model, 1.0) is model
+    start_run(model)
 
 
 def test_interval_compiles_as_one_graph():

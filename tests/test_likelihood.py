@@ -5,6 +5,7 @@ import problems
 import pytest
 import torch
 
+from k_diffusion import guidance, likelihood
 from k_diffusion import sampling as S
 
 
@@ -68,6 +69,21 @@ def test_mixture_with_many_probes():
     assert ((ll - mixture.log_density(x, 0.05)).abs() < error).all()
 
 
+@pytest.mark.parametrize("probe", sorted(likelihood.PROBES))
+def test_probes_stay_fixed_over_a_solve(monkeypatch, probe):
+    drawn, draw = [], likelihood.PROBES[probe]
+    monkeypatch.setitem(likelihood.PROBES, probe, lambda x: drawn.append(draw(x)) or drawn[-1])
+    x = problems.normal(0, 2, 500)
+    _, info = S.log_likelihood(problems.Gaussian(), x, 0.01, 10.0, probes=3, probe=probe)
+    assert info["nfe"] > 3 == len(drawn)
+    for v in drawn:
+        assert v.mean().abs() < 0.2
+        assert (v**2).mean().item() == pytest.approx(1, abs=0.2)
+    assert not torch.equal(drawn[0], drawn[1])
+    if probe == "rademacher":
+        assert set(drawn[0].flatten().tolist()) == {-1.0, 1.0}
+
+
 def test_a_tighter_tolerance_costs_more_evaluations():
     x = problems.normal(0, 2, 3)
     loose, tight = (
@@ -96,6 +112,68 @@ def test_wrapped_models_and_extra_arguments():
     assert set(seen) == {(5, (2,))}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_the_models_alone(dtype):
+    seen = set()
+
+    def model(x, sigma):
+        seen.update((x.dtype, sigma.dtype))
+        return problems.Gaussian(0.0, 0.5)(x, sigma)
+
+    x = (problems.normal(0, 3, 6) * 0.5).to(dtype)
+    ll, _ = S.log_likelihood(model, x, 0.01, 80.0)
+    assert seen == {dtype}
+    assert ll.dtype == torch.float32
+    want, _ = S.log_likelihood(problems.Gaussian(0.0, 0.5), x.float(), 0.01, 80.0)
+    torch.testing.assert_close(ll, want, rtol=0, atol=0.2)
+
+
+def test_under_inference_mode():
+    class Model(torch.nn.Module):
+        def forward(self, x, sigma, scale):
+            return scale * problems.Gaussian(0.0, 0.5)(x, sigma)
+
+    x, scale = problems.normal(0, 3, 6) * 0.5, torch.ones(3, 1)
+    want, _ = S.log_likelihood(Model(), x, 0.01, 80.0, {"scale": scale})
+    with torch.inference_mode():
+        got, _ = S.log_likelihood(Model(), x.clone(), 0.01, 80.0, {"scale": scale.clone()})
+    torch.testing.assert_close(got, want)
+
+
+def test_a_guided_model():
+    """Guidance between Gaussians is a Gaussian, in its interval here."""
+
+    class Model(torch.nn.Module):
+        def forward(self, x, sigma, mean):
+            own = problems.Gaussian(0.0, 0.5)(x, sigma)
+            return own + problems.wide(sigma, x) ** 2 / (0.25 + problems.wide(sigma, x) ** 2) * mean
+
+    cfg = guidance.CFGDenoiser(Model(), 3.0, mean=torch.zeros(1, 1, dtype=torch.float64))
+    model = guidance.IntervalDenoiser(cfg, 1e-9, 1e9)
+    x = problems.normal(0, 3, 6, dtype=torch.float64) * 0.5
+    cond = {"mean": torch.full((3, 1), 0.2, dtype=torch.float64)}
+    std = math.hypot(0.5, 80.0)
+    ll, _ = S.log_likelihood(model, x, 0.01, 800.0, cond, 1e-6, 1e-6, prior_std=std * 10)
+    torch.testing.assert_close(
+        ll, problems.Gaussian(0.6, 0.5).log_density(x, 0.01), rtol=1e-3, atol=0
+    )
+
+
+def test_models_that_give_no_likelihood():
+    x, gaussian = torch.zeros(2, 3), problems.Gaussian()
+    for model, match in (
+        (
+            lambda x, sigma: gaussian(x, sigma)[:, :1],
+            r"shaped as its input, \(2, 3\), got \(2, 1\)",
+        ),
+        (torch.no_grad()(lambda x, sigma: gaussian(x, sigma)), "has no gradient"),
+        (lambda x, sigma: x * math.nan, "at sigma = 0.1 isn't finite"),
+        (guidance.GradientGuidedDenoiser(gaussian, lambda d: d.sum(1)), "guidance by a loss"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            S.log_likelihood(model, x, 0.1, 10.0)
+
+
 def test_bad_arguments():
     model, x = problems.Gaussian(), torch.zeros(2, 3)
     with pytest.raises(ValueError, match="sigma_min < sigma_max"):
@@ -106,6 +184,8 @@ def test_bad_arguments():
         S.log_likelihood(model, x, 0.1, 1.0, probes=0)
     with pytest.raises(ValueError, match=r"must lie in \[-1, 1\], got \[0, 255\]"):
         S.bits_per_dim(model, torch.tensor([[0.0, 255.0]]), 0.1, 1.0)
+    with pytest.raises(ValueError, match="at least 2 bins, got 1"):
+        S.bits_per_dim(model, x, 0.1, 1.0, bins=1)
 
 
 def test_bits_per_dim_of_gaussian_images():

@@ -200,6 +200,9 @@ def test_a_wrong_number_of_seeds_is_an_error():
         noise.SeededNoiseSampler(torch.zeros(3, 2), [1])
     with pytest.raises(ValueError, match=">= 0, got -4"):
         noise.randn_per_seed([1, -4], (2,))
+    for seeds in ([1.5], ["1"], 7, None):
+        with pytest.raises(ValueError, match="integers >= 0, one for each image, got"):
+            noise.randn_per_seed(seeds, (2,))
 
 
 def model(x, sigma):
@@ -223,10 +226,11 @@ def sample(name, seeds):
         options["eta"] = 1.0
     if info.takes_sigmas:
         return info.function(model, x, sigmas, **options)
-    return info.function(model, x, 0.1, 8.0, 7, eta=1.0, **options)
+    options |= {"n": 7} if name == "dpm_fast" else {"rtol": 0.5}
+    return info.function(model, x, 0.1, 8.0, eta=1.0, **options)
 
 
-# The adaptive solver's steps are chosen by the whole batch.
+# The adaptive solver's steps are chosen by the whole batch, and it's the only one.
 SEEDED = [name for name, info in S.SAMPLERS.items() if info.noise and name != "dpm_adaptive"]
 
 
@@ -247,15 +251,24 @@ def images_of(job):
 
 
 def test_an_image_does_not_depend_on_the_number_of_processes():
-    names = SEEDED
     seeds = [4, 5, 6, 7]
-    jobs = [(name, seeds[rank::2]) for name in names for rank in range(2)]
+    jobs = [(name, seeds[rank::2]) for name in SEEDED for rank in range(2)]
+    jobs += [("dpm_adaptive", [seed]) for seed in seeds]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         images = [torch.from_numpy(image) for image in pool.map(images_of, jobs)]
-    for i, name in enumerate(names):
+    for i, name in enumerate(SEEDED):
         got = torch.stack(images[2 * i : 2 * i + 2], dim=1).flatten(0, 1)
         assert torch.equal(got, sample(name, seeds))
+    for seed, image in zip(seeds, images[2 * len(SEEDED) :], strict=True):
+        assert torch.equal(image, sample("dpm_adaptive", [seed]))
+
+
+def test_dpm_adaptive_alone_lets_an_image_depend_on_its_batch():
+    assert {n for n, info in S.SAMPLERS.items() if info.noise} - set(SEEDED) == {"dpm_adaptive"}
+    whole = sample("dpm_adaptive", [11, 3, 7])
+    assert torch.equal(sample("dpm_adaptive", [11, 3, 7]), whole)
+    assert not torch.equal(sample("dpm_adaptive", [11])[0], whole[0])
 
 
 def test_the_right_noise_sampler_for_each_sampler():
@@ -268,6 +281,8 @@ def test_the_right_noise_sampler_for_each_sampler():
     with pytest.raises(ValueError, match="one seed for each"):
         S.make_noise_sampler("dpmpp_2m_sde", x, sigmas, [1])
     assert S.make_noise_sampler("dpm_fast", x, None, [1, 2]) is not None
+    with pytest.raises(ValueError, match="'dpmpp_sde' spans its schedule; pass sigmas"):
+        S.make_noise_sampler("dpmpp_sde", x, None, [1, 2])
 
 
 def test_others_noise_samplers_get_tensors_ours_get_floats():

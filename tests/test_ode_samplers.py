@@ -68,16 +68,6 @@ def test_order_of_convergence(order, name, options):
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
-def test_the_table_says_the_default_order():
-    """`order` of a row is what its sampler converges with by default, without noise."""
-    mixture, x, want = problems.reference()
-    for name in [*LATER, "ddim", "er_sde", "seeds_2", "seeds_3", "sa_solver"]:
-        options = {"eta": 0.0} if S.get_sampler(name).stochastic else {}
-        run = sampler(name, **options)
-        coarse, fine = (rms(run(mixture, x, grid(n)) - want) for n in (256, 512))
-        assert round(math.log2(coarse / fine)) == S.get_sampler(name).order, name
-
-
 # ------------------------------------------------------------------------- methods that are one
 
 

@@ -5,11 +5,15 @@ import math
 from pathlib import Path
 
 import golden
+import numpy as np
 import problems
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm.auto import tqdm
 
+from k_diffusion import guidance
 from k_diffusion import sampling as S
 from k_diffusion.schedules import positive_range
 
@@ -22,12 +26,13 @@ DETERMINISTIC = [name for name in ON_SIGMAS if name not in STOCHASTIC]
 def run(name, model, x, sigmas=(4.0, 2.0, 1.0, 0.0), **options):
     """Any sampler on a schedule, or on its ends."""
     info = S.get_sampler(name)
+    options = {"disable": True, **options}
     if info.takes_sigmas:
-        return info.function(model, x, sigmas, disable=True, **options)
+        return info.function(model, x, sigmas, **options)
     ends = positive_range(torch.as_tensor(sigmas).tolist())
     if name == "dpm_fast":
         options = {"n": 5, **options}
-    return info.function(model, x, *ends, disable=True, **options)
+    return info.function(model, x, *ends, **options)
 
 
 # --------------------------------------------------------------------------- published numbers
@@ -254,11 +259,18 @@ def test_a_callback_can_stop_the_sampling(name):
         if len(calls) == 2:
             raise Stop
 
-    with pytest.raises(Stop):
-        run(name, problems.Gaussian(), problems.normal(0, 2, 3), callback=callback)
+    x = problems.normal(0, 2, 3)
+    seeds = [1, 2] if S.SAMPLERS[name].noise else None
+    fresh = lambda: S.make_noise_sampler(name, x, [4.0, 2.0, 1.0, 0.0], seeds)  # noqa: E731
+    options = {"noise_sampler": fresh()} if seeds else {}
+    want = run(name, problems.Gaussian(), x, **options)
+    with pytest.raises(Stop):  # with a progress bar
+        run(name, problems.Gaussian(), x, callback=callback, disable=False)
     assert len(calls) == 2
     assert torch.is_grad_enabled()
-    assert run(name, problems.Gaussian(), problems.normal(0, 2, 3)).isfinite().all()
+    assert not tqdm._instances
+    options = {"noise_sampler": fresh()} if seeds else {}
+    assert torch.equal(run(name, problems.Gaussian(), x, **options), want)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -312,6 +324,7 @@ def test_a_schedule_without_steps_returns_the_sample(name, sigmas):
     ("sigmas", "message"),
     [
         (torch.ones(2, 3), r"sigmas must be 1-D, got shape \(2, 3\)"),
+        (torch.tensor(3.0), r"sigmas must be 1-D, got shape \(\)"),
         (torch.tensor([3.0, math.nan, 0.0]), "finite and >= 0, got nan"),
         (torch.tensor([math.inf, 1.0, 0.0]), "finite and >= 0, got inf"),
         (torch.tensor([3.0, 1.0, -1.0]), "finite and >= 0, got -1"),
@@ -322,6 +335,20 @@ def test_a_schedule_without_steps_returns_the_sample(name, sigmas):
 def test_no_schedule_is_an_error(name, sigmas, message):
     with pytest.raises(ValueError, match=message):
         run(name, problems.Gaussian(), torch.ones(2, 3), sigmas)
+
+
+@pytest.mark.parametrize("sigmas", [[[3.0, 1.0]], np.ones((2, 1)), 3.0, None])
+def test_sequences_that_are_no_schedule(sigmas):
+    with pytest.raises(ValueError, match=r"sigmas must be 1-D.*sequence of numbers, got"):
+        S.sample_euler(problems.Gaussian(), torch.ones(2, 3), sigmas)
+
+
+@pytest.mark.parametrize("name", ON_SIGMAS)
+def test_noise_levels_of_all_sizes(name):
+    for sigmas in ([1e12, 1e10, 3.0, 1e-10, 0.0], [80.0, 1e-8, 0.0], [1e-3, 9e-4, 0.0]):
+        x = problems.normal(0, 2, 3) * sigmas[0]
+        torch.manual_seed(0)
+        assert run(name, problems.Gaussian(), x, sigmas).isfinite().all()
 
 
 @pytest.mark.parametrize("name", STOCHASTIC)
@@ -451,6 +478,35 @@ def test_loops_read_no_value(name):
     assert len(seen) >= 2
 
 
+class Guided(nn.Module):
+    """Two Gaussians, by a condition."""
+
+    def forward(self, x, sigma, mean):
+        return problems.Gaussian()(x, sigma) + 0.1 * mean[:, None]
+
+
+def guided():
+    """Guidance around guidance, in intervals at two depths."""
+    strong = guidance.AutoguidedDenoiser(Guided(), Guided(), 2.0, combine=guidance.Rescaled())
+    inner = guidance.IntervalDenoiser(strong, 0.5, 3.0)
+    combine = guidance.APG(0.5, 2.5, -0.5)
+    cfg = guidance.CFGDenoiser(inner, 3.0, combine=combine, mean=torch.zeros(1))
+    dynamic = guidance.ThresholdedDenoiser(guidance.IntervalDenoiser(cfg, 0.1, 3.0), 1.0, 0.9)
+    return guidance.GradientGuidedDenoiser(dynamic, lambda d: d.pow(2).sum(1), 0.1)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpm_fast"])
+def test_guidance_reads_no_value(name):
+    x, extra = problems.normal(0, 2, 3), {"mean": torch.tensor([1.0, 2.0])}
+    model, sigmas = guided(), [4.0, 2.0, 1.0, 0.0]
+    options = {"extra_args": extra}
+    if S.SAMPLERS[name].noise:
+        options["noise_sampler"] = S.make_noise_sampler(name, x, sigmas, [1, 2])
+    with NoReads():
+        got = run(name, model, x, sigmas, **options)
+    assert got.isfinite().all()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "dpm_adaptive"])
 def test_loops_never_wait_for_a_cuda_device(name):
@@ -479,8 +535,10 @@ def test_loops_run_on_tensors_without_values(name):
     assert y.shape == x.shape
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_sde"])
-def test_whole_loops_compile_as_one_graph(name):
+def test_whole_loops_compile_as_one_graph(name, backend):
+    torch._dynamo.reset()
     x = problems.normal(0, 2, 3)
     noise = problems.normal(1, 2, 3)
     options = {"noise_sampler": lambda a, b: noise} if S.SAMPLERS[name].noise else {}
@@ -488,6 +546,18 @@ def test_whole_loops_compile_as_one_graph(name):
 
     def sample(x):
         return run(name, problems.Gaussian(), x, sigmas, **options)
+
+    compiled = torch.compile(sample, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), sample(x))
+
+
+def test_a_loop_with_guidance_compiles_as_one_graph():
+    x, extra = problems.normal(0, 2, 3), {"mean": torch.tensor([1.0, 2.0])}
+    cfg = guidance.CFGDenoiser(Guided(), 3.0, mean=torch.zeros(1))
+    model = guidance.ThresholdedDenoiser(guidance.IntervalDenoiser(cfg, 0.5, 3.0))
+
+    def sample(x):
+        return run("dpmpp_2m", model, x, [4.0, 2.0, 1.0, 0.0], extra_args=extra)
 
     compiled = torch.compile(sample, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), sample(x))

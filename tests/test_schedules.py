@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import golden
@@ -10,6 +11,11 @@ from k_diffusion import sampling, schedules
 from k_diffusion.schedules import make_sigmas
 
 NAMES = sorted(schedules.SCHEDULES)
+
+
+def gaps(values: torch.Tensor) -> torch.Tensor:
+    d = values.double().diff()
+    return d / d.mean()
 
 
 def test_published_numbers():
@@ -35,7 +41,16 @@ def test_every_schedule_falls_strictly_between_its_ends_then_to_0(name, n):
     assert sigmas[0].item() == pytest.approx(30, rel=1e-5)
     assert sigmas[-1] == 0
     if n > 1:
-        assert sigmas[-2].item() == pytest.approx(0.02, rel=2e-3 if name == "vp" else 1e-5)
+        assert sigmas[-2].item() == pytest.approx(0.02, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schedules_between_ends_of_all_sizes(name):
+    for lo, ratio in itertools.product((1e-4, 0.03, 0.5, 10.0), (1.2, 30.0, 1e4)):
+        for n in (2, 7, 300):
+            sigmas = make_sigmas(name, n, lo, lo * ratio)
+            assert (sigmas.diff() < 0).all()
+            assert sigmas[[0, -2]].tolist() == pytest.approx([lo * ratio, lo], rel=1e-4)
 
 
 def test_karras_is_equally_spaced_in_the_root():
@@ -55,6 +70,21 @@ def test_vp_closed_form():
     want = (torch.exp(19.9 * t**2 / 2 + 0.1 * t) - 1).sqrt()
     # exp(...) - 1 cancels at low noise levels in float32
     torch.testing.assert_close(schedules.get_sigmas_vp(10)[:-1].double(), want, rtol=1e-3, atol=0)
+
+
+def test_vp_between_ends_is_vp_and_never_turns():
+    beta_d, beta_min = 19.9, 0.1
+    lo, hi = (math.sqrt(math.expm1(beta_d * t**2 / 2 + beta_min * t)) for t in (1e-3, 1))
+    torch.testing.assert_close(
+        make_sigmas("vp", 9, lo, hi), schedules.get_sigmas_vp(9), rtol=5e-3, atol=0
+    )
+    # At t = 1e-3 a sigma of 0.5 would need a beta so large that it has to turn negative.
+    logs = make_sigmas("vp", 9, 0.5, 5.0)[:-1].double().square().log1p()
+    torch.testing.assert_close(gaps(logs), torch.ones(8).double(), rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="no VP schedule falls from 5 to 0.5 with eps_s = 0.001"):
+        make_sigmas("vp", 9, 0.5, 5.0, eps_s=1e-3)
+    with pytest.raises(ValueError, match="between 0 and 1, got 1"):
+        make_sigmas("vp", 9, 0.5, 5.0, eps_s=1.0)
 
 
 def test_ends_may_be_tensors():
@@ -88,8 +118,10 @@ def test_an_unknown_name_names_the_nearest():
 
 
 def test_options_out_of_range_are_errors():
-    with pytest.raises(ValueError, match="rho"):
-        schedules.get_sigmas_karras(5, 0.1, 1.0, rho=0.0)
+    for rho in (0.0, -1.0, math.nan, math.inf):
+        for make in (schedules.get_sigmas_karras, schedules.get_sigmas_polyexponential):
+            with pytest.raises(ValueError, match="rho must be positive and finite"):
+                make(5, 0.1, 1.0, rho=rho)
     with pytest.raises(ValueError, match="eps_s"):
         schedules.get_sigmas_vp(5, eps_s=1.0)
 
@@ -100,11 +132,6 @@ def test_unit_ends_of_positive_range():
 
 
 # ------------------------------------------------------------------------- spacings and options
-
-
-def gaps(values: torch.Tensor) -> torch.Tensor:
-    d = values.double().diff()
-    return d / d.mean()
 
 
 def test_equal_spacings():
@@ -175,6 +202,7 @@ def test_other_options_out_of_range():
     for name, options in (
         ("kl_optimal", {"sigma_data": 0.0}),
         ("laplace", {"beta": -1.0}),
+        ("laplace", {"mu": math.nan}),
         ("linear_quadratic", {"threshold": 0.5}),
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
@@ -184,3 +212,5 @@ def test_other_options_out_of_range():
 def test_levels_that_float32_cannot_tell_apart():
     with pytest.raises(ValueError, match="use fewer steps"):
         make_sigmas("linear", 100, 1.0, 1.000001)
+    with pytest.raises(ValueError, match="options less extreme"):
+        make_sigmas("laplace", 5, 0.02, 80.0, mu=50.0, beta=0.01)

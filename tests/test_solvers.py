@@ -84,7 +84,31 @@ def test_dpm_adaptive_follows_its_tolerance(reference):
     assert evaluations[0] < evaluations[1] < evaluations[2]
 
 
-ODE = [n for n, info in S.SAMPLERS.items() if info.takes_sigmas and not info.stochastic]
+def without_noise(name):
+    """The options that leave a sampler with its ODE; None where it has none."""
+    info = S.get_sampler(name)
+    parameters = inspect.signature(info.function).parameters
+    if not info.takes_sigmas:
+        return None
+    if not info.stochastic:
+        return {}
+    return {"eta": 0.0} if "eta" in parameters else {"restart": {"restarts": ()}}.get(name)
+
+
+ODE = [name for name in S.SAMPLERS if without_noise(name) is not None]
+
+
+def test_all_but_four_samplers_have_an_ode_on_a_schedule():
+    """Those have tests of their own: of tolerance, order, and exact laws."""
+    assert set(S.SAMPLERS) - set(ODE) == {"dpm_fast", "dpm_adaptive", "ddpm", "lcm"}
+
+
+@pytest.mark.parametrize("name", ODE)
+def test_the_table_says_the_order(reference, name):
+    mixture, x, want = reference
+    sample = partial(S.get_sampler(name).function, mixture, x, disable=True, **without_noise(name))
+    coarse, fine = (rms(sample(grid(n)) - want) for n in (256, 512))
+    assert math.log2(coarse / fine) == pytest.approx(S.get_sampler(name).order, abs=0.15)
 
 
 @pytest.mark.parametrize("name", ODE)
@@ -92,7 +116,7 @@ def test_ascending_sigmas_run_the_ode_backwards(name):
     problem = problems.Gaussian(0.3, 0.5)
     x = problems.normal(1, 4, 3, dtype=torch.float64) * 0.5 + 0.3
     sigmas = grid(400).flip(0)
-    sample = partial(S.get_sampler(name).function, problem, disable=True)
+    sample = partial(S.get_sampler(name).function, problem, disable=True, **without_noise(name))
     noise = sample(x, sigmas)
     tolerance = 0.03 if S.get_sampler(name).order == 1 else 1e-3
     torch.testing.assert_close(noise, problem.ode_map(x, LO, HI), rtol=tolerance, atol=tolerance)

@@ -104,7 +104,7 @@ def test_other_bad_options():
             TABLE_SCHEDULES[name](4, [1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="alpha and beta must be positive"):
         sampling.get_sigmas_beta(3, MODEL, alpha=0.0)
-    with pytest.raises(ValueError, match="don't all differ"):
+    with pytest.raises(ValueError, match="don't fall strictly"):
         sampling.get_sigmas_normal(4, [1.0, 1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match=r"needs a table .*\.get_sigmas_sgm_uniform\(n, table\)"):
         schedules.make_sigmas("sgm_uniform", 5, 0.1, 10.0)

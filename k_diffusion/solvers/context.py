@@ -36,6 +36,22 @@ class Context:
         return min(order, len(ahead)) if ahead and ahead[-1] == 0 else order
 
 
+def start_run(model: Any) -> None:
+    """Tells guidance with a memory that a run begins: what an earlier one left is forgotten."""
+    if hasattr(model, "start_run"):
+        model.start_run()
+
+
+def at_level(model: Any, sigma: float | None) -> Any:
+    """What to call as the model at a noise level that the host knows; the model itself for None.
+
+    Guidance in an interval is decided here, without a look at the device.
+    """
+    # Asked of the class: a compiled module would answer for what it has compiled.
+    decide = getattr(type(model), "at_level", None)
+    return model if sigma is None or decide is None else decide(model, sigma)
+
+
 def evaluate(
     model: Callable[..., Tensor],
     x: Tensor,
@@ -49,9 +65,7 @@ def evaluate(
     Raises ValueError unless the model returns x's shape.
     """
     sigma_in = torch.full((x.shape[0],), sigma, dtype=dtype, device=x.device)
-    if hasattr(model, "at_level"):  # guidance that holds in an interval, known without the device
-        model = model.at_level(sigma)
-    denoised = model(x, sigma_in, *args, **kwargs)
+    denoised = at_level(model, sigma)(x, sigma_in, *args, **kwargs)
     if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
         got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
         raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..noise import ask
-from .context import evaluate
+from .context import evaluate, start_run
 from .levels import get_ancestral_step
 
 Time = float | Tensor
@@ -207,6 +207,7 @@ class DPMSolver(nn.Module):
             raise ValueError(f"DPM-Solver-fast needs at least one evaluation, got {nfe}")
         self._check_direction(t_start, t_end, eta)
         noise_sampler = self._default_noise(x, noise_sampler)
+        start_run(self.model)
         n = nfe // 3 + 1
         orders = [3] * (n - 2) + [2, 1] if nfe % 3 == 0 else [3] * (n - 1) + [nfe % 3]
         ts = [t_start + (t_end - t_start) * i / n for i in range(n)] + [t_end]
@@ -253,6 +254,7 @@ class DPMSolver(nn.Module):
             raise ValueError(f"the adaptive DPM-Solver has order 2 or 3, got {order}")
         self._check_direction(t_start, t_end, eta)
         noise_sampler = self._default_noise(x, noise_sampler)
+        start_run(self.model)
         direction = 1 if t_end > t_start else -1
         pid = PIDStepSizeController(
             direction * abs(h_init), pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety

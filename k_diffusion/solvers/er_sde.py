@@ -18,7 +18,7 @@ from .quadrature import integral
 
 # log g of noise scales; eta multiplies it, and so leads from the ODE at 0 to each of them at 1.
 NOISE_SCALES: dict[str, Callable[[Any], Any]] = {
-    "er_sde": lambda sigma: np.log(np.exp(sigma**0.3) + 10),
+    "er_sde": lambda sigma: np.logaddexp(sigma**0.3, math.log(10)),
     "sde": lambda sigma: np.log(sigma),
 }
 

@@ -3,6 +3,7 @@
 With a constant D the ODE's exact solution is x' = r x + (1 - r) D, r = sigma' / sigma = exp(-h).
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,23 +17,9 @@ def toward(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tens
     return x * (sigma_next / sigma) + denoised * ((sigma - sigma_next) / sigma)
 
 
-def dpmpp_2s(
-    ctx: Context,
-    x: Tensor,
-    sigma: float,
-    sigma_next: float,
-    denoised: Tensor,
-    state: Any,
-    r: float = 0.5,
-) -> tuple[Tensor, Any]:
-    """DPM-Solver++(2S), second order: algorithm 1, evaluated at the fraction r of h."""
-    if sigma_next == 0:
-        return toward(x, denoised, sigma, sigma_next), None
-    sigma_mid = sigma * (sigma_next / sigma) ** r
-    denoised_2 = ctx.denoise(toward(x, denoised, sigma, sigma_mid), sigma_mid)
-    fac = 1 / (2 * r)
-    slope = denoised_2 if fac == 1 else denoised * (1 - fac) + denoised_2 * fac
-    return toward(x, slope, sigma, sigma_next), None
+def stage(sigma: float, sigma_next: float, r: float) -> float:
+    """The noise level at the fraction r of a step in log sigma."""
+    return sigma * (sigma_next / sigma) ** r
 
 
 def dpmpp_sde(
@@ -51,16 +38,18 @@ def dpmpp_sde(
     """
     if sigma_next == 0:
         return toward(x, denoised, sigma, sigma_next), None
-    sigma_mid = sigma * (sigma_next / sigma) ** r
-    down, up = get_ancestral_step(sigma, sigma_mid, eta)
-    x_2 = toward(x, denoised, sigma, down)
-    if up:
-        x_2 = x_2 + ctx.noise(sigma, sigma_mid) * up
-    denoised_2 = ctx.denoise(x_2, sigma_mid)
+
+    def ancestral(denoised: Tensor, sigma_next: float) -> Tensor:
+        down, up = get_ancestral_step(sigma, sigma_next, eta)
+        y = toward(x, denoised, sigma, down)
+        return y + ctx.noise(sigma, sigma_next) * up if up else y
+
+    sigma_2 = stage(sigma, sigma_next, r)
+    denoised_2 = ctx.denoise(ancestral(denoised, sigma_2), sigma_2)
     fac = 1 / (2 * r)
-    slope = denoised_2 if fac == 1 else denoised * (1 - fac) + denoised_2 * fac
-    down, up = get_ancestral_step(sigma, sigma_next, eta)
-    x = toward(x, slope, sigma, down)
-    if up:
-        x = x + ctx.noise(sigma, sigma_next) * up
-    return x, None
+    mean = denoised_2 if fac == 1 else denoised * (1 - fac) + denoised_2 * fac
+    return ancestral(mean, sigma_next), None
+
+
+# DPM-Solver++(2S), second order: algorithm 1.
+dpmpp_2s = partial(dpmpp_sde, eta=0.0)

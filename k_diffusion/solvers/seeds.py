@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .context import Context
-from .exponential import toward
+from .exponential import stage, toward
 from .levels import get_sde_step
 
 
@@ -21,6 +21,15 @@ def _gather(
     """The noise gathered by sigma_next, from that at sigma: it decays, and more is added."""
     down, up = get_sde_step(sigma, sigma_next, eta)
     return noise * (down / sigma) + ctx.noise(sigma, sigma_next) * up if up else noise
+
+
+def _first(
+    ctx: Context, x: Tensor, sigma: float, sigma_2: float, denoised: Tensor, eta: float
+) -> tuple[Tensor, Tensor | float]:
+    """The first stage: D at sigma_2, and the noise gathered by then."""
+    noise = _gather(ctx, 0.0, sigma, sigma_2, eta)
+    x_2 = toward(x, denoised, sigma, get_sde_step(sigma, sigma_2, eta)[0]) + noise
+    return ctx.denoise(x_2, sigma_2), noise
 
 
 def _phi_2(h: float) -> float:
@@ -41,10 +50,8 @@ def seeds_2(
     """SEEDS-2: two stages, the second at the fraction r of the step."""
     if sigma_next == 0:
         return denoised, None
-    sigma_2 = sigma * (sigma_next / sigma) ** r
-    noise = _gather(ctx, 0.0, sigma, sigma_2, eta)
-    x_2 = toward(x, denoised, sigma, get_sde_step(sigma, sigma_2, eta)[0]) + noise
-    denoised_2 = ctx.denoise(x_2, sigma_2)
+    sigma_2 = stage(sigma, sigma_next, r)
+    denoised_2, noise = _first(ctx, x, sigma, sigma_2, denoised, eta)
     noise = _gather(ctx, noise, sigma_2, sigma_next, eta)
     mean = denoised + (denoised_2 - denoised) * (1 / (2 * r))
     return toward(x, mean, sigma, get_sde_step(sigma, sigma_next, eta)[0]) + noise, None
@@ -64,12 +71,10 @@ def seeds_3(
     """SEEDS-3: three stages, at the fractions r_1 and r_2 of the step."""
     if sigma_next == 0:
         return denoised, None
-    sigma_2 = sigma * (sigma_next / sigma) ** r_1
-    sigma_3 = sigma * (sigma_next / sigma) ** r_2
+    sigma_2, sigma_3 = (stage(sigma, sigma_next, r) for r in (r_1, r_2))
     h = (1 + eta) * math.log(sigma / sigma_next)
-    noise = _gather(ctx, 0.0, sigma, sigma_2, eta)
-    x_2 = toward(x, denoised, sigma, get_sde_step(sigma, sigma_2, eta)[0]) + noise
-    slope = (ctx.denoise(x_2, sigma_2) - denoised) * (1 / r_1)
+    denoised_2, noise = _first(ctx, x, sigma, sigma_2, denoised, eta)
+    slope = (denoised_2 - denoised) * (1 / r_1)
     noise = _gather(ctx, noise, sigma_2, sigma_3, eta)
     x_3 = toward(x, denoised, sigma, get_sde_step(sigma, sigma_3, eta)[0])
     x_3 = x_3 + slope * (r_2 * _phi_2(r_2 * h)) + noise
