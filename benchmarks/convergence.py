@@ -10,55 +10,26 @@ import argparse
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import budgets
 import numpy as np
+import page
 import torch
+from budgets import BUDGETS, ROOT, SAMPLERS
+from page import Rows
 from scipy import special
 
 import k_diffusion as K
 
-ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-import problems  # noqa: E402
+import problems
 
-BUDGETS = [4, 8, 16, 32, 64]
 SIGMA_MIN, SIGMA_MAX = 0.03, 40.0
 MIXTURE = problems.mixture()
-# Its step size follows a tolerance, so it can't be given a budget.
-SAMPLERS = {n: i for n, i in K.sampling.SAMPLERS.items() if n != "dpm_adaptive"}
 SCHEDULES = [n for n in K.sampling.SCHEDULES if n != "polyexponential"]
-
-
-class Counted:
-    """The mixture's denoiser, which counts its evaluations."""
-
-    def __init__(self):
-        self.calls = 0
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return MIXTURE(x, sigma)
-
-
-def sample(name: str, budget: int, x: torch.Tensor, schedule: str = "karras") -> torch.Tensor:
-    """Samples by at most `budget` evaluations, the last one of the step from sigma_min to 0."""
-    info, model = SAMPLERS[name], Counted()
-    if name == "dpm_fast":
-        x = info.function(model, x, SIGMA_MIN, SIGMA_MAX, budget - 1, disable=True)
-        x = model(x, torch.full((len(x),), SIGMA_MIN).to(x))
-    else:
-        left, options = budget - 1, {}
-        if name == "restart":
-            again = budget // 8 if budget >= 16 else 0
-            options["restarts"] = [(0.1, 2.0, again, 1)] if again else []
-            left -= again * info.evaluations
-        sigmas = K.sampling.make_sigmas(
-            schedule, left // info.evaluations + 1, SIGMA_MIN, SIGMA_MAX
-        ).double()
-        x = info.function(model, x, sigmas, disable=True, **options)
-    assert model.calls <= budget, (name, budget, model.calls)
-    return x
+sample = partial(budgets.sample, MIXTURE, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
 
 
 def quantiles(direction: torch.Tensor, n: int) -> torch.Tensor:
@@ -89,9 +60,6 @@ def data(n: int, seed: int) -> torch.Tensor:
     return MIXTURE.means[k] + MIXTURE.stds[k, None] * noise
 
 
-Rows = dict[str, list[float]]
-
-
 def measure(n: int) -> tuple[Rows, Rows, Rows, float]:
     """Errors of ODE samplers and of schedules, distances of all, each by budget; and the floor."""
     x = data(n, 0) + SIGMA_MAX * problems.normal(1, n, 2, dtype=torch.float64)
@@ -110,35 +78,18 @@ def measure(n: int) -> tuple[Rows, Rows, Rows, float]:
             if not info.stochastic:
                 errors.setdefault(name, []).append(problems.rms(y[:256] - exact))
     for schedule in SCHEDULES:
-        samples = [sample("dpmpp_2m", budget, few, schedule) for budget in BUDGETS]
+        samples = [sample("dpmpp_2m", budget, few, schedule=schedule) for budget in BUDGETS]
         schedules[schedule] = [problems.rms(y - exact) for y in samples]
     floor = sum(distance(data(n, seed)) for seed in range(2, 6)) / 4
     return errors, distances, schedules, floor
 
 
 def table(head: str, rows: Rows, floor: float = 0.0) -> str:
-    """Rows of figures by budget as Markdown, the best of each budget, or the floor's, in bold."""
+    """Rows by the middle budget, the best of each budget, or all that reach the floor, in bold."""
+    rows = dict(sorted(rows.items(), key=lambda item: item[1][2]))
     best = [max(min(column), floor) for column in zip(*rows.values())]
-    lines = [f"| {head} | " + " | ".join(map(str, BUDGETS)) + " |", "|---" * 6 + "|"]
-    for name, row in sorted(rows.items(), key=lambda item: item[1][2]):
-        cells = [f"**{v:.2g}**" if v <= b else f"{v:.2g}" for v, b in zip(row, best)]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def recommendation(errors: Rows, distances: Rows, floor: float) -> str:
-    """The best three of each kind by budget, or all that reach the floor, as Markdown."""
-    noisy = {name: row for name, row in distances.items() if SAMPLERS[name].stochastic}
-
-    def best(rows: Rows, column: int) -> str:
-        names = sorted(rows, key=lambda name: rows[name][column])
-        at_floor = [name for name in names if rows is noisy and rows[name][column] <= floor]
-        return ", ".join(f"`{name}`" for name in sorted(at_floor) or names[:3])
-
-    lines = ["| evaluations | ODE samplers | with noise |", "|---|---|---|"]
-    for i, budget in enumerate(BUDGETS):
-        lines.append(f"| {budget} | {best(errors, i)} | {best(noisy, i)} |")
-    return "\n".join(lines)
+    bold = ((name, i) for name, row in rows.items() for i, b in enumerate(best) if row[i] <= b)
+    return page.table(head, rows, bold)
 
 
 def plot(errors: Rows, distances: Rows, floor: float, path: Path) -> None:
@@ -181,7 +132,6 @@ def main() -> None:
     start = time.perf_counter()
     errors, distances, schedules, floor = measure(args.n)
     sections = {
-        "recommendation": recommendation(errors, distances, floor),
         "errors": table("RMS error", errors),
         "distances": table("distance", distances, floor)
         + f"\n\n{args.n} exact samples of the mixture are at a distance of {floor:.2g}.",
@@ -191,15 +141,8 @@ def main() -> None:
         print(section, end="\n\n")
     print(f"{time.perf_counter() - start:.0f} s on one core")
     if args.write:
-        page = ROOT / "docs" / "samplers.md"
-        text = page.read_text()
-        for name, section in sections.items():
-            begin, end = f"<!-- {name}: benchmarks/convergence.py -->", f"<!-- end of {name} -->"
-            before, rest = text.split(begin)
-            text = before + begin + "\n" + section + "\n" + end + rest.split(end)[1]
-        page.write_text(text)
+        page.write("convergence.py", sections)
         plot(errors, distances, floor, ROOT / "docs" / "images" / "convergence.png")
-        print(f"wrote {page.relative_to(ROOT)} and docs/images/convergence.png")
 
 
 if __name__ == "__main__":

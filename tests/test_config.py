@@ -71,8 +71,8 @@ def test_defaults_of_image_transformer_v2():
     model = config["model"]
     assert model["d_ffs"] == [384, 500]
     assert model["self_attns"] == [
-        {"type": "neighborhood", "d_head": 64, "kernel_size": 7},
-        {"type": "global", "d_head": 64},
+        {"type": "neighborhood", "d_head": 64, "kernel_size": 7, "backend": None},
+        {"type": "global", "d_head": 64, "backend": None},
     ]
     assert model["dropout_rate"] == [0.0, 0.0]
     assert (model["mapping_width"], model["mapping_d_ff"]) == (256, 768)
@@ -158,6 +158,10 @@ ERRORS = [
     ({"model": {}}, "model: needs a 'type'"),
     ({}, "model: is required"),
     (V2 | {"dataset": {"type": "imagefolder"}}, "dataset.location: is required"),
+    (
+        V2 | {"dataset": {"type": "digits", "split": "valid"}},
+        "dataset.split: input should be 'all', 'train' or 'test', got 'valid'",
+    ),
     (
         v2(input_size=[30, 33]),
         "model: input_size [30, 33] does not divide by [8, 8] (patch_size [4, 4] x 2 for each "

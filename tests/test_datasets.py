@@ -33,7 +33,7 @@ def save_images(folder, pixels, start=0, suffix="png"):
 
 
 def test_digits():
-    digits = datasets.make_dataset(section("digits"), as_array)
+    digits = datasets.make_dataset(section("digits", split="all"), as_array)
     assert len(digits) == 1797
     image, label = digits[0]
     assert (image.shape, image.dtype, label) == ((8, 8), np.uint8, 0)
@@ -41,6 +41,20 @@ def test_digits():
     values = np.stack([digits[i][0] for i in range(50)])
     assert (values.min(), values.max()) == (0, 255)
     assert len(np.unique(values)) == 17
+
+
+def test_the_splits_of_the_digits():
+    def items(split):
+        made = datasets.make_dataset(section("digits", split=split), as_array)
+        return [(made[i][0].tobytes(), made[i][1]) for i in range(len(made))]
+
+    every, train, test = items("all"), items("train"), items("test")
+    assert sorted(train + test) == sorted(every)
+    assert not {image for image, _ in train} & {image for image, _ in test}  # and no copies
+    counts = [np.bincount([label for _, label in part], minlength=10) for part in (every, test)]
+    assert counts[1].tolist() == (counts[0] // 5).tolist()
+    with pytest.raises(ValueError, match=r"no split 'valid'; there are all, train, test"):
+        items("valid")
 
 
 # ------------------------------------------------------------------------- folders

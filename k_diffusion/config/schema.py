@@ -34,10 +34,14 @@ class NoDataset(Dataset):
 
 
 class Digits(Dataset):
-    """scikit-learn's handwritten digits: 1,797 greyscale images of 8 x 8, 10 classes."""
+    """scikit-learn's handwritten digits: 1,797 greyscale images of 8 x 8, 10 classes.
+
+    split test: every fifth digit of each class. train: the others.
+    """
 
     type: Literal["digits"]
     location: str | None = None
+    split: Literal["all", "train", "test"] = "all"
 
 
 class LocatedDataset(Dataset):

@@ -18,14 +18,25 @@ Transform = Callable[[Image.Image], Any]
 
 
 class Digits(Dataset[tuple[Any, int]]):
-    """scikit-learn's handwritten digits, 8 x 8 and greyscale: items (image, class)."""
+    """scikit-learn's handwritten digits, 8 x 8 and greyscale: items (image, class).
+
+    split: "test" is every fifth digit of each class, "train" the others, "all" both.
+    """
 
     in_memory = True
 
-    def __init__(self, transform: Transform):
+    def __init__(self, transform: Transform, split: str = "all"):
         digits = need("sklearn.datasets", "the digits data set").load_digits()
-        self.images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        self.classes = digits.target.tolist()
+        place = np.eye(10, dtype=int)[digits.target].cumsum(0)  # of each digit in its class, from 1
+        held_out = place[np.arange(len(place)), digits.target] % 5 == 0
+        splits = {"all": held_out | True, "train": ~held_out, "test": held_out}
+        if split not in splits:
+            raise ValueError(
+                f"dataset.split: the digits have no split {split!r}; there are {', '.join(splits)}"
+            )
+        kept = splits[split]
+        self.images = np.rint(digits.images[kept] * (255 / 16)).astype(np.uint8)
+        self.classes = digits.target[kept].tolist()
         self.transform = transform
 
     def __len__(self) -> int:
@@ -158,7 +169,7 @@ def _custom(section: Mapping[str, Any], transform: Transform, folder: Path) -> D
 
 
 DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]] = {
-    "digits": lambda section, transform, folder: Digits(transform),
+    "digits": lambda section, transform, folder: Digits(transform, section["split"]),
     "imagefolder": _imagefolder,
     "imagefolder-class": _imagefolder_class,
     "cifar10": lambda section, transform, folder: _torchvision("CIFAR10", section, transform),
