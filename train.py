@@ -8,12 +8,12 @@ import sys
 import torch
 
 import k_diffusion as K
-from k_diffusion import cli
-from k_diffusion.models import flags
+from k_diffusion import cli, models
 from k_diffusion.training import (
     checkpoint,
     data,
     demo,
+    dry_run,
     launch,
     log,
     optim,
@@ -32,6 +32,9 @@ def main() -> None:
     config = K.config.load_config(args.config, args.set)
     if args.lr is not None:
         config["optimizer"]["lr"] = args.lr
+    if args.dry_run:
+        dry_run.main(args, config)
+        return
     cli.writable(checkpoint.state_path(args.name))
     accelerator = setup.make_accelerator(args)
     setup.refuse_metrics(args, accelerator.print)
@@ -42,7 +45,7 @@ def main() -> None:
     with accelerator.local_main_process_first():  # one process downloads
         train_data = data.make_training_data(config, args.config.parent, args.strict_data)
     inner = K.config.make_model(config)
-    opt = optim.make_optimizer(config, inner)
+    opt = optim.make_optimizer(config, inner, fused=accelerator.scaler is None)
     state = TrainState(
         config=config,
         model=inner,
@@ -54,8 +57,8 @@ def main() -> None:
         seed=seed,
         dataset_length=len(train_data),
     )
-    if args.compile and flags.get_use_compile():
-        inner.compile()
+    if args.compile:
+        models.compile_model(inner, args.compile)
     prepared, opt = accelerator.prepare(inner, opt)
     wrap = K.config.make_denoiser_wrapper(config)
     denoiser, denoiser_ema = wrap(prepared), wrap(state.model_ema)

@@ -37,7 +37,8 @@ class HelpFormatter(argparse.HelpFormatter):
         default = action.default
         if not default or default == argparse.SUPPRESS:
             return action.help
-        return f"{action.help} (default: {' '.join(default) if action.nargs else default})"
+        shown = " ".join(default) if isinstance(default, (list, tuple)) else default
+        return f"{action.help} (default: {shown})"
 
 
 def _integer(least: int) -> Callable[[str], int]:

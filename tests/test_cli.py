@@ -70,16 +70,24 @@ def test_help_tells_defaults_where_there_are_any():
     p.add_argument("-n", type=int, default=8, help="how many")
     p.add_argument("-c", nargs="+", default=["a", "b"], help="which")
     p.add_argument("-m", help="maybe")
+    p.add_argument("-o", nargs="?", default="off", help="or")
     p.add_argument("-f", action="store_true", help="on")
     p.add_argument("-l", action="append", default=[], help="some")
     lines = [line.split("  ")[-1].strip() for line in p.format_help().split("\n")[4:] if line]
-    assert lines == ["how many (default: 8)", "which (default: a b)", "maybe", "on", "some"]
+    assert lines == [
+        "how many (default: 8)",
+        "which (default: a b)",
+        "maybe",
+        "or (default: off)",
+        "on",
+        "some",
+    ]
 
 
 def test_published_flags_and_defaults(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "c.json"])
     published = {
-        "batch_size": 64, "checkpointing": False, "clip_model": "ViT-B/16", "compile": False,
+        "batch_size": 64, "checkpointing": "off", "clip_model": "ViT-B/16", "compile": None,
         "demo_every": 500, "dinov2_model": "vitl14", "end_step": None, "evaluate_every": 10000,
         "evaluate_n": 2000, "evaluate_only": False, "evaluate_with": "inception", "gns": False,
         "grad_accum_steps": 1, "lr": None, "mixed_precision": None, "name": "model",
@@ -90,6 +98,9 @@ def test_published_flags_and_defaults(monkeypatch):
     }  # fmt: skip
     args = vars(parse_args())
     assert {k: args[k] for k in published} == published
+    # published without a value, which they now may have
+    monkeypatch.setattr(sys, "argv", ["train.py", "--checkpointing", "--compile", "--config", "c"])
+    assert (parse_args().checkpointing, parse_args().compile) == ("full", "model")
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit):
         parse_args()

@@ -291,7 +291,11 @@ def test_kill_at_any_moment_leaves_a_checkpoint(folder):
 # ------------------------------------------------------------------------- variations
 
 
-@pytest.mark.parametrize("args", [("--mixed-precision", "bf16"), ("--checkpointing",)])
+@pytest.mark.parametrize(
+    "args",
+    [("--mixed-precision", "bf16"), ("--checkpointing",), ("--checkpointing", "selective")],
+    ids=" ".join,
+)
 def test_variations(call, folder, args):
     call("train", *tiny("--name", "a", "--end-step", 3, *args))
     state = runs.read(folder / "a_00000003.pth")
@@ -313,6 +317,9 @@ def test_compile_is_asked_for_or_left(call, folder, monkeypatch):
     monkeypatch.setenv("K_DIFFUSION_USE_COMPILE", "0")
     call("train", *tiny("--name", "b", "--end-step", 2, "--compile"))
     assert len(compiled) == 1
+    monkeypatch.delenv("K_DIFFUSION_USE_COMPILE")
+    call("train", *tiny("--name", "c", "--end-step", 1, "--compile", "block"))
+    assert set(compiled[1:]) == {"TransformerBlock"}
     a, b = (runs.read(folder / f"{name}_00000002.pth")["model"] for name in "ab")
     assert a.keys() == b.keys()
     for key in a:

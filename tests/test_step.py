@@ -142,7 +142,7 @@ def test_random_numbers_follow_from_seed_step_and_nothing_else():
 def test_checkpointing_changes_no_bit():
     plain, saving = make(), make()
     train(plain[1], plain[0], *plain[2:], [images(4)])
-    train(saving[1], saving[0], *saving[2:], [images(4)], checkpointing=True)
+    train(saving[1], saving[0], *saving[2:], [images(4)], checkpointing="full")
     weights = (dict(state[0].model.state_dict()) for state in (plain, saving))
     assert runs.differences(*weights) == []
 

@@ -45,6 +45,14 @@ def checkpointing(enable: bool = True, *, keep_attention: bool = False) -> Itera
         _checkpointing.reset(token)
 
 
+# Names of the ways, for command lines, as arguments of `checkpointing`.
+CHECKPOINTING: dict[str, dict[str, bool]] = {
+    "off": {"enable": False},
+    "full": {"enable": True},
+    "selective": {"enable": True, "keep_attention": True},
+}
+
+
 def get_checkpointing() -> bool:
     """Whether gradient checkpointing is on in this thread."""
     return _checkpointing.get() != "off"

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import cli
+from ..models.compiling import UNITS
+from ..models.flags import CHECKPOINTING
 
 
 def parse_args(description: str | None = None) -> argparse.Namespace:
@@ -24,6 +26,11 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--name", default="model", help="the run's name; its files are NAME_...")
     add("--end-step", **steps, help="stop after this many steps; else at Ctrl-C")
     add("--seed", type=cli.non_negative, metavar="N", help="the random seed; else a new one")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="say what the run would cost in memory and compute, print its config, and leave",
+    )
     add = p.add_argument_group("optimization").add_argument
     add("--batch-size", **count, default=64, help="images a process takes at a time")
     add("--grad-accum-steps", **count, default=1, help="batches that make up one step")
@@ -31,10 +38,20 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--mixed-precision", choices=["no", "fp16", "bf16", "fp8"], help="of the model")
     add(
         "--checkpointing",
-        action="store_true",
-        help="recompute blocks in the backward pass, to save memory",
+        nargs="?",
+        const="full",
+        default="off",
+        choices=list(CHECKPOINTING),
+        help="save memory: recompute blocks in the backward pass, fully (without a value) or, by "
+        "'selective', all but their attention",
     )
-    add("--compile", action="store_true", help="compile the model")
+    add(
+        "--compile",
+        nargs="?",
+        const="model",
+        choices=UNITS,
+        help="compile the model whole (without a value), or block by block, which is sooner ready",
+    )
     add = p.add_argument_group("data").add_argument
     add("--num-workers", type=cli.non_negative, default=8, metavar="N", help="loading processes")
     add(

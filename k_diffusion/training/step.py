@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import models, utils
+from ..models.flags import CHECKPOINTING
 from .data import derive_seed
 from .state import TrainState
 
@@ -49,11 +50,12 @@ def train_step(
     sample_density: Callable[..., torch.Tensor],
     *,
     accumulate: int = 1,
-    checkpointing: bool = False,
+    checkpointing: str = "off",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Loss, backward, clip, step, EMA: one optimizer step over `accumulate` batches of `batches`.
 
-    denoiser: around the prepared (DDP-wrapped) inner model; opt: the prepared optimizer. Noise
+    denoiser: around the prepared (DDP-wrapped) inner model; opt: the prepared optimizer.
+    checkpointing: a row of `models.flags.CHECKPOINTING`. Noise
     levels are stratified over all processes and batches of the step, and all random numbers follow
     from the seed, the step and the process. In fp16, a step whose gradients overflowed leaves the
     weights, and so the learning rate and the average, as they are. Returns the mean loss of this
@@ -70,7 +72,7 @@ def train_step(
         with (
             nullcontext() if last else accelerator.no_sync(denoiser.inner_model),
             utils.enable_stratified_accelerate(accelerator, step=i, steps=accumulate),
-            models.checkpointing(checkpointing),
+            models.checkpointing(**CHECKPOINTING[checkpointing]),
         ):
             loss = batch_loss(denoiser, batch, sample_density, config, accelerator.device).mean()
             accelerator.backward(loss / accumulate)
