@@ -4,7 +4,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -39,6 +39,13 @@ class HelpFormatter(argparse.HelpFormatter):
             return action.help
         shown = " ".join(default) if isinstance(default, (list, tuple)) else default
         return f"{action.help} (default: {shown})"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines, with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
+    return [line.rstrip() for line in lines]
 
 
 def _integer(least: int) -> Callable[[str], int]:

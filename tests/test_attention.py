@@ -1,10 +1,9 @@
-"""Attention on grids: what each geometry sees, and that every backend computes it."""
-
-import logging
-import re
+"""Attention on grids: what each geometry sees, and that the plain backends compute it."""
 
 import pytest
 import torch
+from attention_oracle import assert_same, formula, qkv
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,7 +14,7 @@ from k_diffusion.models.attention import (
     NeighborhoodAttentionSpec,
     ShiftedWindowAttentionSpec,
     attend,
-    choose_backend,
+    flex,
     neighborhood,
     tiles,
 )
@@ -26,50 +25,23 @@ def no_backend_forced(monkeypatch):
     monkeypatch.delenv(attention.ENV_VAR, raising=False)
 
 
-def qkv(h, w, n=2, heads=2, e=8, dtype=torch.float32):
-    g = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(n, h, w, heads, e, generator=g, dtype=dtype).requires_grad_() for _ in range(3)
-    ]
-
-
-def dense(geometry, q, k, v):
-    """The geometry's mask over all pairs of tokens."""
-    mask = geometry.mask(*q.shape[1:3])
-    q_, k_, v_ = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-    scores = (q_ @ k_.mT).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v_).transpose(1, 2).reshape(q.shape)
-
-
-def assert_same(run, geometry, inputs, tol):
-    """Values and gradients of `run(q, k, v, geometry)` against float64 on all pairs."""
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    want = dense(geometry, *exact)
-    grad = torch.cos(torch.arange(want.numel(), dtype=torch.float64)).view(want.shape)
-    want_grads = torch.autograd.grad(want, exact, grad)
-    got = run(*inputs, geometry)
-    got_grads = torch.autograd.grad(got, inputs, grad.to(got.dtype))
-    for a, b in zip((got, *got_grads), (want, *want_grads)):
-        torch.testing.assert_close(
-            a.double(), b, rtol=tol, atol=tol * max(1.0, b.abs().max().item())
-        )
-
-
 # ---------------------------------------------------------------- what a token sees
 
 
-@pytest.mark.parametrize(("length", "k"), [(7, 3), (7, 7), (8, 4), (16, 13), (5, 1)])
+@pytest.mark.parametrize(
+    ("length", "k"), [(7, 3), (7, 7), (8, 4), (9, 2), (16, 13), (13, 12), (5, 1)]
+)
 def test_a_neighborhood_is_a_window_of_k_keys_clamped_to_the_axis(length, k):
     geometry = NeighborhoodAttentionSpec(8, k)
     h, w = length, length + 2
     mask = geometry.mask(h, w).view(h, w, h, w)
-    assert (mask.sum((2, 3)) == k * k).all()
-    for i, j in ((0, 0), (length // 2, 1), (h - 1, w - 1), (1, w // 2)):
-        top = min(max(i - k // 2, 0), h - k)
-        left = min(max(j - k // 2, 0), w - k)
-        want = torch.zeros(h, w, dtype=torch.bool)
-        want[top : top + k, left : left + k] = True
-        assert mask[i, j].equal(want)
+    for i in range(h):
+        for j in range(w):
+            top = min(max(i - k // 2, 0), h - k)
+            left = min(max(j - k // 2, 0), w - k)
+            want = torch.zeros(h, w, dtype=torch.bool)
+            want[top : top + k, left : left + k] = True
+            assert mask[i, j].equal(want)
 
 
 def test_a_window_sees_itself_and_a_cut_one_does_not_join_across_the_border():
@@ -93,44 +65,92 @@ def test_a_neighborhood_as_large_as_the_image_is_global():
     assert_same(run, GlobalAttentionSpec(8), qkv(9, 9), 1e-5)
 
 
-# ---------------------------------------------------------------- backends against the reference
+def test_equal_keys_give_the_mean_of_the_values_that_are_seen():
+    q, k, v = qkv(19, 18, n=1, heads=1, grad=False)
+    for geometry in (NeighborhoodAttentionSpec(8, 5), ShiftedWindowAttentionSpec(8, 1)):
+        seen = geometry.mask(19, 18).float()
+        mean = (seen @ v.flatten(0, 3)) / seen.sum(dim=1, keepdim=True)
+        y = attend(geometry, q, torch.ones_like(k), v)
+        torch.testing.assert_close(y.flatten(0, 3), mean)
 
-PLAIN = [
-    (GlobalAttentionSpec(8), (5, 6), "sdpa"),
-    (ShiftedWindowAttentionSpec(8, 4), (8, 12), "sdpa"),
-    (ShiftedWindowAttentionSpec(8, 4, shift=2), (8, 12), "sdpa"),
-    (ShiftedWindowAttentionSpec(8, 5, shift=2), (15, 10), "sdpa"),
-    (ShiftedWindowAttentionSpec(8, 8, shift=4), (8, 8), "sdpa"),
+
+# ---------------------------------------------------------------- backends against the formula
+
+CASES = [
+    (GlobalAttentionSpec(16), (5, 6)),
+    (GlobalAttentionSpec(24), (9, 7)),
+    (GlobalAttentionSpec(32), (13, 1)),
+    (GlobalAttentionSpec(64), (1, 1)),
+    (GlobalAttentionSpec(128), (11, 18)),
+    (ShiftedWindowAttentionSpec(16, 4), (8, 12)),
+    (ShiftedWindowAttentionSpec(24, 4, shift=2), (8, 20)),
+    (ShiftedWindowAttentionSpec(32, 5, shift=2), (15, 10)),
+    (ShiftedWindowAttentionSpec(64, 8, shift=4), (8, 8)),
+    (ShiftedWindowAttentionSpec(128, 3, shift=1), (9, 21)),
+    (ShiftedWindowAttentionSpec(16, 1), (3, 5)),
     # one dense tile, tiles, and tiles of which the last overlaps the one before
-    (NeighborhoodAttentionSpec(8, 3), (7, 11), "tiled"),
-    (NeighborhoodAttentionSpec(8, 3), (18, 17), "tiled"),
-    (NeighborhoodAttentionSpec(8, 4), (21, 14), "tiled"),
-    (NeighborhoodAttentionSpec(8, 5), (40, 7), "tiled"),
-    (NeighborhoodAttentionSpec(8, 7), (23, 29), "tiled"),
-    (NeighborhoodAttentionSpec(8, 13), (33, 31), "tiled"),
-    (NeighborhoodAttentionSpec(8, 13), (13, 70), "tiled"),
-    (NeighborhoodAttentionSpec(8, 1), (17, 17), "tiled"),
+    (NeighborhoodAttentionSpec(16, 1), (17, 17)),
+    (NeighborhoodAttentionSpec(24, 2), (18, 21)),
+    (NeighborhoodAttentionSpec(16, 3), (7, 11)),
+    (NeighborhoodAttentionSpec(24, 3), (18, 17)),
+    (NeighborhoodAttentionSpec(32, 4), (21, 14)),
+    (NeighborhoodAttentionSpec(64, 5), (40, 7)),
+    (NeighborhoodAttentionSpec(16, 6), (25, 17)),
+    (NeighborhoodAttentionSpec(24, 7), (23, 29)),
+    (NeighborhoodAttentionSpec(32, 8), (31, 20)),
+    (NeighborhoodAttentionSpec(16, 9), (9, 61)),
+    (NeighborhoodAttentionSpec(64, 10), (28, 27)),
+    (NeighborhoodAttentionSpec(16, 11), (29, 33)),
+    (NeighborhoodAttentionSpec(24, 12), (12, 72)),
+    (NeighborhoodAttentionSpec(128, 13), (33, 31)),
+    (NeighborhoodAttentionSpec(32, 13), (13, 13)),
 ]
-NAMES = [f"{g.name}-{getattr(g, 'kernel_size', '')}-{h}x{w}" for g, (h, w), _ in PLAIN]
+PLAIN = {"global": "sdpa", "shifted-window": "sdpa", "neighborhood": "tiled"}
+# of 16 bits: three units in the last place, for the sums of gradients are rounded, too
+TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 3 * torch.finfo(torch.bfloat16).eps,
+    torch.float16: 3 * torch.finfo(torch.float16).eps,
+}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("geometry", "size", "name"), PLAIN, ids=NAMES)
-def test_plain_backends_agree_with_the_reference(geometry, size, name, dtype):
-    tol = 1e-5 if dtype == torch.float32 else 0.02
-    inputs = [x.detach().to(dtype).requires_grad_() for x in qkv(*size)]
-    assert_same(BACKENDS[geometry.name][name].run, geometry, inputs, tol)
+def case_id(value):
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    size = getattr(value, "kernel_size", getattr(value, "window_size", ""))
+    return f"{value.name}{size}-{value.d_head}"
 
 
-@pytest.mark.parametrize(("geometry", "size", "name"), PLAIN[:6], ids=NAMES[:6])
-def test_the_reference_is_the_formula(geometry, size, name):
-    assert_same(BACKENDS[geometry.name]["reference"].run, geometry, qkv(*size), 1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=case_id)
+@pytest.mark.parametrize(("geometry", "size"), CASES, ids=case_id)
+def test_plain_backends_are_the_formula_forward_and_backward(geometry, size, dtype):
+    inputs = qkv(*size, e=geometry.d_head, dtype=dtype)
+    run = BACKENDS[geometry.name][PLAIN[geometry.name]].run
+    assert_same(run, geometry, inputs, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("k", [3, 6, 7])
-def test_rows_of_tiles_agree_with_the_reference(monkeypatch, k):
+@pytest.mark.parametrize(("geometry", "size"), CASES, ids=case_id)
+def test_the_reference_is_the_formula(geometry, size):
+    inputs = qkv(*size, e=geometry.d_head)
+    assert_same(BACKENDS[geometry.name]["reference"].run, geometry, inputs, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=case_id)
+@pytest.mark.parametrize("backend", ["plain", "reference"])
+@pytest.mark.parametrize(("geometry", "size"), [CASES[1], CASES[7], CASES[16]], ids=case_id)
+def test_all_dtypes(geometry, size, backend, dtype):
+    inputs = qkv(*size, e=geometry.d_head, dtype=dtype)
+    name = PLAIN[geometry.name] if backend == "plain" else backend
+    assert_same(BACKENDS[geometry.name][name].run, geometry, inputs, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("k", [3, 6, 7, 13])
+def test_rows_of_tiles_are_the_formula(monkeypatch, k):
     monkeypatch.setattr(neighborhood, "_MAX_TOKENS_IN_ONE_PLAN", 0)
-    for size in ((8, 8), (27, 19), (40, 9)):
+    for size in ((13, 13), (27, 19), (40, 14)):
         assert_same(neighborhood.tiled, NeighborhoodAttentionSpec(8, k), qkv(*size), 1e-5)
 
 
@@ -142,15 +162,58 @@ def test_samples_are_cut_into_parts_without_a_trace(monkeypatch):
     assert_same(neighborhood.tiled, geometry, inputs, 1e-5)
 
 
-@pytest.mark.parametrize(
-    ("geometry", "size"),
-    [(NeighborhoodAttentionSpec(2, 3), (17, 16)), (ShiftedWindowAttentionSpec(2, 4, 2), (8, 4))],
-)
-def test_gradients_by_differences(geometry, size):
-    inputs = qkv(*size, n=1, heads=1, e=2, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: attend(geometry, q, k, v), inputs, fast_mode=True
-    )
+@pytest.mark.parametrize(("geometry", "size"), [CASES[0], CASES[6], CASES[13], CASES[14]])
+def test_views_and_batches_of_none(geometry, size):
+    qkv_ = torch.stack(qkv(*size, e=geometry.d_head, grad=False), dim=3)  # as a layer projects them
+    views = qkv_.unbind(3)
+    assert not views[0].is_contiguous()
+    torch.testing.assert_close(attend(geometry, *views), formula(geometry, *views))
+    none = [x[:0].requires_grad_() for x in views]
+    y = attend(geometry, *none)
+    assert y.shape == none[0].shape
+    y.sum().backward()
+
+
+@pytest.mark.parametrize(("geometry", "size"), [CASES[0], CASES[6], CASES[14]])
+def test_autocast_takes_attention_to_bf16_and_gives_gradients_of_the_inputs_dtype(geometry, size):
+    inputs = qkv(*size, e=geometry.d_head)
+
+    def run(q, k, v, geometry):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = attend(geometry, q, k, v)
+        assert y.dtype == torch.bfloat16
+        return y.float()
+
+    assert_same(run, geometry, inputs, 2 * TOLERANCE[torch.bfloat16])  # the inputs are rounded, too
+
+
+# ---------------------------------------------------------------- FlexAttention's tiles
+
+
+@pytest.mark.parametrize("k", [1, 4, 7, 13])
+@pytest.mark.parametrize("size", [(13, 13), (24, 33), (17, 50)])
+def test_flex_lists_the_blocks_that_hold_a_visible_pair(k, size):
+    """Sparsity that uncompiled FlexAttention doesn't use, and compiled code relies on."""
+    geometry = NeighborhoodAttentionSpec(16, k)
+    plan = flex._plan(*size, geometry, torch.device("cpu"))
+    blocks, block = plan.sees[0].shape[-1], 8 * 16
+    assert plan.tokens[plan.place].equal(torch.arange(size[0] * size[1]))
+    pairs = geometry.mask(*size).nonzero()
+    want = torch.zeros(blocks, blocks, dtype=torch.bool)
+    want[plan.place[pairs[:, 0]] // block, plan.place[pairs[:, 1]] // block] = True
+    for (number, order), seen in ((plan.sees, want), (plan.seen_by, want.mT)):
+        for i in range(blocks):
+            assert set(order[0, 0, i].tolist()) == set(range(blocks))
+            listed = set(order[0, 0, i, : number[0, 0, i]].tolist())
+            assert listed == set(seen[i].nonzero().flatten().tolist())
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("geometry", "size"), CASES[11:], ids=case_id)
+def test_flex_is_the_formula(monkeypatch, geometry, size):
+    """Its arrangement of tokens and its mask; test_attention_compile.py compiles it."""
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+    assert_same(flex.flex, geometry, qkv(*size, n=1, e=geometry.d_head, grad=False), 1e-5)
 
 
 # ---------------------------------------------------------------- memory, plans
@@ -170,8 +233,10 @@ class LargestTensor(TorchDispatchMode):
 
 def largest(geometry, side, backend):
     inputs = qkv(side, side, n=1, heads=1)
+    run = BACKENDS[geometry.name][backend].run
+    run(*inputs, geometry)  # makes the plan, whose making is not counted
     with LargestTensor() as mode:
-        BACKENDS[geometry.name][backend].run(*inputs, geometry).sum().backward()
+        run(*inputs, geometry).sum().backward()
     return mode.numel
 
 
@@ -187,98 +252,37 @@ def test_memory_grows_linearly_forward_and_backward(geometry, backend):
     assert largest(geometry, 24, "reference") == 24**4
 
 
-@pytest.mark.parametrize(
-    "geometry", [NeighborhoodAttentionSpec(8, 3), ShiftedWindowAttentionSpec(8, 4, shift=2)]
-)
-def test_a_plan_made_in_inference_mode_serves_training(geometry):
-    inputs = qkv(28, 36)  # a size of this test's own: the plan isn't in the cache yet
-    with torch.inference_mode():
-        y = attend(geometry, *inputs)
-    z = attend(geometry, *inputs)
-    z.sum().backward()
-    torch.testing.assert_close(z, y)
-    assert all(x.grad.isfinite().all() for x in inputs)
+def test_plans_are_made_once_for_a_shape_a_device_and_a_dtype():
+    geometry, cpu = NeighborhoodAttentionSpec(8, 3), torch.device("cpu")
+    plan = neighborhood._plan(24, 20, geometry, cpu, torch.float32)
+    assert neighborhood._plan(24, 20, geometry, cpu, torch.float32) is plan
+    assert neighborhood._plan(20, 24, geometry, cpu, torch.float32) is not plan
+    assert neighborhood._plan(24, 20, geometry, cpu, torch.bfloat16).mask.dtype == torch.bfloat16
+    meta = neighborhood._plan(24, 20, geometry, torch.device("meta"), torch.float32)
+    assert {x.device.type for x in (meta.mask, *meta.index)} == {"meta"}
 
 
-def test_plans_are_made_once():
+def test_the_default_device_and_dtype_do_not_reach_a_plan():
     geometry = NeighborhoodAttentionSpec(8, 3)
-    args = (24, 20, geometry, torch.device("cpu"), torch.float32)
-    assert neighborhood._plan(*args) is neighborhood._plan(*args)
+    inputs = qkv(26, 23)  # a size of this test's own: the plan isn't in the cache yet
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            y = attend(geometry, *inputs)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(y, formula(geometry, *inputs))
 
 
-# ---------------------------------------------------------------- which backend
+@pytest.mark.parametrize(("geometry", "size"), [CASES[6], CASES[14]])
+def test_shapes_alone_will_do(geometry, size):
+    inputs = [x.detach().to("meta").requires_grad_() for x in qkv(*size, e=geometry.d_head)]
+    y = attend(geometry, *inputs)
+    y.sum().backward()
+    assert y.shape == inputs[0].grad.shape == inputs[0].shape
 
 
-def test_plain_backends_are_chosen_on_the_cpu_and_the_choice_is_logged(caplog):
-    attention._choose.cache_clear()
-    with caplog.at_level(logging.DEBUG, logger="k_diffusion"):
-        chosen = [
-            choose_backend(geometry, "cpu", torch.float32, True)
-            for geometry in (
-                GlobalAttentionSpec(8),
-                NeighborhoodAttentionSpec(8, 3),
-                ShiftedWindowAttentionSpec(8, 4),
-            )
-        ]
-    assert chosen == ["sdpa", "tiled", "sdpa"]
-    assert "backend sdpa; flash2: needs a CUDA device, got cpu" in caplog.text
-    assert "with gradients: backend tiled; natten: " in caplog.text
-
-
-def test_the_environment_forces_a_backend(monkeypatch, caplog):
-    geometry, inputs = NeighborhoodAttentionSpec(8, 3), qkv(17, 17)
-    want = attend(geometry, *inputs)
-    monkeypatch.setenv(attention.ENV_VAR, "neighborhood=reference, global=sdpa")
-    attention._choose.cache_clear()
-    with caplog.at_level(logging.DEBUG, logger="k_diffusion"):
-        got = attend(geometry, *inputs)
-    assert "backend reference (forced)" in caplog.text
-    torch.testing.assert_close(got, want)
-    assert choose_backend(ShiftedWindowAttentionSpec(8, 4), "cpu", torch.float32, True) == "sdpa"
-
-
-@pytest.mark.parametrize("setting", ["neighborhood=fast", "tiled", "window=sdpa"])
-def test_an_unknown_backend_is_named_beside_those_there_are(monkeypatch, setting):
-    monkeypatch.setenv(attention.ENV_VAR, setting)
-    with pytest.raises(ValueError, match=rf"no backend '{setting}'.*neighborhood=natten\|tiled\|"):
-        attend(GlobalAttentionSpec(8), *qkv(4, 4))
-
-
-def test_a_forced_backend_that_cannot_run_says_why_and_what_can(monkeypatch):
-    monkeypatch.setenv(attention.ENV_VAR, "global=flash2")
-    message = (
-        "K_DIFFUSION_ATTENTION asks for global=flash2, which can't run here: needs a CUDA device, "
-        "got cpu; these can: sdpa, reference"
-    )
-    with pytest.raises(ValueError) as error:
-        attend(GlobalAttentionSpec(8), *qkv(4, 4))
-    assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    ("version", "k", "e", "device", "reason"),
-    [
-        (None, 3, 8, "cuda", "natten is not installed"),
-        ((0, 17), 3, 8, "cuda", "needs natten >= 0.20 .*, got 0.17"),
-        ((0, 21), 1, 8, "cuda", "kernel_size >= 2"),
-        ((0, 21), 3, 30, "cuda", "d_head to be a multiple of 8, got 30"),
-        ((0, 21), 3, 8, "cpu", "no backward on the CPU"),
-    ],
-)
-def test_why_natten_cannot_run(monkeypatch, version, k, e, device, reason):
-    monkeypatch.setattr(neighborhood, "_natten_version", lambda: version)
-    geometry = NeighborhoodAttentionSpec(e, k)
-    why_not = neighborhood.why_not_natten(geometry, device, torch.float32, True)
-    assert re.search(reason, why_not)
-
-
-def test_natten_is_chosen_on_a_gpu_where_it_can_run(monkeypatch):
-    monkeypatch.setattr(neighborhood, "_natten_version", lambda: (0, 21))
-    attention._choose.cache_clear()
-    geometry = NeighborhoodAttentionSpec(16, 3)
-    assert choose_backend(geometry, "cuda", torch.bfloat16, True) == "natten"
-    assert choose_backend(geometry, "cpu", torch.bfloat16, False) == "tiled"
-    attention._choose.cache_clear()
+# ---------------------------------------------------------------- bad input
 
 
 def test_sizes_that_do_not_fit_are_named():
@@ -287,3 +291,12 @@ def test_sizes_that_do_not_fit_are_named():
     message = r"window_size 4 does not divide the 6 x 12 tokens .* that do: \[2, 3, 6\]"
     with pytest.raises(ValueError, match=message):
         attend(ShiftedWindowAttentionSpec(8, 4), *qkv(6, 12))
+    with pytest.raises(ValueError, match="that do: none but 1"):
+        attend(ShiftedWindowAttentionSpec(8, 4), *qkv(5, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_dtypes_that_have_no_attention_are_named(dtype):
+    inputs = [torch.zeros(1, 4, 4, 1, 8).to(dtype)] * 3
+    with pytest.raises(ValueError, match=rf"float16, bfloat16, float32 or float64, got {dtype}"):
+        attend(GlobalAttentionSpec(8), *inputs)

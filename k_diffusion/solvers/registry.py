@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..cli import aligned
 from ..schedules import unknown_name
 
 
@@ -58,7 +59,4 @@ def sampler_table() -> str:
     for info in sorted(SAMPLERS.values(), key=lambda info: (info.stochastic, info.name)):
         stochastic = "yes" if info.stochastic else "no"
         rows.append((info.name, str(info.order), str(info.evaluations), stochastic, info.reference))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    )
+    return "\n".join(aligned(rows))

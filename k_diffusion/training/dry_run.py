@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import utils
+from .. import cli, utils
 from ..config import make_model
 from ..models.flags import CHECKPOINTING
 from . import launch
@@ -97,12 +97,12 @@ class DryRun:
             [
                 f"{self.setting}; a step: {n} images x {batches} batches x {processes} processes",
                 "",
-                *align(facts),
+                *cli.aligned(facts),
                 "",
-                *align(levels),
+                *cli.aligned(levels),
                 "",
                 f"estimated memory of the activations of {n} images:",
-                *align(activations),
+                *cli.aligned(activations),
                 *self.notes,
             ]
         )
@@ -123,13 +123,6 @@ def _with_unit(n: float, base: int, units: Sequence[str]) -> str:
     while n >= base and power < len(units) - 1:
         n, power = n / base, power + 1
     return f"{n:,.0f} {units[power]}" if n >= 100 else f"{n:.3g} {units[power]}"
-
-
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows of a table as lines, with columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
-    return [line.rstrip() for line in lines]
 
 
 def _row(table: Mapping[str, Any], name: str, option: str) -> Any:

@@ -12,7 +12,7 @@ from operator import index
 
 import torch
 
-from ..fused import in_forward_mode
+from ..fused import by_formula
 from . import flash, flex, natten, neighborhood, plain, shifted_window
 from .choice import (
     AUTO,
@@ -30,6 +30,7 @@ from .geometry import (
     NeighborhoodAttentionSpec,
     NoAttentionSpec,
     ShiftedWindowAttentionSpec,
+    shared,
 )
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "attend",
     "choose_backend",
     "reasons",
+    "shared",
 ]
 
 BACKENDS["global"] = {
@@ -85,5 +87,6 @@ def attend(geometry: Geometry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
             "cast the model's input with .float()"
         )
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    name = choose_as_constant(geometry, h, w, q.device.type, q.dtype, needs_grad, in_forward_mode())
+    transformed = not torch.compiler.is_compiling() and by_formula()
+    name = choose_as_constant(geometry, h, w, q.device.type, q.dtype, needs_grad, transformed)
     return BACKENDS[geometry.name][name].run(q, k, v, geometry)

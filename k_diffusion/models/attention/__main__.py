@@ -1,9 +1,11 @@
 """Prints which attention backends can run here: python -m k_diffusion.models.attention"""
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
+from ... import cli
 from . import BACKENDS, choice
 from .geometry import (
     Geometry,
@@ -16,22 +18,23 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def table(requests: list[choice.Request]) -> str:
-    """A row for each backend of each request: whether it can run, is chosen, and why not."""
+    """A row for each backend of each request: whether it can run, is chosen, and why not.
+
+    Raises ValueError as `attend` does.
+    """
     rows = [("geometry", "backend", "can run here", "why not")]
     for request in requests:
+        request.geometry.check(request.h, request.w)
         chosen = choice.choose_backend(request)
         for name, reason in choice.reasons(request).items():
             can = "no" if reason else "chosen" if name == chosen else "yes"
             why = reason or BACKENDS[request.geometry.name][name].passed_over(request) or ""
             rows.append((request.geometry.name, name, can, "" if name == chosen else why))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip()
-        for row in rows
-    )
+    return "\n".join(cli.aligned(rows))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table of a geometry each. argv: the command line's arguments."""
     p = argparse.ArgumentParser(
         prog="python -m k_diffusion.models.attention",
         description="Which attention backends can run here, which is chosen, and why not others.",
@@ -40,23 +43,26 @@ def main() -> None:
     devices = ["cpu", found.type] if found else ["cpu"]
     p.add_argument("--device", choices=devices, default=devices[-1])
     p.add_argument("--dtype", choices=list(DTYPES), default="bf16" if found else "fp32")
-    p.add_argument("--tokens", type=int, default=64, help="of a side of the grid")
-    p.add_argument("--d-head", type=int, default=64)
-    p.add_argument("--kernel-size", type=int, default=7)
-    p.add_argument("--window-size", type=int, default=8)
+    p.add_argument("--tokens", type=cli.positive, default=64, help="of a side of the grid")
+    p.add_argument("--d-head", type=cli.positive, default=64)
+    p.add_argument("--kernel-size", type=cli.positive, default=7)
+    p.add_argument("--window-size", type=cli.positive, default=8)
     p.add_argument("--inference", action="store_true", help="without gradients")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     geometries: list[Geometry] = [
         GlobalAttentionSpec(args.d_head),
         NeighborhoodAttentionSpec(args.d_head, args.kernel_size),
         ShiftedWindowAttentionSpec(args.d_head, args.window_size),
     ]
     n, dtype, grad = args.tokens, DTYPES[args.dtype], not args.inference
+    try:
+        rows = table([choice.Request(g, n, n, args.device, dtype, grad) for g in geometries])
+    except ValueError as error:
+        p.exit(1, f"{p.prog}: {error}\n")
     print(
         f"{args.device}, {args.dtype}, {n} x {n} tokens, d_head {args.d_head}, "
-        f"{'training' if grad else 'inference'}; {choice.ENV_VAR} forces a backend\n"
+        f"{'training' if grad else 'inference'}; {choice.ENV_VAR} forces a backend\n\n{rows}"
     )
-    print(table([choice.Request(g, n, n, args.device, dtype, grad) for g in geometries]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Which backend computes a geometry: by what is installed, the device, the dtype and the shape."""
 
-import importlib.util
+import importlib
 import logging
 import os
 from collections.abc import Callable
@@ -27,7 +27,8 @@ class Request:
     """What attention is asked for.
 
     h, w: the grid of tokens. device: its type. needs_grad: whether a backward pass may follow.
-    forward_mode: whether forward-mode derivatives (torch.func.jvp) are being taken.
+    transformed: whether a transform of torch.func (grad, vmap, jvp) is at work, or forward-mode
+    derivatives are taken.
     """
 
     geometry: Geometry
@@ -36,7 +37,7 @@ class Request:
     device: str
     dtype: torch.dtype
     needs_grad: bool = True
-    forward_mode: bool = False
+    transformed: bool = False
 
 
 def can_always(request: Request) -> str | None:
@@ -63,12 +64,20 @@ BACKENDS: dict[str, dict[str, Backend]] = {}
 
 
 @lru_cache
-def installed(module: str) -> bool:
-    """Whether a module can be imported, without importing it (its parents are)."""
+def why_not_imported(module: str, hint: str) -> str | None:
+    """Imports a module; if that fails, the reason, with a hint where it isn't installed."""
     try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
+        importlib.import_module(module)
+    except Exception as error:  # kernels that were built for another torch fail in any way
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            return f"{module} is not installed ({hint})"
+        return f"{module} can't be imported: {(str(error) or repr(error)).splitlines()[0]}"
+    return None
+
+
+def not_transformed(request: Request) -> str | None:
+    """The predicate of kernels that torch can't look into."""
+    return "has no transforms of torch.func and no forward mode" if request.transformed else None
 
 
 def custom_kernel(*needs: Callable[[Request], str | None]) -> Callable[[Request], str | None]:
@@ -77,9 +86,8 @@ def custom_kernel(*needs: Callable[[Request], str | None]) -> Callable[[Request]
     def why_not(request: Request) -> str | None:
         if request.device != "cuda":
             return f"needs a CUDA device, got {request.device}"
-        if request.forward_mode:
-            return "has no forward-mode derivatives"
-        return next(filter(None, (need(request) for need in needs)), None)
+        needs_too = (need(request) for need in (not_transformed, *needs))
+        return next(filter(None, needs_too), None)
 
     return why_not
 
@@ -94,7 +102,7 @@ def forced_backends(setting: str) -> dict[str, str]:
     """Parse a `geometry=backend,...` setting. Raises ValueError, listing what there is."""
     forced = {}
     for item in filter(None, (part.strip() for part in setting.split(","))):
-        geometry, _, name = item.partition("=")
+        geometry, _, name = (part.strip() for part in item.partition("="))
         if name not in (*BACKENDS.get(geometry, ()), AUTO) or geometry not in BACKENDS:
             rows = "; ".join(f"{g}={'|'.join(rows)}|{AUTO}" for g, rows in BACKENDS.items())
             raise ValueError(f"{ENV_VAR}: no backend {item!r}; there are {rows}")
@@ -108,7 +116,8 @@ def reasons(request: Request) -> dict[str, str | None]:
 
 
 @lru_cache(maxsize=1024)
-def _choose(request: Request, setting: str) -> str:
+def _choose(request: Request, setting: str, use_flash_2: bool) -> str:
+    # use_flash_2, which a predicate reads, is a part of the cache's key
     geometry = request.geometry
     rows = BACKENDS[geometry.name]
     who, forced = ENV_VAR, forced_backends(setting).get(geometry.name)
@@ -147,7 +156,8 @@ def choose_backend(request: Request) -> str:
 
     Raises ValueError if the environment or the config forces one that can't run here.
     """
-    return _choose(request, os.environ.get(ENV_VAR, ""))
+    setting = os.environ.get(ENV_VAR, "")
+    return _choose(request, setting, flags.get_use_flash_attention_2())
 
 
 @flags.constant_when_compiled

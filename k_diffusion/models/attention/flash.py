@@ -1,13 +1,13 @@
 """Global attention by the FlashAttention packages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from .. import flags
-from .choice import Request, custom_kernel, half_precision, installed
+from .choice import Request, custom_kernel, half_precision, why_not_imported
 from .geometry import Geometry
 
 
@@ -22,7 +22,7 @@ def _head_of_at_most(limit: int) -> Callable[[Request], str | None]:
 
 
 def _package(module: str, hint: str) -> Callable[[Request], str | None]:
-    return lambda request: None if installed(module) else f"{module} is not installed ({hint})"
+    return lambda request: why_not_imported(module, hint)
 
 
 @lru_cache
@@ -30,7 +30,7 @@ def _capability() -> int:
     return torch.cuda.get_device_capability()[0]
 
 
-def _architecture(what: str, *majors: int) -> Callable[[Request], str | None]:
+def _architecture(what: str, majors: Container[int]) -> Callable[[Request], str | None]:
     return lambda request: None if _capability() in majors else f"needs {what}"
 
 
@@ -42,19 +42,20 @@ why_not_flash2 = custom_kernel(
     _not_turned_off,
     half_precision,
     _head_of_at_most(256),
+    _architecture("an Ampere GPU or a later one", range(8, 100)),
     _package("flash_attn", 'pip install "k-diffusion[flash]"'),
 )
 why_not_flash3 = custom_kernel(
     half_precision,
     _head_of_at_most(256),
+    _architecture("a Hopper GPU", (9,)),
     _package("flash_attn_interface", "the hopper folder of flash-attention's repository"),
-    _architecture("a Hopper GPU", 9),
 )
 why_not_flash4 = custom_kernel(
     half_precision,
     _head_of_at_most(128),
+    _architecture("a Hopper or Blackwell GPU", (9, 10)),
     _package("flash_attn.cute", "pip install flash-attn-4"),
-    _architecture("a Hopper or Blackwell GPU", 9, 10),
 )
 
 
@@ -63,7 +64,7 @@ def _run(
 ) -> torch.Tensor:
     out = function(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), softmax_scale=1.0)
     out = out[0] if isinstance(out, tuple) else out  # some versions add the log-sum-exp
-    return out.view_as(q)
+    return out.reshape(q.shape)
 
 
 def flash2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: Geometry) -> torch.Tensor:

@@ -4,40 +4,57 @@ Tokens are put in the order of 8 x 16 tiles, one a block of FlexAttention, so th
 queries sees few blocks of keys.
 """
 
-import importlib.util
+import os
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import ceil, prod
 from operator import index
 from typing import Any
 
 import torch
 
-from .choice import Request
+from .choice import Request, not_transformed, why_not_imported
 from .geometry import NeighborhoodAttentionSpec
 from .tiles import cached_plan
 
 _TILE = (8, 16)
 # Below so many tokens a single dense tile is less work than a few blocks.
 _MIN_TOKENS = 512
+# No model has so many levels and is trained and sampled from at so many sizes.
+_GRAPHS = 1000
+
+
+@lru_cache
+def _why_no_cpp() -> str | None:
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    name = os.environ.get("CXX") or default
+    if shutil.which(name) is None:
+        return f"torch.compile needs a C++ compiler, and there is no {name}"
+    return None
+
+
+_COMPILERS: dict[str, Callable[[], str | None]] = {
+    "cpu": _why_no_cpp,
+    "cuda": partial(why_not_imported, "triton", "pip install triton"),
+}
 
 
 def why_not_flex(request: Request) -> str | None:
     d = request.geometry.d_head
-    if request.device not in ("cpu", "cuda"):
+    if request.device not in _COMPILERS:
         return f"needs a CPU or CUDA device, got {request.device}"
     if request.device == "cpu" and request.needs_grad:
         return "has no backward on the CPU"
-    if request.forward_mode:
-        return "has no forward-mode derivatives"
+    if request.transformed:
+        return not_transformed(request)
     if request.dtype == torch.float64:
         return "needs float32, float16 or bfloat16, got float64"
     if d < 16 or d & (d - 1):
         return f"needs d_head to be a power of 2 of at least 16, got {d}"
-    if request.device == "cuda" and importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    return None
+    return _COMPILERS[request.device]()
 
 
 def better_without(request: Request) -> str | None:
@@ -51,9 +68,22 @@ def better_without(request: Request) -> str | None:
 
 @lru_cache
 def _compiled() -> Callable[..., torch.Tensor]:
+    """FlexAttention, compiled once a geometry and grid, for batches of one item and of more.
+
+    Past torch's usual 8 such graphs a call would quietly be run uncompiled, on N x N scores.
+    """
+    from torch import _dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        for x in (q, k, v):
+            _dynamo.maybe_mark_dynamic(x, 0)
+        with _dynamo.config.patch(recompile_limit=_GRAPHS, accumulated_recompile_limit=_GRAPHS):
+            return compiled(q, k, v, **kwargs)
+
+    return run
 
 
 def flex(

@@ -1,32 +1,39 @@
 """Neighborhood attention by the kernels of NATTEN, old and new."""
 
+import re
 from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
 import torch
 
-from .choice import Request, custom_kernel, installed
+from .choice import Request, custom_kernel, not_transformed, why_not_imported
 from .geometry import NeighborhoodAttentionSpec
+
+_HINT = 'pip install "k-diffusion[natten]"'
 
 
 @lru_cache
 def version() -> tuple[int, ...] | None:
-    """NATTEN's (major, minor), or None."""
-    if not installed("natten"):
+    """NATTEN's (major, minor), or None where it isn't installed."""
+    try:
+        found = metadata.version("natten")
+    except metadata.PackageNotFoundError:
         return None
-    from importlib.metadata import version
-
-    return tuple(int(part) for part in version("natten").split("+")[0].split(".")[:2])
+    return tuple(int(number) for number in re.findall(r"\d+", found)[:2])
 
 
-def _version_within(low: tuple[int, int], high: tuple[int, int] | None) -> str | None:
+def _version_within(
+    request: Request, low: tuple[int, int], high: tuple[int, int] | None
+) -> str | None:
     found = version()
     if found is None:
-        return 'natten is not installed (pip install "k-diffusion[natten]")'
+        return f"natten is not installed ({_HINT})"
     if found < low or (high is not None and found >= high):
         wanted = f"{'.'.join(map(str, low))}" + (f" to {high[0]}.{high[1] - 1}" if high else "")
         return f"needs natten {'' if high else '>= '}{wanted}, got {'.'.join(map(str, found))}"
-    return None
+    # its libraries take seconds to load: not where it won't be chosen by itself
+    return why_not_imported("natten", _HINT) if request.device == "cuda" else None
 
 
 def _head_of_eights(request: Request) -> str | None:
@@ -39,9 +46,27 @@ def _odd_kernel(request: Request) -> str | None:
     return f"needs an odd kernel_size above 1, got {k}" if k < 3 or k % 2 == 0 else None
 
 
+def _single_precision(request: Request) -> str | None:
+    if request.dtype == torch.float64:
+        return "needs float32, float16 or bfloat16, got float64"
+    return None
+
+
+def _runs_on(request: Request) -> str | None:
+    if request.device not in ("cpu", "cuda"):
+        return f"needs a CPU or CUDA device, got {request.device}"
+    return None
+
+
 def not_without_kernels(request: Request) -> str | None:
-    """On the CPU NATTEN has slow forms alone."""
-    return None if request.device == "cuda" else f"not chosen by itself on {request.device}"
+    """Without its CUDA kernels, which its plain wheel lacks, NATTEN has slow forms alone."""
+    if request.device != "cuda":
+        return f"not chosen by itself on {request.device}"
+    import natten
+
+    if not getattr(natten, "HAS_LIBNATTEN", True):
+        return "not chosen by itself: this natten was built without its CUDA kernels, libnatten"
+    return None
 
 
 def why_not_natten(request: Request) -> str | None:
@@ -49,9 +74,13 @@ def why_not_natten(request: Request) -> str | None:
         return "needs kernel_size >= 2"
     if request.device == "cpu" and request.needs_grad:
         return "has no backward on the CPU"
-    if request.forward_mode:
-        return "has no forward-mode derivatives"
-    return _version_within((0, 20), None) or _head_of_eights(request)
+    return (
+        not_transformed(request)
+        or _runs_on(request)
+        or _single_precision(request)
+        or _head_of_eights(request)
+        or _version_within(request, (0, 20), None)
+    )
 
 
 def natten(
@@ -64,7 +93,10 @@ def natten(
 
 
 why_not_natten_0_17 = custom_kernel(
-    _odd_kernel, lambda request: _version_within((0, 17), (0, 20)), _head_of_eights
+    _odd_kernel,
+    _single_precision,
+    _head_of_eights,
+    lambda request: _version_within(request, (0, 17), (0, 20)),
 )
 
 
@@ -78,11 +110,12 @@ def natten_0_17(
 
 
 def why_not_unfused(request: Request) -> str | None:
-    if request.device not in ("cpu", "cuda"):
-        return f"needs a CPU or CUDA device, got {request.device}"
-    if request.forward_mode:
-        return "is not used for forward-mode derivatives"
-    return _odd_kernel(request) or _version_within((0, 14), (0, 20))
+    return (
+        not_transformed(request)
+        or _runs_on(request)
+        or _odd_kernel(request)
+        or _version_within(request, (0, 14), (0, 20))
+    )
 
 
 def unfused(
@@ -94,9 +127,9 @@ def unfused(
     """
     from natten import functional
 
-    old: Any = hasattr(functional, "natten2dqk")
-    scores_of = functional.natten2dqk if old else functional.na2d_qk
-    sum_of = functional.natten2dav if old else functional.na2d_av
+    new: Any = hasattr(functional, "na2d_qk")  # where both are, the old ones warn at every call
+    scores_of = functional.na2d_qk if new else functional.natten2dqk
+    sum_of = functional.na2d_av if new else functional.natten2dav
     q, k, v = (x.movedim(-2, 1) for x in (q, k, v))
     scores = scores_of(q, k, geometry.kernel_size, 1)
     return sum_of(scores.softmax(dim=-1), v, geometry.kernel_size, 1).movedim(1, -2)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..fused import differentiable_gradient, in_forward_mode
+from ..fused import by_formula, differentiable_gradient
 from .geometry import Geometry
 
 
@@ -27,21 +27,17 @@ class _TwiceDifferentiable(torch.autograd.Function):
     other passes through to the kernel's.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
+        ctx: Any,
         out: torch.Tensor,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
+        ctx.save_for_backward(q, k, v, mask)
         return out.view_as(out)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -60,7 +56,7 @@ def fused(
     """
     if torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-    if in_forward_mode():
+    if by_formula():
         return formula(q, k, v, mask)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     return _TwiceDifferentiable.apply(out, q, k, v, mask) if out.requires_grad else out

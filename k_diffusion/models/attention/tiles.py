@@ -6,6 +6,7 @@ of tokens.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any, TypeVar
@@ -68,14 +69,15 @@ def is_range(x: torch.Tensor) -> bool:
 def cached_plan(make: Callable[..., R]) -> Callable[..., R]:
     """Cache a function that makes plans of shapes, given as numbers that `operator.index` took.
 
-    A plan is made on the CPU and outside of inference mode, whose tensors could not be used in
-    training later. Compiled code holds it as a constant.
+    A plan is made in a thread of its own, which the caller's inference mode, fake tensors and
+    default device don't reach: what they make could not be used in training later. Compiled code
+    holds it as a constant.
     """
 
     @lru_cache(maxsize=64)
     def cached(*args: Any) -> R:
-        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-            return make(*args)
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(make, *args).result()
 
     @wraps(make)
     def plan(*args: Any) -> R:
@@ -92,16 +94,17 @@ def tiled_attention(
         return dense(q, k, v, plan.mask)
     n, tokens, heads, e = q.shape
     part = max(1, _NUMBERS_AT_ONCE // (tokens * heads * e))
-    if q.device.type == "cpu" and n > part and not torch.compiler.is_compiling():
+    # the batch size is asked for last: compiled code would be for some sizes alone
+    if not torch.compiler.is_compiling() and q.device.type == "cpu" and n > part:
         parts = zip(q.split(part), k.split(part), v.split(part))
         return torch.cat([tiled_attention(*part, plan) for part in parts])
     queries, keys, place = plan.index
 
     def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        rows = x.index_select(1, index).view(n, plan.tiles, -1, heads, e)
+        rows = x.index_select(1, index).unflatten(1, (plan.tiles, -1))
         # tiles are the batch, samples x heads the heads: the mask then broadcasts over samples
         return rows.permute(1, 0, 3, 2, 4).flatten(1, 2)
 
     out = fused(gather(q, queries), gather(k, keys), gather(v, keys), plan.mask)
     rows = out.unflatten(1, (n, heads)).permute(1, 0, 3, 2, 4)
-    return rows.reshape(n, -1, heads, e).index_select(1, place)
+    return rows.flatten(1, 2).index_select(1, place)
