@@ -3,18 +3,13 @@ sampler and `CFGDenoiser` on the same model. Those with text encoders need trans
 
 import pytest
 import torch
+from tiny_diffusers import diffusers, dit, normal, sd3
 
 from k_diffusion import sampling
 from k_diffusion.external import make_diffusers_denoiser
 from k_diffusion.guidance import CFGDenoiser
 
-diffusers = pytest.importorskip("diffusers")
-
 STEPS, SCALE = 6, 3.0
-
-
-def normal(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sample(model, start, sigmas, null, cond):
@@ -31,16 +26,7 @@ def on_table(pipeline, model, x, null, cond):
 
 
 def test_dit_pipeline():
-    torch.manual_seed(0)
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,  # with variances
-        num_layers=2,
-        sample_size=8,
-        num_embeds_ada_norm=1000,
-    ).eval()
+    model = dit(classes=1000)
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).eval()
     pipeline = diffusers.DiTPipeline(model, vae, diffusers.DDIMScheduler(clip_sample=False))
     pipeline.set_progress_bar_config(disable=True)
@@ -101,20 +87,7 @@ def test_stable_diffusion_pipeline(prediction):
 
 def test_stable_diffusion_3_pipeline():
     pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    model = diffusers.SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        pooled_projection_dim=10,
-        out_channels=4,
-        pos_embed_max_size=8,
-    ).eval()
+    model = sd3()
     parts = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     parts += ("tokenizer", "tokenizer_2", "tokenizer_3")
     pipeline = diffusers.StableDiffusion3Pipeline(

@@ -1,0 +1,264 @@
+"""The benchmarks of speed: what they measure is what they say, and all of them run."""
+
+import importlib.util
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import TINY, tiny_config
+
+import k_diffusion as K
+from k_diffusion.models.attention import NeighborhoodAttentionSpec
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks_importable():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield
+
+
+def load(name):
+    """A script as a module, under a name that no other module has."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def bench(benchmarks_importable):
+    return importlib.import_module("bench")
+
+
+@pytest.fixture(scope="module")
+def straightforward(benchmarks_importable):
+    return importlib.import_module("straightforward")
+
+
+# ---------------------------------------------------------------- the harness
+
+
+def test_peak_memory_of_a_known_case(bench):
+    x = torch.ones(2**18, requires_grad=True)  # 1 MiB
+    mib = x.nbytes
+
+    def run():
+        a = x * 2  # 1
+        b = a.exp()  # 2: a, and b, which the backward pass needs
+        c = b + 1  # 3: the peak
+        del a, c
+        return b[:8].sum().item()
+
+    assert bench.peak_memory(run, CPU) == pytest.approx(3 * mib, rel=1e-3)
+    kept = []
+    assert bench.peak_memory(lambda: kept.append(x.detach() * 2), CPU) == mib
+    # what is freed leaves room
+    assert bench.peak_memory(lambda: kept.append(kept.pop(0).neg_().clone()), CPU) == mib
+    assert bench.peak_memory(lambda: (kept.clear(), kept.append(x.detach() * 2)), CPU) == 0
+
+
+def test_runs_are_measured_in_turn(bench, monkeypatch):
+    now, order = itertools.count().__next__, []
+    monkeypatch.setattr(time, "perf_counter", now)
+    runs = {name: (lambda name=name: order.append(name)) for name in "AB"}
+    assert bench.in_turn(runs, CPU, budget=0, rounds=(3, 9)) == {"A": 1, "B": 1}
+    assert "".join(order) == "AABB" + "AB" * 3
+    order.clear()
+    bench.in_turn(runs, CPU, budget=1e9, rounds=(1, 4))
+    assert "".join(order) == "AABB" + "AB" * 4
+
+
+def test_short_runs_are_repeated(bench, monkeypatch):
+    calls = itertools.count()
+    clock = iter(x / 100 for x in range(1000))
+    monkeypatch.setattr(time, "perf_counter", clock.__next__)
+    times = bench.in_turn({"A": lambda: next(calls)}, CPU, 0, rounds=(1, 1), shortest=0.05)
+    assert next(calls) == 2 + 5
+    assert times["A"] == pytest.approx(0.01 / 5)
+
+
+def test_table(bench):
+    columns = {"a": ("name", str), "b": ("ms", bench.digits), "c": ("not there", str)}
+    rows = [{"a": "x", "b": 1234.5}, {"a": "long", "b": 0.012345, "bold": True}, {"a": "y"}]
+    assert bench.table(columns, rows).splitlines() == [
+        "| name     |         ms |",
+        "|----------|-----------:|",
+        "| x        |      1,234 |",
+        "| **long** | **0.0123** |",
+        "| y        |          - |",
+    ]
+    assert [bench.digits(x) for x in (999.4, 999.6, 1.0)] == ["999", "1,000", "1"]
+    assert [bench.percent(x) for x in (0.0543, 0.0999, 0.5, 1.2)] == ["5.4%", "10%", "50%", "120%"]
+
+
+def test_results_are_merged_and_written_to_the_page(bench, tmp_path):
+    columns = {"a": ("ms", bench.digits)}
+    old = {"on": "a machine", "rows": [{"a": 1 / 3}], "notes": ["Old."]}
+    bench.save("x", "cpu", {"one": old, "two": old}, tmp_path)
+    new = {"on": "another", "rows": [{"a": 2.0}]}
+    bench.save("x", "cpu", {"two": new}, tmp_path)
+    assert json.loads((tmp_path / "x_cpu.json").read_text()) == {
+        "one": {"on": "a machine", "rows": [{"a": 0.3333}], "notes": ["Old."]},
+        "two": {"on": "another", "rows": [{"a": 2.0}]},
+    }
+    page = tmp_path / "page.md"
+    page.write_text("Before\n<!-- x cpu: benchmarks/x.py -->\n?\n<!-- end of x cpu -->\nAfter\n")
+    for _ in range(2):  # the second time changes nothing
+        bench.write("x", "cpu", "x.py", columns, tmp_path, page)
+        text = page.read_text()
+        assert text.startswith("Before\n<!-- x cpu: benchmarks/x.py -->\n**one**, on a machine\n")
+        assert text.endswith("|   2 |\n<!-- end of x cpu -->\nAfter\n")
+        assert "\n| 0.333 |\n\nOld.\n\n**two**, on another\n" in text
+    with pytest.raises(SystemExit, match="no results of x on cuda"):
+        bench.write("x", "cuda", "x.py", columns, tmp_path, page)
+
+
+def test_the_page_has_a_place_for_every_table(bench):
+    text = bench.PAGE.read_text()
+    scripts = {"attention": "attention", "train_step": "train_step", "sample": "sample"}
+    for name, script in {**scripts, "profile": "train_step"}.items():
+        for device in ("cpu", "cuda"):
+            assert text.count(f"<!-- {name} {device}: benchmarks/{script}.py -->\n") == 1
+            assert text.count(f"<!-- end of {name} {device} -->\n") == 1
+
+
+# ---------------------------------------------------------------- the straightforward form
+
+
+ATTNS = {
+    "neighborhood": {"type": "neighborhood", "d_head": 8, "kernel_size": 3},
+    "brute force": {"type": "neighborhood", "d_head": 8, "kernel_size": 3},
+    "windows": {"type": "shifted-window", "d_head": 8, "window_size": 4},
+}
+
+
+def gradients(config, model, batch):
+    denoiser = K.config.make_denoiser_wrapper(config)(model)
+    density = K.config.make_sample_density(config["model"])
+    torch.manual_seed(0)
+    model.zero_grad()
+    loss = K.training.step.batch_loss(denoiser, batch, density, config, CPU).mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("kind", ATTNS)
+def test_the_straightforward_form_is_the_same_computation(straightforward, kind):
+    cases = importlib.import_module("cases")
+    attns = [ATTNS[kind], TINY["model"]["self_attns"][1]]
+    config = tiny_config(model={"input_size": [32, 32], "depths": [2, 1], "self_attns": attns})
+    model, batch = cases.inner_model(config, CPU), cases.batch_of(config, 3)
+    assert all(p.any() for p in model.parameters())
+    ours = gradients(config, model, batch)
+    with straightforward.plain(brute_force=kind == "brute force"):
+        plain = gradients(config, model, batch)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+    # it isn't the same because nothing was replaced, and is in place no longer
+    assert any(not torch.equal(a, b) for a, b in zip(ours, plain))
+    assert all(torch.equal(a, b) for a, b in zip(ours, gradients(config, model, batch)))
+
+
+def test_brute_force_runs_the_reference_and_tiles_are_planned_at_each_call(
+    straightforward, monkeypatch
+):
+    from k_diffusion.models import attention
+    from k_diffusion.models.attention import neighborhood
+
+    q = torch.randn(1, 32, 32, 1, 8)
+    geometry = NeighborhoodAttentionSpec(8, 3)
+    calls = {"reference": 0, "plans": 0}
+    rows = attention.BACKENDS["neighborhood"]
+    reference, plan = rows["reference"].run, neighborhood._plan.__wrapped__
+
+    def counted(name, function):
+        def run(*args):
+            calls[name] += 1
+            return function(*args)
+
+        return run
+
+    monkeypatch.setitem(rows, "reference", attention.Backend(counted("reference", reference)))
+    monkeypatch.setattr(neighborhood._plan, "__wrapped__", counted("plans", plan))
+    for brute_force in (True, False, False):
+        with straightforward.plain(brute_force):
+            attention.attend(geometry, q, q, q)
+            attention.attend(geometry, q, q, q)
+    assert calls == {"reference": 2, "plans": 4}
+
+
+def test_the_plain_optimizer_and_average_are_the_packages(straightforward):
+    cases = importlib.import_module("cases")
+    train_step = load("train_step")
+    config = tiny_config()
+    weights = []
+    for way in ("straightforward", "eager"):
+        trainee = train_step.Trainee(config, 2, CPU, "fp32")
+        step = trainee.step(train_step.WAYS[way])
+        for i in range(3):
+            torch.manual_seed(i)
+            step()
+        weights.append([*trainee.inner.parameters(), *trainee.averaged.parameters()])
+    start = cases.inner_model(config, CPU).parameters()
+    assert all(not torch.equal(a, b) for a, b in zip(start, weights[0]))
+    for a, b in zip(*weights):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_ways_train_the_same_weights(monkeypatch):
+    train_step = load("train_step")
+    monkeypatch.setattr(K.models, "compile_model", lambda model, unit: model)
+    trainee = train_step.Trainee(tiny_config(), 2, CPU, "fp32")
+    before = [p.clone() for p in trainee.inner.parameters()]
+    trainee.step(train_step.WAYS["compiled"])()
+    assert all(not torch.equal(a, b) for a, b in zip(before, trainee.inner.parameters()))
+
+
+# ---------------------------------------------------------------- the scripts
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "options", "sections"),
+    [
+        ("attention", "attention", ["--geometry", "shifted-window", "--geometry", "global"], 2),
+        ("train_step", "train_step", [], 1),
+        ("train_step", "profile", ["--profile"], 1),
+        ("sample", "sample", ["--steps", "2"], 1),
+    ],
+)
+def test_scripts_run(script, name, options, sections, tmp_path, capsys):
+    args = ["--device", "cpu", "--quick", "--results", str(tmp_path), *options]
+    load(script).main(args)
+    said = capsys.readouterr().out
+    result = json.loads((tmp_path / f"{name}_cpu.json").read_text())
+    assert len(result) == sections
+    for key, section in result.items():
+        assert f"**{key}**, on " in said
+        assert section["rows"]
+        assert all(row[k] > 0 for row in section["rows"] for k in row if k in ("ms", "mib", "both"))
+    if name == "profile":
+        (section,) = result.values()
+        *parts, total = section["rows"]
+        assert len(parts) == 7
+        assert sum(row["share"] for row in parts) == pytest.approx(total["share"], rel=1e-2)
+        assert all(row["eager"] > 0 and row["straightforward"] > 0 for row in parts)
+
+
+def test_quick_runs_leave_the_results_alone(bench, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "save", lambda *args: pytest.fail("saved"))
+    load("sample").main(["--device", "cpu", "--quick", "--steps", "1"])
+    assert "images / s" in capsys.readouterr().out
+
+
+def test_a_case_that_is_none_is_said(benchmarks_importable):
+    with pytest.raises(SystemExit, match="flower is no config file and none of 'flowers'"):
+        load("train_step").main(["--device", "cpu", "--config", "flower"])
