@@ -195,7 +195,7 @@ def test_autocast_takes_attention_to_bf16_and_gives_gradients_of_the_inputs_dtyp
 def test_flex_lists_the_blocks_that_hold_a_visible_pair(k, size):
     """Sparsity that uncompiled FlexAttention doesn't use, and compiled code relies on."""
     geometry = NeighborhoodAttentionSpec(16, k)
-    plan = flex._plan(*size, geometry, torch.device("cpu"))
+    plan = flex._plan(geometry, *size, torch.device("cpu"))
     blocks, block = plan.sees[0].shape[-1], 8 * 16
     assert plan.tokens[plan.place].equal(torch.arange(size[0] * size[1]))
     pairs = geometry.mask(*size).nonzero()
@@ -254,11 +254,11 @@ def test_memory_grows_linearly_forward_and_backward(geometry, backend):
 
 def test_plans_are_made_once_for_a_shape_a_device_and_a_dtype():
     geometry, cpu = NeighborhoodAttentionSpec(8, 3), torch.device("cpu")
-    plan = neighborhood._plan(24, 20, geometry, cpu, torch.float32)
-    assert neighborhood._plan(24, 20, geometry, cpu, torch.float32) is plan
-    assert neighborhood._plan(20, 24, geometry, cpu, torch.float32) is not plan
-    assert neighborhood._plan(24, 20, geometry, cpu, torch.bfloat16).mask.dtype == torch.bfloat16
-    meta = neighborhood._plan(24, 20, geometry, torch.device("meta"), torch.float32)
+    plan = neighborhood._plan(geometry, 24, 20, cpu, torch.float32)
+    assert neighborhood._plan(geometry, 24, 20, cpu, torch.float32) is plan
+    assert neighborhood._plan(geometry, 20, 24, cpu, torch.float32) is not plan
+    assert neighborhood._plan(geometry, 24, 20, cpu, torch.bfloat16).mask.dtype == torch.bfloat16
+    meta = neighborhood._plan(geometry, 24, 20, torch.device("meta"), torch.float32)
     assert {x.device.type for x in (meta.mask, *meta.index)} == {"meta"}
 
 

@@ -58,6 +58,11 @@ def get_checkpointing() -> bool:
     return _checkpointing.get() != "off"
 
 
+@constant_when_compiled
+def _mode() -> CheckpointingMode:
+    return _checkpointing.get()
+
+
 # torch's fused attention, FlashAttention's and NATTEN's kernels, by the names of their operators
 _ATTENTION = re.compile(r"scaled_dot_product|flash_attn|natten")
 
@@ -75,8 +80,11 @@ def _contexts() -> Any:
 
 
 def checkpoint(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-    """`function(*args)`, recomputed in the backward pass where `checkpointing` is on."""
-    mode = _checkpointing.get()
+    """`function(*args)`, recomputed in the backward pass where `checkpointing` is on.
+
+    Compiled code keeps to what it was when the code was first run.
+    """
+    mode = _mode()
     if mode == "off" or not torch.is_grad_enabled():
         return function(*args)
     if mode == "selective":

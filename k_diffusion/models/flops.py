@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 Shape = Sequence[int]
 
 
@@ -44,9 +46,8 @@ def flop_counter(enable: bool = True) -> Iterator[FlopCounter]:
 
 
 def op(op: Callable[..., int], *args: Any, **kwargs: Any) -> None:
-    """Record an operation if a counter is active."""
-    counter = _counter.get()
-    if counter is not None:
+    """Record an operation if a counter is active. Compiled code isn't counted."""
+    if not torch.compiler.is_compiling() and (counter := _counter.get()) is not None:
         counter.op(op, *args, **kwargs)
 
 

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from .attention import GlobalAttentionSpec, shared
+from .attention import GlobalAttentionSpec
 from .checks import check_floats, check_multiple, check_shape
 from .conditioning import ConditionedModel
 from .flags import checkpoint
@@ -72,7 +72,7 @@ class SelfAttentionBlock(nn.Module):
 
     def __init__(self, d_model: int, dropout: float = 0.0, attn_backend: str | None = None):
         super().__init__()
-        self.geometry = shared(GlobalAttentionSpec(D_HEAD, attn_backend))
+        self.geometry = GlobalAttentionSpec(D_HEAD, attn_backend)
         self.n_heads = d_model // D_HEAD
         self.norm = AdaRMSNorm(d_model, d_model)
         self.qkv_proj = apply_wd(Linear(d_model, d_model * 3, bias=False))

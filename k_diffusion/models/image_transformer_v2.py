@@ -14,7 +14,6 @@ from .attention import (
     NeighborhoodAttentionSpec,
     NoAttentionSpec,
     ShiftedWindowAttentionSpec,
-    shared,
 )
 from .checks import check_floats, check_multiple, check_shape
 from .conditioning import ConditionedModel
@@ -114,7 +113,7 @@ class SelfAttentionBlock(nn.Module):
             raise ValueError(f"width must be a multiple of d_head, got {d_model} and {d_head}")
         if d_head % 8:
             raise ValueError(f"d_head must be a multiple of 8 (axial RoPE), got {d_head}")
-        self.geometry = shared(geometry)
+        self.geometry = geometry
         self.n_heads = d_model // d_head
         self.norm = AdaRMSNorm(d_model, cond_features)
         self.qkv_proj = apply_wd(Linear(d_model, d_model * 3, bias=False))

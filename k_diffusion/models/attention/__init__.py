@@ -30,7 +30,6 @@ from .geometry import (
     NeighborhoodAttentionSpec,
     NoAttentionSpec,
     ShiftedWindowAttentionSpec,
-    shared,
 )
 
 __all__ = [
@@ -47,7 +46,6 @@ __all__ = [
     "attend",
     "choose_backend",
     "reasons",
-    "shared",
 ]
 
 BACKENDS["global"] = {
@@ -88,5 +86,5 @@ def attend(geometry: Geometry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
         )
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     transformed = not torch.compiler.is_compiling() and by_formula()
-    name = choose_as_constant(geometry, h, w, q.device.type, q.dtype, needs_grad, transformed)
+    name = choose_as_constant(geometry.key(), h, w, q.device.type, q.dtype, needs_grad, transformed)
     return BACKENDS[geometry.name][name].run(q, k, v, geometry)

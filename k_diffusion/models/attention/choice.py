@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .. import flags
-from .geometry import Geometry
+from .geometry import Geometry, from_key
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +161,6 @@ def choose_backend(request: Request) -> str:
 
 
 @flags.constant_when_compiled
-def choose_as_constant(*request: Any) -> str:
-    """`choose_backend` by the fields of a request, for compiled code."""
-    return choose_backend(Request(*request))
+def choose_as_constant(key: tuple[Any, ...], *request: Any) -> str:
+    """`choose_backend` by the geometry's key and a request's other fields, for compiled code."""
+    return choose_backend(Request(from_key(key), *request))

@@ -93,14 +93,14 @@ def flex(
     from torch.nn.attention.flex_attention import flex_attention
 
     h, w = index(q.shape[1]), index(q.shape[2])
-    plan = _plan(h, w, geometry, q.device)
+    plan = _plan(geometry, h, w, q.device)
     q_, k_, v_ = (x.flatten(1, 2).index_select(1, plan.tokens).transpose(1, 2) for x in (q, k, v))
     if torch.compiler.is_compiling():  # a graph can't hold a BlockMask, but make one
         out = flex_attention(
             q_, k_, v_, block_mask=_describe(plan, h, w, geometry.kernel_size), scale=1.0
         )
     else:
-        blocks = _block_mask(h, w, geometry, q.device)
+        blocks = _block_mask(geometry, h, w, q.device)
         out = _compiled()(q_, k_, v_, block_mask=blocks, scale=1.0)
     return out.transpose(1, 2).index_select(1, plan.place).view(q.shape)
 
@@ -154,13 +154,13 @@ def _describe(plan: FlexPlan, h: int, w: int, k: int) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _block_mask(h: int, w: int, geometry: NeighborhoodAttentionSpec, device: torch.device) -> Any:
+def _block_mask(geometry: NeighborhoodAttentionSpec, h: int, w: int, device: torch.device) -> Any:
     with torch.inference_mode(False), torch.no_grad():
-        return _describe(_plan(h, w, geometry, device), h, w, geometry.kernel_size)
+        return _describe(_plan(geometry, h, w, device), h, w, geometry.kernel_size)
 
 
 @cached_plan
-def _plan(h: int, w: int, geometry: NeighborhoodAttentionSpec, device: torch.device) -> FlexPlan:
+def _plan(geometry: NeighborhoodAttentionSpec, h: int, w: int, device: torch.device) -> FlexPlan:
     counts = ceil(h / _TILE[0]), ceil(w / _TILE[1])
     spots = torch.arange(prod(counts) * prod(_TILE)).view(*counts, *_TILE)
     spots = spots.permute(0, 2, 1, 3).reshape(counts[0] * _TILE[0], counts[1] * _TILE[1])

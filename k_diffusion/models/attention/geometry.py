@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,6 +19,10 @@ class GlobalAttentionSpec:
     d_head: int
     backend: str | None = None
     name: ClassVar[str] = "global"
+
+    def key(self) -> tuple[Any, ...]:
+        """All of it as constants, which compiled code can pass on."""
+        return self.name, self.d_head, self.backend
 
     def check(self, h: int, w: int) -> None:
         """Any grid will do."""
@@ -44,6 +48,10 @@ class NeighborhoodAttentionSpec:
     kernel_size: int
     backend: str | None = None
     name: ClassVar[str] = "neighborhood"
+
+    def key(self) -> tuple[Any, ...]:
+        """All of it as constants, which compiled code can pass on."""
+        return self.name, self.d_head, self.kernel_size, self.backend
 
     def check(self, h: int, w: int) -> None:
         """Raises ValueError if the window is larger than the grid."""
@@ -88,6 +96,10 @@ class ShiftedWindowAttentionSpec:
     backend: str | None = None
     name: ClassVar[str] = "shifted-window"
 
+    def key(self) -> tuple[Any, ...]:
+        """All of it as constants, which compiled code can pass on."""
+        return self.name, self.d_head, self.window_size, self.shift, self.backend
+
     def check(self, h: int, w: int) -> None:
         """Raises ValueError if the windows don't tile the grid."""
         if h % self.window_size or w % self.window_size:
@@ -124,7 +136,12 @@ Geometry = GlobalAttentionSpec | NeighborhoodAttentionSpec | ShiftedWindowAttent
 
 
 @cache
-def shared(geometry: Geometry) -> Geometry:
-    """The one object that stands for all geometries equal to it: compiled code goes by identity,
-    and blocks that share a geometry share their code."""
-    return geometry
+def from_key(key: tuple[Any, ...]) -> Geometry:
+    """The geometry of a `key()`."""
+    return _GEOMETRIES[key[0]](*key[1:])
+
+
+_GEOMETRIES: dict[str, type[Geometry]] = {
+    cls.name: cls
+    for cls in (GlobalAttentionSpec, NeighborhoodAttentionSpec, ShiftedWindowAttentionSpec)
+}

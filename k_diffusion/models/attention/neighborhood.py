@@ -19,11 +19,11 @@ def tiled(
     h, w = index(q.shape[1]), index(q.shape[2])
     q_, k_, v_ = (x.flatten(1, 2) for x in (q, k, v))
     if h * w <= _MAX_TOKENS_IN_ONE_PLAN:
-        plan = _plan(h, w, geometry, q.device, q.dtype)
+        plan = _plan(geometry, h, w, q.device, q.dtype)
         return tiled_attention(q_, k_, v_, plan).reshape(q.shape)
     bands = [
         tiled_attention(q_[:, queries], k_[:, keys], v_[:, keys], plan)[:, done:]
-        for queries, keys, done, plan in _bands(h, w, geometry, q.device, q.dtype)
+        for queries, keys, done, plan in _bands(geometry, h, w, q.device, q.dtype)
     ]
     return torch.cat(bands, dim=1).view(q.shape)
 
@@ -79,7 +79,7 @@ def _cross(
 
 @cached_plan
 def _plan(
-    h: int, w: int, geometry: NeighborhoodAttentionSpec, device: torch.device, dtype: torch.dtype
+    geometry: NeighborhoodAttentionSpec, h: int, w: int, device: torch.device, dtype: torch.dtype
 ) -> TilePlan:
     """The tiles of a whole grid; a small one is a single dense tile."""
     kernel = geometry.kernel_size
@@ -90,7 +90,7 @@ def _plan(
 
 @cached_plan
 def _bands(
-    h: int, w: int, geometry: NeighborhoodAttentionSpec, device: torch.device, dtype: torch.dtype
+    geometry: NeighborhoodAttentionSpec, h: int, w: int, device: torch.device, dtype: torch.dtype
 ) -> list[tuple[slice, slice, int, TilePlan]]:
     """The rows of tiles of a large grid: their tokens, the tokens of their keys, how many of the
     first tokens the row before has done, and the plan, which all rows inside share."""
@@ -98,7 +98,7 @@ def _bands(
     for rows, key_rows, first in zip(*_tile_axis(h, geometry)):
         start, end = int(rows[0]), int(rows[-1]) + 1
         keys = slice(int(key_rows[0]) * w, (int(key_rows[-1]) + 1) * w)
-        plan = _band_plan(tuple(first.tolist()), len(key_rows), w, geometry, device, dtype)
+        plan = _band_plan(geometry, tuple(first.tolist()), len(key_rows), w, device, dtype)
         bands.append((slice(start * w, end * w), keys, (done - start) * w, plan))
         done = end
     return bands
@@ -106,10 +106,10 @@ def _bands(
 
 @cached_plan
 def _band_plan(
+    geometry: NeighborhoodAttentionSpec,
     first: tuple[int, ...],
     n_keys: int,
     w: int,
-    geometry: NeighborhoodAttentionSpec,
     device: torch.device,
     dtype: torch.dtype,
 ) -> TilePlan:

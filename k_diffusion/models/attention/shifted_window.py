@@ -12,14 +12,14 @@ def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, geometry: ShiftedWindowAttentionSpec
 ) -> torch.Tensor:
     """One scaled_dot_product_attention with the windows as its batch."""
-    plan = _plan(index(q.shape[1]), index(q.shape[2]), geometry, q.device, q.dtype)
+    plan = _plan(geometry, index(q.shape[1]), index(q.shape[2]), q.device, q.dtype)
     q_, k_, v_ = (x.flatten(1, 2) for x in (q, k, v))
     return tiled_attention(q_, k_, v_, plan).reshape(q.shape)
 
 
 @cached_plan
 def _plan(
-    h: int, w: int, geometry: ShiftedWindowAttentionSpec, device: torch.device, dtype: torch.dtype
+    geometry: ShiftedWindowAttentionSpec, h: int, w: int, device: torch.device, dtype: torch.dtype
 ) -> TilePlan:
     """Windows of the grid rolled by the shift. Those that the image's border cuts hold tokens of
     both sides, which a mask keeps apart, so that all windows are of one size."""

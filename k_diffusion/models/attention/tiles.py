@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from .. import flags
+from .geometry import Geometry, from_key
 from .plain import dense, fused
 
 R = TypeVar("R")
@@ -67,7 +68,8 @@ def is_range(x: torch.Tensor) -> bool:
 
 
 def cached_plan(make: Callable[..., R]) -> Callable[..., R]:
-    """Cache a function that makes plans of shapes, given as numbers that `operator.index` took.
+    """Cache a function that makes a plan of a geometry, (geometry, *args), where shapes are numbers
+    that `operator.index` took.
 
     A plan is made in a thread of its own, which the caller's inference mode, fake tensors and
     default device don't reach: what they make could not be used in training later. Compiled code
@@ -75,15 +77,21 @@ def cached_plan(make: Callable[..., R]) -> Callable[..., R]:
     """
 
     @lru_cache(maxsize=64)
-    def cached(*args: Any) -> R:
+    def cached(key: tuple[Any, ...], *args: Any) -> R:
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(make, *args).result()
+            return thread.submit(make, from_key(key), *args).result()
 
-    @wraps(make)
-    def plan(*args: Any) -> R:
+    @wraps(cached)
+    def constant(*args: Any) -> R:
         return cached(*args)
 
-    return flags.constant_when_compiled(plan)
+    flags.constant_when_compiled(constant)
+
+    @wraps(make)
+    def plan(geometry: Geometry, *args: Any) -> R:
+        return constant(geometry.key(), *args)
+
+    return plan
 
 
 def tiled_attention(
