@@ -180,7 +180,7 @@ def _both(name: str, without: Any, value: Any, n: int) -> Any:
         if not isinstance(without, Mapping) or without.keys() != value.keys():
             raise ValueError(f"{where} has keys {sorted(value)}, and so must its absence")
         return {k: _both(f"{name}[{k!r}]", without[k], v, n) for k, v in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         if not isinstance(without, list | tuple) or len(without) != len(value):
             raise ValueError(f"{where} has {len(value)} parts, and so must its absence")
         pairs = enumerate(zip(without, value))
