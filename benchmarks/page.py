@@ -22,7 +22,7 @@ def table(head: str, rows: Rows, bold: Iterable[tuple[str, int]], form: str = ".
     return "\n".join(lines)
 
 
-def _replace(text: str, name: str, script: str, section: str) -> str:
+def replace(text: str, name: str, script: str, section: str) -> str:
     begin, end = f"<!-- {name}: benchmarks/{script} -->", f"<!-- end of {name} -->"
     before, rest = text.split(begin)
     return before + begin + "\n" + section + "\n" + end + rest.split(end)[1]
@@ -61,7 +61,7 @@ def write(script: str, sections: Mapping[str, str]) -> None:
     """Put a script's sections on the page, and the recommendation that follows."""
     text = PAGE.read_text()
     for name, section in sections.items():
-        text = _replace(text, name, script, section)
-    text = _replace(text, "recommendation", "page.py", recommendation(text))
+        text = replace(text, name, script, section)
+    text = replace(text, "recommendation", "page.py", recommendation(text))
     PAGE.write_text(text)
     print(f"wrote {PAGE.relative_to(ROOT)}")

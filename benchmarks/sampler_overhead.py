@@ -1,8 +1,8 @@
 """What samplers cost beside the model: time a step with a model that does nothing, and Brownian
 noise side by side with torchsde's.
 
-Medians of several runs after a warm-up. Time is the whole of a step: the loop, the coefficients,
-the arithmetic on x, noise where there is any; not the progress bar.
+Medians of several runs in turn, after a warm-up. Time is the whole of a step: the loop, the
+coefficients, the arithmetic on x, noise where there is any; not the progress bar.
 
     python benchmarks/sampler_overhead.py [--device cpu] [--shape 1 4 32 32] [--steps 50]
 
@@ -12,16 +12,14 @@ published package, say, stand beside ours: the best of runs in turn, in processe
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import bench
 import torch
 import torchsde
 from torchsde._brownian import brownian_interval
@@ -29,21 +27,9 @@ from torchsde._brownian import brownian_interval
 import k_diffusion as K
 
 
-def seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The median time of a run."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    run()
-    times = []
-    for _ in range(repeats):
-        start = now()
-        run()
-        times.append(now() - start)
-    return statistics.median(times)
+def in_turn(runs: dict[str, bench.Run], device: torch.device, repeats: int) -> dict[str, float]:
+    """The median seconds of so many runs each."""
+    return bench.in_turn(runs, device, rounds=(repeats, repeats), shortest=0.0)
 
 
 def samplers(x: torch.Tensor, steps: int, repeats: int) -> None:
@@ -55,28 +41,25 @@ def samplers(x: torch.Tensor, steps: int, repeats: int) -> None:
     sigmas = K.sampling.get_sigmas_karras(steps, 0.03, 15.0)
     noise = torch.randn_like(x)
     print(f"{'sampler':<24} {'us a step':>10} {'x euler':>8} {'with its own noise':>19}")
-    euler = 0.0
-    names = sorted(K.sampling.SAMPLERS, key=lambda name: name != "euler")
-    for name in names:
-        info = K.sampling.SAMPLERS[name]
+    without: dict[str, bench.Run] = {}
+    with_own: dict[str, bench.Run] = {}
+    for name, info in sorted(K.sampling.SAMPLERS.items(), key=lambda item: item[0] != "euler"):
         if not info.takes_sigmas:
             continue
-
-        def run(info=info, **options) -> torch.Tensor:
-            return info.function(model, x, sigmas, disable=True, **options)
-
-        def given(sigma, sigma_next) -> torch.Tensor:
-            return noise
-
-        options: dict[str, object] = {"noise_sampler": given} if info.noise else {}
+        run = partial(info.function, model, x, sigmas, disable=True)
+        options: dict[str, object] = {"noise_sampler": lambda *_: noise} if info.noise else {}
         if name == "restart":
             options["restarts"] = ()
-        without = seconds(partial(run, **options), x.device, repeats) / steps * 1e6
-        euler = euler or without
-        own = ""
+        without[name] = partial(run, **options)
         if info.stochastic:
-            own = f"{seconds(run, x.device, max(repeats // 4, 1)) / steps * 1e6:.0f}"
-        print(f"{name:<24} {without:>10.0f} {without / euler:>8.2f} {own:>19}")
+            with_own[name] = run
+    times = in_turn(without, x.device, repeats)
+    own = in_turn(with_own, x.device, max(repeats // 4, 1))
+    for name, time in times.items():
+        print(
+            f"{name:<24} {time / steps * 1e6:>10.0f} {time / times['euler']:>8.2f} "
+            + (f"{own[name] / steps * 1e6:>19.0f}" if name in own else "")
+        )
 
 
 def brownian(x: torch.Tensor, steps: int, repeats: int) -> None:
@@ -112,10 +95,7 @@ def brownian(x: torch.Tensor, steps: int, repeats: int) -> None:
         K.noise.BatchedBrownianTree._normal = our_normal  # type: ignore[method-assign]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        times = {
-            "theirs": seconds(theirs, x.device, repeats),
-            "ours": seconds(ours, x.device, repeats),
-        }
+        times = in_turn({"theirs": theirs, "ours": ours}, x.device, repeats)
     print(f"\nBrownian noise of {steps - 1} steps, largest difference {error:.1e}")
     for who, name in (("theirs", "torchsde"), ("ours", "k_diffusion")):
         print(f"{name:<12} {draws[who]:>5} draws {times[who] * 1e3:>9.1f} ms")
@@ -156,9 +136,9 @@ def main() -> None:
         return against(args.against, args.shape, args.steps, args.repeats)
     torch.set_num_threads(1)
     x = torch.randn(args.shape, device=args.device)
-    where = torch.cuda.get_device_name() if x.is_cuda else args.device
     shape = " x ".join(map(str, args.shape))
-    print(f"{where}, {shape}, {x.dtype}, {args.steps} steps, median of {args.repeats}\n")
+    on = bench.describe(x.device)
+    print(f"{on}, {shape}, {x.dtype}, {args.steps} steps, median of {args.repeats}\n")
     samplers(x, args.steps, args.repeats)
     brownian(x, args.steps, args.repeats)
 

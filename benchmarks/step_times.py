@@ -11,11 +11,10 @@ import importlib
 import importlib.machinery
 import json
 import sys
-import time
 import types
-from collections.abc import Callable
 from pathlib import Path
 
+import bench
 import torch
 
 NAMES = "euler heun dpm_2 euler_ancestral dpm_2_ancestral lms dpmpp_2s_ancestral dpmpp_sde dpmpp_2m"
@@ -69,14 +68,9 @@ def load_sampling(folder: Path) -> types.ModuleType:
             missing.names.add(name)
 
 
-def best(run: Callable[[], object], repeats: int) -> float:
+def best(run: bench.Run, repeats: int) -> float:
     run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(bench.seconds(run, torch.device("cpu")) for _ in range(repeats))
 
 
 def main() -> None:
