@@ -18,7 +18,7 @@ import torch
 
 from .choice import Request, not_transformed, why_not_imported
 from .geometry import NeighborhoodAttentionSpec
-from .tiles import cached_plan
+from .tiles import cached_plan, take_tokens
 
 _TILE = (8, 16)
 # Below so many tokens a single dense tile is less work than a few blocks.
@@ -94,7 +94,7 @@ def flex(
 
     h, w = index(q.shape[1]), index(q.shape[2])
     plan = _plan(geometry, h, w, q.device)
-    q_, k_, v_ = (x.flatten(1, 2).index_select(1, plan.tokens).transpose(1, 2) for x in (q, k, v))
+    q_, k_, v_ = (take_tokens(x.flatten(1, 2), plan.tokens).transpose(1, 2) for x in (q, k, v))
     if torch.compiler.is_compiling():  # a graph can't hold a BlockMask, but make one
         out = flex_attention(
             q_, k_, v_, block_mask=_describe(plan, h, w, geometry.kernel_size), scale=1.0
@@ -102,7 +102,7 @@ def flex(
     else:
         blocks = _block_mask(geometry, h, w, q.device)
         out = _compiled()(q_, k_, v_, block_mask=blocks, scale=1.0)
-    return out.transpose(1, 2).index_select(1, plan.place).view(q.shape)
+    return take_tokens(out.transpose(1, 2), plan.place).view(q.shape)
 
 
 @dataclass(frozen=True)
