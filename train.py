@@ -36,7 +36,7 @@ def main() -> None:
         dry_run.main(args, config)
         return
     cli.writable(checkpoint.state_path(args.name))
-    accelerator = setup.make_accelerator(args)
+    accelerator = setup.make_accelerator(args, config)
     setup.refuse_metrics(args, accelerator.print)
     seed = launch.agree_on_seed(args.seed)
 

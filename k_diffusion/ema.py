@@ -1,7 +1,7 @@
 """Exponential moving averages of weights and of scalars, and the warm-up of their decay."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -97,15 +97,22 @@ def _pairs(
     return [(old[k], new[k]) for k in old]
 
 
-def _by_kind(pairs: Pairs) -> Iterable[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Lists of one device and dtype each: the foreach kernels are fast on these alone."""
+def _by_kind(pairs: Pairs) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Lists of one device and dtype each: the foreach kernels are fast on these alone. Tensors that
+    have to be converted come one by one, so that no second model is in memory."""
     groups: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]]
     groups = defaultdict(lambda: ([], []))
+    others = []
     for averaged, current in pairs:
-        averaged_list, current_list = groups[averaged.device, averaged.dtype]
-        averaged_list.append(averaged)
-        current_list.append(current.to(averaged))
-    return groups.values()
+        kind = averaged.device, averaged.dtype
+        if kind != (current.device, current.dtype):
+            others.append((averaged, current))
+            continue
+        groups[kind][0].append(averaged)
+        groups[kind][1].append(current)
+    yield from groups.values()
+    for averaged, current in others:
+        yield [averaged], [current.to(averaged)]
 
 
 def ema_update_dict(values: Values, updates: Mapping[str, Any], decay: float) -> Values:

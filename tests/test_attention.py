@@ -300,3 +300,15 @@ def test_dtypes_that_have_no_attention_are_named(dtype):
     inputs = [torch.zeros(1, 4, 4, 1, 8).to(dtype)] * 3
     with pytest.raises(ValueError, match=rf"float16, bfloat16, float32 or float64, got {dtype}"):
         attend(GlobalAttentionSpec(8), *inputs)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        (NeighborhoodAttentionSpec(8, 0), "kernel_size must be at least 1, got 0"),
+        (ShiftedWindowAttentionSpec(8, 0), "window_size must be at least 1, got 0"),
+    ],
+)
+def test_windows_have_a_size(geometry, message):
+    with pytest.raises(ValueError, match=message):
+        attend(geometry, *(torch.zeros(1, 4, 4, 1, 8) for _ in range(3)))

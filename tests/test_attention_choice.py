@@ -82,7 +82,7 @@ def test_plain_backends_are_chosen_on_the_cpu_and_the_choice_is_logged_once(capl
         "backend sdpa; flash4: needs a CUDA device, got cpu; flash3: needs a CUDA device, got cpu; "
         "flash2: needs a CUDA device, got cpu"
     )
-    assert "with gradients: backend tiled; natten: has no backward on the CPU; " in lines[1]
+    assert "with gradients: backend tiled; natten: natten is not installed (" in lines[1]
     assert lines[2].endswith("on cpu float32 with gradients: backend sdpa")
 
 
@@ -380,12 +380,14 @@ def test_the_table_of_a_command(monkeypatch):
     run = subprocess.run(
         command, env=env | {attention.ENV_VAR: "global=flash2"}, capture_output=True, text=True
     )
-    assert run.returncode == 1
-    assert run.stdout == ""
-    assert run.stderr.startswith(
-        "python -m k_diffusion.models.attention: K_DIFFUSION_ATTENTION asks for global=flash2, "
-    )
-    assert "Traceback" not in run.stderr
+    # what is forced and can't run is said below the table of what can
+    *table, last = run.stdout.strip().split("\n")
+    assert last.startswith("K_DIFFUSION_ATTENTION asks for global=flash2, which can't run here")
+    assert [row[1] for row in rows_of("\n".join(table)) if row[2:] == ["chosen"]] == [
+        "tiled",
+        "sdpa",
+    ]
+    assert run.stderr == ""
 
 
 def test_the_table_of_a_gpu(gpu):

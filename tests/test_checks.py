@@ -69,6 +69,15 @@ def test_bad_input_is_named(model, x, sigma, classes, message):
         model(x, sigma, class_cond=classes)
 
 
+def test_another_type_of_numbers_is_named_unless_something_converts_it(model):
+    message = "torch.bfloat16, but the model of torch.float32; convert one of them"
+    with pytest.raises(ValueError, match=message):
+        model(X.bfloat16(), SIGMA, class_cond=CLASSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X.bfloat16(), SIGMA, class_cond=CLASSES)
+    model.bfloat16()(X.bfloat16(), SIGMA, class_cond=CLASSES)
+
+
 def test_conditions_of_another_width_are_named():
     model = ImageDenoiserModelV1(
         3,

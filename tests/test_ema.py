@@ -121,3 +121,17 @@ def test_published_numbers():
         values.append(schedule.get_value())
         schedule.step()
     torch.testing.assert_close(torch.tensor(values), golden.load("ema_and_lr")[0]["ema"])
+
+
+def test_what_has_to_be_converted_is_converted_one_by_one(monkeypatch):
+    model, average = nn.Linear(4, 4).double(), nn.Linear(4, 4)
+    want = [
+        torch.lerp(a, c.float(), 0.25) for a, c in zip(average.parameters(), model.parameters())
+    ]
+    sizes, lerp = [], torch._foreach_lerp_
+    monkeypatch.setattr(
+        torch, "_foreach_lerp_", lambda a, c, w: sizes.append(len(a)) or lerp(a, c, w)
+    )
+    utils.ema_update(model, average, 0.75)
+    assert sizes == [1, 1]
+    torch.testing.assert_close(list(average.parameters()), want)

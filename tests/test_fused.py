@@ -85,6 +85,15 @@ def test_a_gradient_of_one_input_alone(case):
             torch.testing.assert_close(got, want)
 
 
+def test_a_batch_of_gradients_at_once(case):
+    fast, formula, inputs = case
+    out = fast(*inputs)
+    weights = normal(3, *out.shape, seed=7)
+    got = torch.autograd.grad(out, inputs, weights, is_grads_batched=True)
+    want = torch.autograd.grad(formula(*inputs), inputs, weights, is_grads_batched=True)
+    torch.testing.assert_close(got, want)
+
+
 def test_inputs_and_incoming_gradients_are_left_alone(case):
     fast, _, inputs = case
     before = [x.detach().clone() for x in inputs]

@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from k_diffusion.training import launch
+from k_diffusion.training import launch, setup
+from k_diffusion.training.args import parse_args
 
 LAUNCHED = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
 
@@ -72,4 +73,15 @@ def test_seeds():
     assert launch.agree_on_seed(5) == 5
     assert launch.agree_on_seed(0) == 0
     assert len({launch.agree_on_seed(None) for _ in range(3)}) == 3
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("skip_stages", [0, 1])
+def test_processes_do_not_wait_for_gradients_of_skipped_stages(skip_stages, monkeypatch):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", "c.json"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = setup.make_accelerator(parse_args(), {"model": {"skip_stages": skip_stages}})
+    assert accelerator.ddp_handler.find_unused_parameters == bool(skip_stages)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,8 +1,10 @@
 """Checks of what a model's forward is called with."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
+from torch import nn
 
 from .fused import by_formula
 
@@ -38,6 +40,18 @@ def check_floats(**values: torch.Tensor) -> None:
                 f"{name} must hold floating point numbers, got {value.dtype}; convert it with "
                 ".float()"
             )
+
+
+def check_type(name: str, x: torch.Tensor, layer: nn.Module) -> None:
+    """Raise ValueError if x isn't of the type of a layer's weights, unless something converts it:
+    autocast, or a layer from elsewhere in this one's place."""
+    ours = type(layer).__module__.partition(".")[0] == __name__.partition(".")[0]
+    dtype = cast(torch.Tensor, layer.weight).dtype
+    if ours and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise ValueError(
+            f"{name} is of {x.dtype}, but the model of {dtype}; convert one of them with .to(), or "
+            "run the model under torch.autocast"
+        )
 
 
 def check_classes(class_cond: torch.Tensor | None, num_classes: int) -> None:

@@ -54,8 +54,8 @@ class ConditionedModel(nn.Module):
         cond = cond + self.aug_in_proj(self.aug_emb(aug_cond))
         if self.class_emb is not None:
             cond = cond + self.class_emb(class_cond)
-        if self.mapping_cond_in_proj is not None:
-            cond = cond + self.mapping_cond_in_proj(mapping_cond)
+        if self.mapping_cond_in_proj is not None and mapping_cond is not None:
+            cond = cond + self.mapping_cond_in_proj(mapping_cond.to(cond.dtype))
         return self.mapping(cond)
 
     def param_groups(

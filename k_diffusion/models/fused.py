@@ -32,15 +32,21 @@ def by_formula() -> bool:
     )
 
 
-def differentiable_gradient(
+def gradient_by_formula(grad: Tensor) -> bool:
+    """Whether a backward pass is to be differentiated itself (create_graph), or is one for a batch
+    of gradients (is_grads_batched), so that its operations must be visible to torch, too."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def formula_gradient(
     formula: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a formula by its inputs, None where not needed, to be differentiated again.
-
-    For a backward pass with `torch.is_grad_enabled()`, as under create_graph.
-    """
+    """The gradients of a formula by its inputs, None where not needed."""
+    again = torch.is_grad_enabled()
     wanted = [x for x, need in zip(inputs, needed) if need]
-    grads = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=True))
+    with torch.enable_grad():
+        out = formula(*inputs)
+    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
     return tuple(next(grads) if need else None for need in needed)
 
 
@@ -74,9 +80,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if gradient_by_formula(grad):
             inputs = (x, scale, ctx.eps)
-            return differentiable_gradient(rms_norm_formula, inputs, grad, ctx.needs_input_grad)
+            return formula_gradient(rms_norm_formula, inputs, grad, ctx.needs_input_grad)
         # one row of scales for each group of tokens
         rows = scale.view(-1, 1, x.shape[-1]).to(rstd.dtype)
         by_group = rstd.view(len(rows), -1, 1)
@@ -123,8 +129,8 @@ class _GEGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, opening = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return differentiable_gradient(geglu_formula, (x,), grad, (True,))[0]
+        if gradient_by_formula(grad):
+            return formula_gradient(geglu_formula, (x,), grad, (True,))[0]
         value, gate = x.chunk(2, dim=-1)
         grad_x = torch.empty_like(x)
         grad_value, grad_gate = grad_x.chunk(2, dim=-1)
@@ -175,9 +181,9 @@ class _TurnedUnit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, cos, sin, rnorm = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if gradient_by_formula(grad):
             inputs = (x, scale, cos, sin, ctx.eps)
-            return differentiable_gradient(turned_unit_formula, inputs, grad, ctx.needs_input_grad)
+            return formula_gradient(turned_unit_formula, inputs, grad, ctx.needs_input_grad)
         root = scale.to(rnorm.dtype).sqrt()
         wide_x = x.to(rnorm.dtype)
         grad = grad.to(rnorm.dtype, copy=True, memory_format=torch.contiguous_format)

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import nn
 
 from .attention import GlobalAttentionSpec
-from .checks import check_floats, check_multiple, check_shape
+from .checks import check_floats, check_multiple, check_shape, check_type
 from .conditioning import ConditionedModel
 from .flags import checkpoint
 from .rope import apply_rotary_emb, make_axial_pos
@@ -174,6 +174,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         check_multiple(h, w, (self.patch_h, self.patch_w), "the patch size")
         check_shape("sigma", sigma, (len(x),))
         check_floats(x=x, sigma=sigma)
+        check_type("x", x, self.in_proj)
         cond = self.condition(sigma, aug_cond, class_cond)
 
         patches = {"p": self.patch_h, "q": self.patch_w}

@@ -15,7 +15,7 @@ from .attention import (
     NoAttentionSpec,
     ShiftedWindowAttentionSpec,
 )
-from .checks import check_floats, check_multiple, check_shape
+from .checks import check_floats, check_multiple, check_shape, check_type
 from .conditioning import ConditionedModel
 from .flags import checkpoint, get_rope_parity
 from .fused import turned_unit
@@ -280,6 +280,7 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         check_multiple(x.shape[2], x.shape[3], self.size_multiple, reason)
         check_shape("sigma", sigma, (len(x),))
         check_floats(x=x, sigma=sigma)
+        check_type("x", x, self.patch_in.proj)
         self._check_attention(x.shape[2], x.shape[3])
         cond = self.condition(sigma, aug_cond, class_cond, mapping_cond)
         x = self.patch_in(x.movedim(1, -1))

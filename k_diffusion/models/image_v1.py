@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import layers
-from .checks import check_classes, check_floats, check_multiple, check_shape
+from .checks import check_classes, check_floats, check_multiple, check_shape, check_type
 from .flags import checkpoint
 from .transformer import Linear, log_sigma, zero_init
 
@@ -250,6 +250,7 @@ class ImageDenoiserModelV1(nn.Module):
         check_multiple(h, w, (multiple, multiple), reason)
         check_shape("sigma", sigma, (n,))
         check_floats(input=input, sigma=sigma)
+        check_type("input", input, self.proj_in)
         d = self.mapping_cond_dim
         check_shape("mapping_cond", mapping_cond, (n, d), wanted=d, optional=True)
         d = self.unet_cond_dim

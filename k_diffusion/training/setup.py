@@ -1,7 +1,7 @@
 """What train.py does before and around its loop: the accelerator, the seed, messages."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ def refuse_metrics(args: argparse.Namespace, say: Callable[[str], object]) -> No
         say("--gns has no effect: this version doesn't measure the gradient noise scale")
 
 
-def make_accelerator(args: argparse.Namespace) -> Any:
+def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any:
     """The Accelerator, with the trackers that the arguments ask for started."""
+    need("accelerate", "this script")
+    from accelerate import DistributedDataParallelKwargs
+
     trackers = []
     if args.wandb_project:
         trackers.append("wandb")
@@ -32,6 +35,10 @@ def make_accelerator(args: argparse.Namespace) -> Any:
         mixed_precision=args.mixed_precision,
         log_with=trackers or None,
         project_dir=args.tensorboard,
+        # layers of skipped stages are there and get no gradient
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=config["model"]["skip_stages"] > 0)
+        ],
     )
     if trackers:
         options = {"entity": args.wandb_entity, "group": args.wandb_group}

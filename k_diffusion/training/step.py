@@ -55,11 +55,11 @@ def train_step(
     """Loss, backward, clip, step, EMA: one optimizer step over `accumulate` batches of `batches`.
 
     denoiser: around the prepared (DDP-wrapped) inner model; opt: the prepared optimizer.
-    checkpointing: a row of `models.flags.CHECKPOINTING`. Noise
-    levels are stratified over all processes and batches of the step, and all random numbers follow
-    from the seed, the step and the process. In fp16, a step whose gradients overflowed leaves the
-    weights, and so the learning rate and the average, as they are. Returns the mean loss of this
-    process and the norm of the gradient (None without clipping), on the device.
+    checkpointing: a row of `models.flags.CHECKPOINTING`. Noise levels are stratified over all
+    processes and batches of the step, and all random numbers follow from the seed, the step and the
+    process. In fp16, a step whose gradients overflowed leaves the weights, and so the learning rate
+    and the average, as they are. Returns the mean loss of this process and the norm of the gradient
+    (None without clipping), on the device.
     """
     config = state.config
     opt.zero_grad(set_to_none=True)

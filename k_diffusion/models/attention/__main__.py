@@ -18,19 +18,22 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def table(requests: list[choice.Request]) -> str:
-    """A row for each backend of each request: whether it can run, is chosen, and why not.
-
-    Raises ValueError as `attend` does.
-    """
+    """A row for each backend of each request: whether it can run, is chosen, and why not; then
+    what is forced and can't run. Raises ValueError where a geometry doesn't fit."""
     rows = [("geometry", "backend", "can run here", "why not")]
+    errors: list[str] = []
     for request in requests:
         request.geometry.check(request.h, request.w)
-        chosen = choice.choose_backend(request)
+        try:
+            chosen = choice.choose_backend(request)
+        except ValueError as error:
+            chosen = ""
+            errors += ["", str(error)]
         for name, reason in choice.reasons(request).items():
             can = "no" if reason else "chosen" if name == chosen else "yes"
             why = reason or BACKENDS[request.geometry.name][name].passed_over(request) or ""
             rows.append((request.geometry.name, name, can, "" if name == chosen else why))
-    return "\n".join(cli.aligned(rows))
+    return "\n".join([*cli.aligned(rows), *dict.fromkeys(errors)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -54,7 +54,9 @@ class NeighborhoodAttentionSpec:
         return self.name, self.d_head, self.kernel_size, self.backend
 
     def check(self, h: int, w: int) -> None:
-        """Raises ValueError if the window is larger than the grid."""
+        """Raises ValueError if the window is larger than the grid, or not of a size at all."""
+        if self.kernel_size < 1:
+            raise ValueError(f"kernel_size must be at least 1, got {self.kernel_size}")
         if self.kernel_size > min(h, w):
             raise ValueError(
                 f"neighborhood attention with kernel_size {self.kernel_size} needs at least "
@@ -101,7 +103,9 @@ class ShiftedWindowAttentionSpec:
         return self.name, self.d_head, self.window_size, self.shift, self.backend
 
     def check(self, h: int, w: int) -> None:
-        """Raises ValueError if the windows don't tile the grid."""
+        """Raises ValueError if the windows don't tile the grid, or have no size at all."""
+        if self.window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {self.window_size}")
         if h % self.window_size or w % self.window_size:
             valid = [d for d in range(2, min(h, w) + 1) if h % d == 0 and w % d == 0]
             raise ValueError(

@@ -72,15 +72,16 @@ def not_without_kernels(request: Request) -> str | None:
 def why_not_natten(request: Request) -> str | None:
     if request.geometry.kernel_size < 2:  # type: ignore[union-attr]
         return "needs kernel_size >= 2"
-    if request.device == "cpu" and request.needs_grad:
-        return "has no backward on the CPU"
-    return (
+    reason = (
         not_transformed(request)
         or _runs_on(request)
         or _single_precision(request)
         or _head_of_eights(request)
         or _version_within(request, (0, 20), None)
     )
+    if reason is None and request.device == "cpu" and request.needs_grad:
+        return "has no backward on the CPU"
+    return reason
 
 
 def natten(

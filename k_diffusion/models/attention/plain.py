@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..fused import by_formula, differentiable_gradient
+from ..fused import by_formula, formula_gradient, gradient_by_formula
 from .geometry import Geometry
 
 
@@ -41,10 +41,10 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        if not torch.is_grad_enabled():
+        if not gradient_by_formula(grad):
             return grad, None, None, None, None
         needed = ctx.needs_input_grad[1:]
-        return None, *differentiable_gradient(formula, ctx.saved_tensors, grad, needed)
+        return None, *formula_gradient(formula, ctx.saved_tensors, grad, needed)
 
 
 def fused(
