@@ -23,6 +23,7 @@ def table(head: str, rows: Rows, bold: Iterable[tuple[str, int]], form: str = ".
 
 
 def replace(text: str, name: str, script: str, section: str) -> str:
+    """A page's text with a section between the markers of that name and script."""
     begin, end = f"<!-- {name}: benchmarks/{script} -->", f"<!-- end of {name} -->"
     before, rest = text.split(begin)
     return before + begin + "\n" + section + "\n" + end + rest.split(end)[1]

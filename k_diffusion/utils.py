@@ -1,6 +1,7 @@
 """Images, files, data sets, module modes; and the densities, EMA and learning-rate schedules."""
 
 import csv
+import functools
 import hashlib
 import os
 import tempfile
@@ -45,10 +46,15 @@ _PIL_MAX = {"L": 255, "LA": 255, "RGB": 255, "RGBA": 255, "I;16": 65535}
 _PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """What numbers of some types are squared and summed in: at least float32."""
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+
+
 def widen(x: torch.Tensor) -> torch.Tensor:
     """x in at least float32: squares of noise levels above 255 don't fit into float16, and sums of
     half precision lose too much."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(wide(x.dtype))
 
 
 def append_dims(x: torch.Tensor, target_dims: int) -> torch.Tensor:

@@ -12,22 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
+from ..utils import wide
 from .rope import rotate
 
 Tensor = torch.Tensor
 
 
-def in_forward_mode() -> bool:
-    """Whether forward-mode derivatives (torch.func.jvp, torch.autograd.forward_ad) are taken."""
-    # not by the tensors: under a nested transform they don't show their tangents
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-
-
 def by_formula() -> bool:
-    """Whether a computation must be visible to torch, operation by operation."""
+    """Whether a computation must be visible to torch, operation by operation: in compiled code,
+    under transforms of torch.func, and where forward-mode derivatives are taken."""
     return (
         torch.compiler.is_compiling()
-        or in_forward_mode()
+        # not by the tensors: under a nested transform they don't show their tangents
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     )
 
@@ -48,14 +45,6 @@ def formula_gradient(
         out = formula(*inputs)
     grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
     return tuple(next(grads) if need else None for need in needed)
-
-
-def wide(*dtypes: torch.dtype) -> torch.dtype:
-    """What numbers of some types are summed in: at least float32."""
-    dtype = torch.float32
-    for other in dtypes:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
 
 
 # ---------------------------------------------------------------- RMS normalisation

@@ -297,10 +297,11 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
     def _check_attention(self, h: int, w: int) -> None:
         size = [side // patch for side, patch in zip((h, w), (self.patch_in.h, self.patch_in.w))]
         for i, level in enumerate([*self.down_levels, self.mid_level]):
-            for block in level:
-                try:
-                    if block.self_attn is not None:
-                        block.self_attn.geometry.check(*size)
-                except ValueError as error:
-                    raise ValueError(f"level {i} of an image of {h} x {w}: {error}") from None
+            # a level's blocks are of one geometry
+            attn = level[0].self_attn if len(level) else None
+            try:
+                if attn is not None:
+                    attn.geometry.check(*size)
+            except ValueError as error:
+                raise ValueError(f"level {i} of an image of {h} x {w}: {error}") from None
             size = [side // 2 for side in size]

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from ..utils import wide
+
 
 def bounding_box(
     h: int, w: int, pixel_aspect_ratio: float = 1.0
@@ -56,7 +58,7 @@ def make_axial_pos(
 
 def cos_sin(theta: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of angles in radians, to `rotate` features of `dtype`; at least float32."""
-    dtype = torch.promote_types(torch.promote_types(dtype, theta.dtype), torch.float32)
+    dtype = wide(dtype, theta.dtype)
     theta = theta.to(dtype)
     return theta.cos(), theta.sin()
 

@@ -14,20 +14,22 @@ from .optional import need
 _LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def make_accelerator(**options: Any) -> Any:
+def make_accelerator(find_unused_parameters: bool = False, **options: Any) -> Any:
     """The Accelerator of this process; on the CPU where there is nothing faster.
 
-    options: its arguments. Raises ImportError without accelerate.
+    find_unused_parameters: of DDP, for models not all of whose weights get a gradient. options:
+    the Accelerator's arguments. Raises ImportError without accelerate.
     """
     need("accelerate", "this script")
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     if processes := processes_missing():
         run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         os.execv(sys.executable, [sys.executable, *run, *sys.argv])
     # without it, Accelerate takes the processes of torchrun for single ones where there's no GPU
     on_cpu = options.pop("cpu", False) or not torch.accelerator.is_available()
-    return Accelerator(cpu=on_cpu, **options)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
+    return Accelerator(cpu=on_cpu, kwargs_handlers=[ddp], **options)
 
 
 def processes_missing() -> int:

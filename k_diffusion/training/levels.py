@@ -100,10 +100,10 @@ def make_levels(
     levels = []
     for level in LEVELS[type(model)](model, inner):
         if not level.backend:
-            names = [
-                attention.choose_backend(Request(g, level.h, level.w, device.type, dtype))
-                for g in level.geometries[:1]
-            ]
-            level = dataclasses.replace(level, backend="".join(names) or "-")
+            name = "-"
+            if level.geometries:
+                request = Request(level.geometries[0], level.h, level.w, device.type, dtype)
+                name = attention.choose_backend(request)
+            level = dataclasses.replace(level, backend=name)
         levels.append(level)
     return levels

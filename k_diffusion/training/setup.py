@@ -21,9 +21,6 @@ def refuse_metrics(args: argparse.Namespace, say: Callable[[str], object]) -> No
 
 def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any:
     """The Accelerator, with the trackers that the arguments ask for started."""
-    need("accelerate", "this script")
-    from accelerate import DistributedDataParallelKwargs
-
     trackers = []
     if args.wandb_project:
         trackers.append("wandb")
@@ -36,9 +33,7 @@ def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any
         log_with=trackers or None,
         project_dir=args.tensorboard,
         # layers of skipped stages are there and get no gradient
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=config["model"]["skip_stages"] > 0)
-        ],
+        find_unused_parameters=config["model"]["skip_stages"] > 0,
     )
     if trackers:
         options = {"entity": args.wandb_entity, "group": args.wandb_group}

@@ -54,12 +54,13 @@ def fused(
 
     q, k, v: (n, heads, tokens, e). mask: broadcasts to (n, heads, queries, keys).
     """
-    if torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-    if by_formula():
+    compiled = torch.compiler.is_compiling()
+    if by_formula() and not compiled:
         return formula(q, k, v, mask)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
-    return _TwiceDifferentiable.apply(out, q, k, v, mask) if out.requires_grad else out
+    if compiled or not out.requires_grad:
+        return out
+    return _TwiceDifferentiable.apply(out, q, k, v, mask)
 
 
 def dense(
