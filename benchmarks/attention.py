@@ -2,13 +2,15 @@
 
 Memory is the peak of a call, with the masks and indices that are kept between calls. The limit is
 the time of the exact operation's multiply-accumulates, three times as many with the backward
-pass, at the rate of a matrix product, which is measured in turn with the backends. Brute force is
-torch's fused attention over all tokens with an N x N mask; the reference, where there is no mask.
+pass, at the rate of a matrix product, which is measured in turn with the backends. On a GPU it is
+at least the time to read q, k and v and to write the output once, and three times as much with the
+backward pass, at the rate of a copy. Brute force is torch's fused attention over all tokens with an
+N x N mask; the reference, where there is no mask.
 
     python benchmarks/attention.py [--device cuda] [--dtype bf16] [--kernel-size 7] [--write]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -17,7 +19,8 @@ from unittest import mock
 import bench
 import torch
 import torch.nn.functional as F
-from bench import MATMUL, MIB, Matmul, Row, Section
+from bench import COPY, MATMUL, MIB, Copy, Matmul, Row, Section
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from k_diffusion.models import flops
 from k_diffusion.models.attention import (
@@ -37,8 +40,16 @@ from k_diffusion.models.attention import (
 
 D_HEAD = 64
 WINDOW_SIZE = 8
-# samples, tokens of a side, heads
-SHAPES = [(4, 16, 2), (4, 32, 4), (2, 64, 2), (1, 128, 2), (1, 256, 1)]
+# samples, tokens of a side, heads; by the type of device
+SHAPES = {
+    "cpu": [(4, 16, 2), (4, 32, 4), (2, 64, 2), (1, 128, 2), (1, 256, 1)],
+    "cuda": [(64, 16, 24), (32, 32, 12), (32, 64, 6), (8, 128, 4), (8, 256, 2)],
+}
+SDPA_KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 BRUTE_FORCE = "brute force"
 # What took so many seconds isn't run on larger grids.
 TOO_LONG = 1.0
@@ -93,6 +104,16 @@ def by_backend(backend: Backend, geometry: Geometry) -> Attention:
     return lambda q, k, v: backend.run(q, k, v, geometry)
 
 
+def by_sdpa_kernel(kernel: SDPBackend, geometry: Geometry) -> Attention:
+    sdpa = BACKENDS["global"]["sdpa"].run
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(kernel):
+            return sdpa(q, k, v, geometry)
+
+    return run
+
+
 def kept(attention: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
     """Bytes of the masks and indices that a backend keeps for the next call."""
     if isinstance(attention, BruteForce):
@@ -129,6 +150,20 @@ def candidates(
     for name, reason in reasons(request).items():
         if reason is None and (name != "reference" or n * heads * table <= LARGEST_SCORES):
             can[name] = by_backend(BACKENDS[geometry.name][name], geometry)
+    if geometry.name == "global" and device.type == "cuda":
+        can |= {f"sdpa, {k}": by_sdpa_kernel(SDPA_KERNELS[k], geometry) for k in SDPA_KERNELS}
+    return can
+
+
+def runnable(runs: Mapping[str, bench.Run]) -> dict[str, bench.Run]:
+    """Those that run; why another doesn't is printed."""
+    can = {}
+    for name, run in runs.items():
+        try:
+            run()
+            can[name] = run
+        except Exception as error:  # of a kernel: its memory, a shape that it doesn't take
+            print(f"{name}: {str(error).splitlines()[0]}", flush=True)
     return can
 
 
@@ -154,16 +189,28 @@ def measure(
 
     can = candidates(geometry, shape, device, dtype, needs_grad)
     runs = {name: partial(whole, run) for name, run in can.items() if name not in skip}
-    matmul = Matmul(device, dtype)
+    matmul, on_gpu = Matmul(device, dtype), device.type == "cuda"
+    rates: dict[str, bench.Run] = {MATMUL: matmul}
+    if on_gpu:
+        rates[COPY] = copy = Copy(device)
     with torch.set_grad_enabled(needs_grad):
-        times = bench.in_turn({**runs, MATMUL: matmul}, device, budget)
+        runs = runnable(runs) if on_gpu else runs
+        times = bench.in_turn({**runs, **rates}, device, budget)
         peaks = {name: bench.peak_memory(run, device) for name, run in runs.items()}
         held = {name: kept(can[name], q, k, v) for name in runs}
     skip |= {name for name in runs if times[name] > TOO_LONG}
     with flops.flop_counter() as counter:
         geometry.record_flops(q.shape)
-    flop = 2 * counter.flops * (3 if needs_grad else 1)
-    limit = flop / (matmul.flop / times[MATMUL])
+    passes = 3 if needs_grad else 1
+    limit = passes * 2 * counter.flops / (matmul.flop / times[MATMUL])
+    if on_gpu:
+        limit = max(limit, passes * 4 * q.nbytes / (copy.bytes / times[COPY]))
+        print(
+            f"{geometry.name}, {shape}: limit {limit * 1e6:.0f} us at "
+            f"{matmul.flop / times[MATMUL] / 1e12:.0f} TFLOP/s and "
+            f"{copy.bytes / times[COPY] / 1e12:.2f} TB/s",
+            flush=True,
+        )
     brute = times.get("reference" if geometry.name == "global" else BRUTE_FORCE)
     return {
         name: {
@@ -227,6 +274,7 @@ def cannot_run(
 def main(argv: Sequence[str] | None = None) -> None:
     p = bench.parser(__doc__)
     p.add_argument("--kernel-size", type=int, default=7)
+    p.add_argument("--budget", type=float, default=2.5, help="seconds a row of runs in turn takes")
     p.add_argument("--geometry", action="append", choices=list(BACKENDS), help="default: all")
     args = bench.parse(p, argv)
     geometries: list[Geometry] = [
@@ -235,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         GlobalAttentionSpec(D_HEAD),
     ]
     titles = [f"neighborhood, kernel {args.kernel_size}", f"shifted window {WINDOW_SIZE}", "global"]
-    shapes, budget = (SHAPES[:1], 0.0) if args.quick else (SHAPES, 2.5)
+    shapes = SHAPES[args.device.type]
+    shapes, budget = (shapes[:1], 0.0) if args.quick else (shapes, args.budget)
     omit = ["flex"] if args.quick else []  # which is compiled
     sections = {}
     for geometry, title in zip(geometries, titles):

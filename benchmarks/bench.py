@@ -25,6 +25,7 @@ PAGE = ROOT / "docs" / "performance.md"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
 MATMUL = "matmul"
+COPY = "copy"
 
 Run: TypeAlias = Callable[[], object]
 Row: TypeAlias = dict[str, Any]
@@ -100,6 +101,21 @@ class Matmul:
 
     def __call__(self) -> None:
         torch.mm(self.a, self.b, out=self.out)
+
+
+class Copy:
+    """A copy of a large tensor, whose rate is the limit of what moves data.
+
+    bytes: those that it reads and those that it writes.
+    """
+
+    def __init__(self, device: torch.device, mib: int = 1024):
+        self.a = torch.empty(mib * MIB, device=device, dtype=torch.uint8)
+        self.b = torch.ones_like(self.a)
+        self.bytes = 2 * self.a.nbytes
+
+    def __call__(self) -> None:
+        self.a.copy_(self.b)
 
 
 # ---------------------------------------------------------------- memory

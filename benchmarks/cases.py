@@ -82,9 +82,10 @@ CASES = {
         Case("digits", "config_digits_transformer.json", (8, 8), 64, ["compiled", "by-block"]),
     ],
     "cuda": [
-        Case("flowers", "config_oxford_flowers.json", (256, 256), 64, ["brute-force"]),
+        Case("flowers-128", "config_oxford_flowers.json", (128, 128), 64, ["brute-force"]),
+        Case("flowers", "config_oxford_flowers.json", (256, 256), 32, ["brute-force"]),
         Case("imagenet-256", IMAGENET, (256, 256), 32, ["brute-force"]),
-        Case("ffhq-1024", FFHQ, (1024, 1024), 8, ["brute-force"]),
+        Case("ffhq-1024", FFHQ, (1024, 1024), 4, ["brute-force"]),
     ],
 }
 QUICK = replace(CASES["cpu"][-1], batch=4)

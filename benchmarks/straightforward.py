@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from k_diffusion.models import attention, image_transformer_v2, transformer
+from k_diffusion.models import attention, fused, image_transformer_v2, transformer
 from k_diffusion.models.attention import neighborhood
 
 Tensor = torch.Tensor
@@ -113,6 +113,18 @@ def plain(brute_force: bool = False) -> Iterator[None]:
         if brute_force:
             forced = {attention.ENV_VAR: "neighborhood=reference"}
             stack.enter_context(mock.patch.dict(os.environ, forced))
+        yield
+
+
+@contextmanager
+def formulas(*names: str) -> Iterator[None]:
+    """Within it, some of the element-wise parts go by their formulas (`rms_norm`, `geglu`,
+    `turned_unit`), operation by operation, in place of their own steps of autograd."""
+    with ExitStack() as stack:
+        for name in names:
+            module = image_transformer_v2 if name == "turned_unit" else transformer
+            formula = getattr(fused, f"{name}_formula")
+            stack.enter_context(mock.patch.object(module, name, formula))
         yield
 
 

@@ -61,6 +61,9 @@ WAYS = {
         plain=True,
     ),
     "eager": Way("eager"),
+    "norms": Way("eager, norms by formula", partial(straightforward.formulas, "rms_norm")),
+    "geglu": Way("eager, GEGLU by formula", partial(straightforward.formulas, "geglu")),
+    "qk": Way("eager, q and k by formula", partial(straightforward.formulas, "turned_unit")),
     "checkpointed": Way("checkpointed", K.models.checkpointing),
     "selective": Way(
         "checkpointed but for attention", partial(K.models.checkpointing, keep_attention=True)

@@ -20,17 +20,17 @@ def forget():
             cached.cache_clear()
 
 
-def qkv(h, w, n=2, heads=2, e=8, dtype=torch.float32, grad=True):
+def qkv(h, w, n=2, heads=2, e=8, dtype=torch.float32, grad=True, device="cpu"):
     """Queries, keys and values, (n, h, w, heads, e), whose dot products are of the order of 1."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, h, w, heads, e, generator=g, dtype=torch.float64) for _ in range(3))
     scale = 1.5 * e**-0.25
-    return [x.to(dtype).requires_grad_(grad) for x in (q * scale, k * scale, v)]
+    return [x.to(device, dtype).requires_grad_(grad) for x in (q * scale, k * scale, v)]
 
 
 def formula(geometry, q, k, v):
     """Softmax attention over all pairs of tokens that the geometry's mask allows."""
-    mask = geometry.mask(*q.shape[1:3])
+    mask = geometry.mask(*q.shape[1:3]).to(q.device)
     q_, k_, v_ = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
     scores = (q_ @ k_.mT).masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1) @ v_).transpose(1, 2).reshape(q.shape)
@@ -45,7 +45,7 @@ def assert_same(run, geometry, inputs, tol):
     assert got[0].dtype == inputs[0].dtype
     assert got[0].shape == inputs[0].shape
     if inputs[0].requires_grad:
-        grad = torch.cos(torch.arange(got[0].numel())).view_as(got[0]).to(got[0].dtype)
+        grad = torch.cos(torch.arange(got[0].numel())).view_as(got[0]).to(got[0])
         want += torch.autograd.grad(want[0], exact, grad.double())
         got += torch.autograd.grad(got[0], inputs, grad)
     for a, b in zip(got, want):

@@ -191,21 +191,39 @@ def test_autocast_takes_attention_to_bf16_and_gives_gradients_of_the_inputs_dtyp
 
 
 @pytest.mark.parametrize("k", [1, 4, 7, 13])
-@pytest.mark.parametrize("size", [(13, 13), (24, 33), (17, 50)])
+@pytest.mark.parametrize("size", [(13, 13), (24, 33), (17, 50), (34, 64), (32, 128)])
 def test_flex_lists_the_blocks_that_hold_a_visible_pair(k, size):
     """Sparsity that uncompiled FlexAttention doesn't use, and compiled code relies on."""
     geometry = NeighborhoodAttentionSpec(16, k)
     plan = flex._plan(geometry, *size, torch.device("cpu"))
-    blocks, block = plan.sees[0].shape[-1], 8 * 16
-    assert plan.tokens[plan.place].equal(torch.arange(size[0] * size[1]))
+    blocks, block = plan.sees[0].shape[-1], plan.tile[0] * plan.tile[1]
+    in_rows = torch.arange(size[0] * size[1])
+    tokens, place = plan.order or (in_rows, in_rows)
+    assert tokens[place].equal(in_rows)
     pairs = geometry.mask(*size).nonzero()
     want = torch.zeros(blocks, blocks, dtype=torch.bool)
-    want[plan.place[pairs[:, 0]] // block, plan.place[pairs[:, 1]] // block] = True
+    want[place[pairs[:, 0]] // block, place[pairs[:, 1]] // block] = True
     for (number, order), seen in ((plan.sees, want), (plan.seen_by, want.mT)):
+        assert order.is_contiguous()  # as kernels read it, whatever its strides
         for i in range(blocks):
             assert set(order[0, 0, i].tolist()) == set(range(blocks))
             listed = set(order[0, 0, i, : number[0, 0, i]].tolist())
             assert listed == set(seen[i].nonzero().flatten().tolist())
+
+
+def test_flex_takes_the_tiles_that_see_the_fewest_others():
+    def plan(side, k):
+        return flex._plan(NeighborhoodAttentionSpec(16, k), side, side, torch.device("cpu"))
+
+    def seen(plan):
+        return plan.sees[0].float().mean().item() * 128
+
+    # keys computed for a query of a kernel of 7, where 8 x 16 tiles make it 640, 880 and 1081
+    assert (plan(32, 7).tile, seen(plan(32, 7))) == ((4, 32), 352)
+    assert (plan(64, 7).tile, seen(plan(64, 7))) == ((2, 64), 624)
+    assert plan(64, 7).order is None  # as wide as the grid: its own order
+    assert (plan(256, 7).tile, seen(plan(256, 7))) == ((4, 32), 1045)
+    assert plan(64, 13).tile == (8, 16)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -58,6 +58,8 @@ def gpu(monkeypatch):
         packages = [p.split()[0] for p in packages]
         for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute", "natten", "triton"):
             module = ModuleType(name) if name in packages else None
+            if module is not None and name.startswith("flash_attn"):
+                module.flash_attn_func = None
             monkeypatch.setitem(sys.modules, name, module)
 
     return machine
@@ -144,6 +146,15 @@ def test_neighborhood_attention_on_a_gpu(gpu, packages, k, dtype, want):
     assert choose_backend(on("cuda", NeighborhoodAttentionSpec(64, k), dtype)) == want
     transformed = on("cuda", NeighborhoodAttentionSpec(64, k), dtype, transformed=True)
     assert choose_backend(transformed) == "tiled"
+
+
+def test_small_grids_are_not_for_natten(gpu):
+    gpu(9, ["natten 0.21", "triton"])
+    geometry = NeighborhoodAttentionSpec(64, 7)
+    sizes = {16: "tiled", 32: "flex", 64: "natten"}
+    assert {n: choose_backend(on("cuda", geometry, h=n, w=n)) for n in sizes} == sizes
+    forced = NeighborhoodAttentionSpec(64, 7, "natten")
+    assert choose_backend(on("cuda", forced, h=16, w=16)) == "natten"
 
 
 def test_small_grids_are_a_dense_tile_and_not_flex(gpu):

@@ -128,6 +128,19 @@ def test_flash_attention(install, monkeypatch, name, modules, dtype):
     torch.testing.assert_close(run(*views, geometry), run(*inputs, geometry))
 
 
+def test_flash_attention_4_alone_is_not_flash_attention_2(install, monkeypatch):
+    """It installs the package flash_attn.cute, and so an empty flash_attn."""
+    install({"flash_attn": {}, "flash_attn.cute": {"flash_attn_func": flash_attn_4}})
+    for capability, name in (8, "sdpa"), (9, "flash4"):
+        monkeypatch.setattr(flash, "_capability", lambda major=capability: major)
+        forget()
+        assert (
+            choose_backend(Request(GlobalAttentionSpec(64), 7, 5, "cuda", torch.bfloat16)) == name
+        )
+    reason = flash.why_not_flash2(Request(GlobalAttentionSpec(64), 7, 5, "cuda", torch.bfloat16))
+    assert reason == 'flash_attn is not installed (pip install "k-diffusion[flash]")'
+
+
 # ---------------------------------------------------------------- NATTEN
 
 
@@ -398,6 +411,7 @@ def test_what_the_choice_imports(tmp_path, monkeypatch):
     """Nothing where no custom kernel can run, and each package once where one can."""
     counter = "import pathlib\npath = pathlib.Path(__file__ + '.count')\n"
     counter += "path.write_text((path.read_text() if path.exists() else '') + 'x')\n"
+    counter += "flash_attn_func = None\n"
     for name in ("flash_attn", "natten"):
         (tmp_path / f"{name}.py").write_text(counter)
     monkeypatch.syspath_prepend(tmp_path)

@@ -56,7 +56,7 @@ BACKENDS["global"] = {
     "reference": Backend(plain.reference),
 }
 BACKENDS["neighborhood"] = {
-    "natten": Backend(natten.natten, natten.why_not_natten, natten.not_without_kernels),
+    "natten": Backend(natten.natten, natten.why_not_natten, natten.not_for_small_grids),
     "natten-0.17": Backend(natten.natten_0_17, natten.why_not_natten_0_17),
     "flex": Backend(flex.flex, flex.why_not_flex, flex.better_without),
     "natten-unfused": Backend(natten.unfused, natten.why_not_unfused, natten.not_without_kernels),

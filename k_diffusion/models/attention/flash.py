@@ -1,5 +1,6 @@
 """Global attention by the FlashAttention packages."""
 
+import importlib
 from collections.abc import Callable, Container
 from functools import lru_cache
 from typing import Any
@@ -22,7 +23,15 @@ def _head_of_at_most(limit: int) -> Callable[[Request], str | None]:
 
 
 def _package(module: str, hint: str) -> Callable[[Request], str | None]:
-    return lambda request: why_not_imported(module, hint)
+    def need(request: Request) -> str | None:
+        if reason := why_not_imported(module, hint):
+            return reason
+        # FlashAttention-4 alone leaves a package of version 2's name that holds nothing
+        if not hasattr(importlib.import_module(module), "flash_attn_func"):
+            return f"{module} is not installed ({hint})"
+        return None
+
+    return need
 
 
 @lru_cache

@@ -11,6 +11,9 @@ from .choice import Request, custom_kernel, not_transformed, why_not_imported
 from .geometry import NeighborhoodAttentionSpec
 
 _HINT = 'pip install "k-diffusion[natten]"'
+# On an H100 a training step's attention takes its fused kernels 5.8 times as long as the tiled form
+# at 256 tokens and 2.7 times as long as FlexAttention at 1,024; from 4,096 on they are about even.
+_MIN_TOKENS = 2048
 
 
 @lru_cache
@@ -55,6 +58,15 @@ def _single_precision(request: Request) -> str | None:
 def _runs_on(request: Request) -> str | None:
     if request.device not in ("cpu", "cuda"):
         return f"needs a CPU or CUDA device, got {request.device}"
+    return None
+
+
+def not_for_small_grids(request: Request) -> str | None:
+    """On few tokens other backends are faster, and so is any without its CUDA kernels."""
+    if reason := not_without_kernels(request):
+        return reason
+    if request.h * request.w < _MIN_TOKENS:
+        return f"not chosen by itself below {_MIN_TOKENS} tokens"
     return None
 
 
