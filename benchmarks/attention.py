@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import bench
 import torch
 import torch.nn.functional as F
-from bench import MATMUL, MIB, Matmul, Row, Section
+from harness import bench
+from harness.bench import MATMUL, MIB, Matmul, Row, Section
 
 from k_diffusion.models import flops
 from k_diffusion.models.attention import (

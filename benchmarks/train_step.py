@@ -1,7 +1,7 @@
 """A training step: loss on random images, backward, clipping, optimizer, averaged weights.
 
 Rows stand for ways to run it, measured in turn on the same weights: the straightforward form
-(straightforward.py), also with neighborhood attention by brute force, and the package's own step,
+(harness.plain_step), also with neighborhood attention by brute force, and the package's own step,
 eager, checkpointed and compiled. Utilisation is the time of the model's multiply-accumulates, three
 times those of a forward pass, at the rate of a matrix product measured in turn with the rest, by
 the time of the step; what checkpointing recomputes doesn't count. Peak memory is beyond weights,
@@ -21,13 +21,10 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import bench
-import cases
-import step_profile
-import straightforward
 import torch
-from bench import MATMUL, MIB, Matmul, Row, Section
-from cases import Case
+from harness import bench, cases, plain_step as straightforward, step_profile
+from harness.bench import MATMUL, MIB, Matmul, Row, Section
+from harness.cases import Case
 from torch import nn
 
 import k_diffusion as K

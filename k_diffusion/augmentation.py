@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 
-from .utils import from_pil_image
+from .common.images import from_pil_image
 
 COND_DIM = 9
 

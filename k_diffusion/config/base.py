@@ -1,8 +1,6 @@
 """What every typed section of a config shares."""
 
-import difflib
 import warnings
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import (
@@ -17,11 +15,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-
-def did_you_mean(got: str, valid: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing where no valid name comes near."""
-    near = difflib.get_close_matches(str(got), list(valid), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+from ..common.text import did_you_mean
 
 
 class Section(BaseModel):

@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from .fused import by_formula
+from .autograd import by_formula
 
 
 def check_shape(

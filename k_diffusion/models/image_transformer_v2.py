@@ -1,24 +1,25 @@
 """The hourglass diffusion transformer (HDiT, arXiv 2401.11605)."""
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
 
-from .. import layers
 from .attention import (
     GlobalAttentionSpec,
     NeighborhoodAttentionSpec,
     NoAttentionSpec,
     ShiftedWindowAttentionSpec,
 )
+from .autograd import turned_unit
 from .checks import check_floats, check_multiple, check_shape, check_type
 from .conditioning import ConditionedModel
 from .flags import checkpoint, get_rope_parity
-from .fused import turned_unit
 from .rope import AxialRoPE, apply_rotary_emb, apply_rotary_emb_, cos_sin, make_axial_pos
 from .transformer import (
     AdaRMSNorm,
@@ -59,11 +60,17 @@ __all__ = [
     "apply_rotary_emb_",
     "apply_wd",
     "filter_params",
-    "layers",
     "tag_module",
     "tag_param",
     "zero_init",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "layers":  # programs take layers from here, as from the published module
+        return importlib.import_module("k_diffusion.layers")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 AttentionSpec = (
     GlobalAttentionSpec | NeighborhoodAttentionSpec | ShiftedWindowAttentionSpec | NoAttentionSpec

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ..utils import wide
+from ..common.tensors import wide
 
 
 def bounding_box(

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import flops
 from .attention import Geometry, attend
-from .fused import geglu, normalise, rms_norm
+from .autograd import geglu, normalise, rms_norm
 
 M = TypeVar("M", bound=nn.Module)
 

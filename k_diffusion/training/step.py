@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
-from .. import models, utils
+from .. import models
+from ..common.seeds import derive_seed
+from ..densities import enable_stratified_accelerate
 from ..models.flags import CHECKPOINTING
-from .data import derive_seed
+from .ema import ema_update
 from .state import TrainState
 
 
@@ -71,7 +73,7 @@ def train_step(
         last = i == accumulate - 1
         with (
             nullcontext() if last else accelerator.no_sync(denoiser.inner_model),
-            utils.enable_stratified_accelerate(accelerator, step=i, steps=accumulate),
+            enable_stratified_accelerate(accelerator, step=i, steps=accumulate),
             models.checkpointing(**CHECKPOINTING[checkpointing]),
         ):
             loss = batch_loss(denoiser, batch, sample_density, config, accelerator.device).mean()
@@ -87,7 +89,7 @@ def train_step(
         opt.step()
         if not opt.step_was_skipped:
             state.sched.step()
-            utils.ema_update(state.model, state.model_ema, state.ema_sched.get_value())
+            ema_update(state.model, state.model_ema, state.ema_sched.get_value())
             state.ema_sched.step()
         state.samples += seen
         state.step += 1

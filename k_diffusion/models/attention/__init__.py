@@ -12,7 +12,7 @@ from operator import index
 
 import torch
 
-from ..fused import by_formula
+from ..autograd import by_formula
 from . import flash, flex, natten, neighborhood, plain, shifted_window
 from .choice import (
     AUTO,

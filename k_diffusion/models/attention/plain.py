@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..fused import by_formula, formula_gradient, gradient_by_formula
+from ..autograd import by_formula, formula_gradient, gradient_by_formula
 from .geometry import Geometry
 
 

@@ -1,0 +1,195 @@
+"""Element-wise parts of the transformers, each as one step of autograd.
+
+They read and write memory less often than their formulas, which are beside them, and keep less for
+the backward pass. Compiled code, transforms of torch.func, forward-mode and second derivatives go
+by the formulas.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+from ..common.tensors import wide
+from .rope import rotate
+
+Tensor = torch.Tensor
+
+
+def by_formula() -> bool:
+    """Whether a computation must be visible to torch, operation by operation: in compiled code,
+    under transforms of torch.func, and where forward-mode derivatives are taken."""
+    return (
+        torch.compiler.is_compiling()
+        # not by the tensors: under a nested transform they don't show their tangents
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
+def gradient_by_formula(grad: Tensor) -> bool:
+    """Whether a backward pass is to be differentiated itself (create_graph), or is one for a batch
+    of gradients (is_grads_batched), so that its operations must be visible to torch, too."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def formula_gradient(
+    formula: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor, needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a formula by its inputs, None where not needed."""
+    again = torch.is_grad_enabled()
+    wanted = [x for x, need in zip(inputs, needed) if need]
+    with torch.enable_grad():
+        out = formula(*inputs)
+    grads = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
+    return tuple(next(grads) if need else None for need in needed)
+
+
+# ---------------------------------------------------------------- RMS normalisation
+
+
+def rms_norm_formula(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * scale over the last axis."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype, scale.dtype))
+    return (x * torch.rsqrt(norm.square() / x.shape[-1] + eps) * scale).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        dtype = wide(x.dtype, scale.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, rstd)
+        ctx.eps = eps
+        return (x * rstd).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, scale, rstd = ctx.saved_tensors
+        if gradient_by_formula(grad):
+            inputs = (x, scale, ctx.eps)
+            return formula_gradient(rms_norm_formula, inputs, grad, ctx.needs_input_grad)
+        # one row of scales for each group of tokens
+        rows = scale.view(-1, 1, x.shape[-1]).to(rstd.dtype)
+        by_group = rstd.view(len(rows), -1, 1)
+        grad, wide_x = grad.to(rstd.dtype), x.to(rstd.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            product = (grad * wide_x).reshape(len(rows), -1, x.shape[-1])
+            grad_scale = (by_group.mT @ product).view_as(scale).to(scale.dtype)
+            along = (product @ rows.mT) * by_group.pow(3) / -x.shape[-1]
+        grad_x = torch.mul(grad, scale, out=product.view_as(x)).mul_(rstd)
+        grad_x.addcmul_(wide_x, along.view_as(rstd))
+        return grad_x.to(x.dtype), grad_scale, None
+
+
+def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * scale over the last axis; the mean square is taken in at least float32.
+
+    x: (..., d). scale: broadcasts to x. Returns the dtype of x.
+    """
+    d = x.shape[-1]
+    a_row = scale.numel() == d == scale.shape[-1]
+    a_row_a_sample = scale.ndim == x.ndim and scale.numel() == len(x) * d == len(scale) * d
+    if by_formula() or not (x.is_contiguous() and x.numel() and (a_row or a_row_a_sample)):
+        return rms_norm_formula(x, scale, eps)
+    return _RMSNorm.apply(x, scale, eps)
+
+
+# ---------------------------------------------------------------- GEGLU
+
+
+def geglu_formula(x: Tensor) -> Tensor:
+    """The first half of the last axis times gelu of the second."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+class _GEGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        opening = F.gelu(gate)
+        ctx.save_for_backward(x, opening)
+        return value * opening
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, opening = ctx.saved_tensors
+        if gradient_by_formula(grad):
+            return formula_gradient(geglu_formula, (x,), grad, (True,))[0]
+        value, gate = x.chunk(2, dim=-1)
+        grad_x = torch.empty_like(x)
+        grad_value, grad_gate = grad_x.chunk(2, dim=-1)
+        torch.mul(grad, opening, out=grad_value)
+        torch.mul(grad, value, out=grad_gate)
+        torch.ops.aten.gelu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
+        return grad_x
+
+
+def geglu(x: Tensor) -> Tensor:
+    """GEGLU (arXiv 2002.05202): (..., 2 d) to (..., d), the first half times gelu of the second."""
+    return geglu_formula(x) if by_formula() else _GEGLU.apply(x)
+
+
+# ---------------------------------------------------------------- queries and keys
+
+
+def normalise(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Vectors of length sqrt(scale). x: (..., n_heads, d_head), scale: (n_heads,)."""
+    dtype = wide(x.dtype, scale.dtype)
+    sum_sq = x.to(dtype).square().sum(dim=-1, keepdim=True)
+    return x * (scale.to(dtype).sqrt()[:, None] * torch.rsqrt(sum_sq + eps)).to(x.dtype)
+
+
+def turned_unit_formula(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """`normalise`, then `rotate`."""
+    return torch.cat(rotate(normalise(x, scale, eps), cos, sin), dim=-1)
+
+
+def _turn_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b, _ = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    a_sin = a * sin
+    a.mul_(cos).addcmul_(b, sin, value=-1)
+    b.mul_(cos).add_(a_sin)
+    return x
+
+
+class _TurnedUnit(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+        dtype = wide(x.dtype, scale.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        rnorm = norm.square_().add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, cos, sin, rnorm)
+        ctx.eps = eps
+        return _turn_(x * (rnorm * scale.to(dtype).sqrt()[:, None]), cos, sin).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, scale, cos, sin, rnorm = ctx.saved_tensors
+        if gradient_by_formula(grad):
+            inputs = (x, scale, cos, sin, ctx.eps)
+            return formula_gradient(turned_unit_formula, inputs, grad, ctx.needs_input_grad)
+        root = scale.to(rnorm.dtype).sqrt()
+        wide_x = x.to(rnorm.dtype)
+        grad = grad.to(rnorm.dtype, copy=True, memory_format=torch.contiguous_format)
+        grad = _turn_(grad, cos, -sin)
+        along = (grad * wide_x).sum(dim=-1, keepdim=True).mul_(rnorm)
+        grad_root = along.flatten(0, -3).sum(dim=0).flatten()
+        length = rnorm * root[:, None]
+        grad_x = grad.mul_(length).addcmul_(wide_x, along.mul_(rnorm).mul_(length), value=-1)
+        return grad_x.to(x.dtype), (grad_root / (2 * root)).to(scale.dtype), None, None, None
+
+
+def turned_unit(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """Queries or keys for cosine-similarity attention: of length sqrt(scale), turned by RoPE.
+
+    x: (n, h, w, n_heads, d_head). scale: (n_heads,). cos, sin: (h, w, n_heads, up to d_head / 2),
+    as `rope.cos_sin` makes them. The dot product of two is `scale` times the cosine of their angle.
+    """
+    if by_formula() or cos.requires_grad or sin.requires_grad:
+        return turned_unit_formula(x, scale, cos, sin, eps)
+    return _TurnedUnit.apply(x, scale, cos, sin, eps)
