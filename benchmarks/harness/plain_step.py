@@ -39,7 +39,7 @@ def geglu(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
-def normalise(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+def normalize(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     wide = at_least_float32(x)
     length = torch.sqrt(wide.square().sum(dim=-1, keepdim=True) + eps)
     return (wide / length * torch.sqrt(at_least_float32(scale))[:, None]).to(x.dtype)
@@ -56,8 +56,8 @@ def angles(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return theta, theta
 
 
-def turned_unit(x: Tensor, scale: Tensor, theta: Tensor, _: Tensor, eps: float) -> Tensor:
-    return rotate(normalise(x, scale, eps), theta)
+def normalize_and_rotate(x: Tensor, scale: Tensor, theta: Tensor, _: Tensor, eps: float) -> Tensor:
+    return rotate(normalize(x, scale, eps), theta)
 
 
 # ---------------------------------------------------------------- attention
@@ -99,8 +99,8 @@ def plain(brute_force: bool = False) -> Iterator[None]:
     """
     cached = {name: f for name, f in vars(neighborhood).items() if hasattr(f, "__wrapped__")}
     replaced = [
-        (transformer, {"rms_norm": rms_norm, "geglu": geglu, "normalise": normalise}),
-        (image_transformer_v2, {"cos_sin": angles, "turned_unit": turned_unit}),
+        (transformer, {"rms_norm": rms_norm, "geglu": geglu, "normalize": normalize}),
+        (image_transformer_v2, {"cos_sin": angles, "normalize_and_rotate": normalize_and_rotate}),
         (neighborhood, {name: plan.__wrapped__ for name, plan in cached.items()}),
     ]
     backends = {"global": global_attention, "shifted-window": window_attention}

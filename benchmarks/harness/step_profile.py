@@ -26,9 +26,9 @@ OTHER = "other: residuals, dropout, token merging, loss"
 PARTS: list[tuple[Any, str, str]] = [
     (transformer, "rms_norm", "norms"),
     (transformer, "geglu", "GEGLU, without its products"),
-    (transformer, "normalise", "q and k: cosine scaling, RoPE"),
+    (transformer, "normalize", "q and k: cosine scaling, RoPE"),
     (image_transformer_v2, "cos_sin", "q and k: cosine scaling, RoPE"),
-    (image_transformer_v2, "turned_unit", "q and k: cosine scaling, RoPE"),
+    (image_transformer_v2, "normalize_and_rotate", "q and k: cosine scaling, RoPE"),
     (image_transformer_v1, "apply_rotary_emb", "q and k: cosine scaling, RoPE"),
     (image_transformer_v2, "grid_attention", "attention"),
     (image_transformer_v1, "grid_attention", "attention"),

@@ -15,16 +15,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name that isn't a row of a table: the nearest rows first, then all."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return ValueError(f"unknown {kind} {name!r}; {hint}known: {', '.join(known)}")
+    known = list(known)
+    near = did_you_mean(name, known, most=3)
+    return ValueError(f"unknown {kind} {name!r}{near}; there are {', '.join(known)}")
 
 
-def did_you_mean(got: str, valid: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing where no valid name comes near."""
-    near = difflib.get_close_matches(str(got), list(valid), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+def did_you_mean(got: object, valid: Iterable[str], most: int = 1) -> str:
+    """` (did you mean 'x' or 'y'?)` of up to `most` valid names, or "" where none comes near."""
+    near = difflib.get_close_matches(str(got), list(valid), n=most, cutoff=0.5)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
 
 
 def need(module: str, what: str, install: str = '"k-diffusion[train]"') -> ModuleType:

@@ -18,6 +18,10 @@ from pydantic_core import PydanticCustomError
 from ..common.text import did_you_mean
 
 
+class ConfigError(ValueError):
+    """A config that breaks a rule; says where, what it got and what would do."""
+
+
 class Section(BaseModel):
     """A part of the config in which unknown keys are an error, or with lenient=True a warning."""
 

@@ -12,12 +12,8 @@ from ..checkpoints import read_checkpoint
 from ..common.files import get_safetensors_metadata
 from ..common.text import did_you_mean
 from . import schema
+from .base import ConfigError
 from .model_schema import Model
-
-
-class ConfigError(ValueError):
-    """A config that breaks a rule; says where, what it got and what would do."""
-
 
 # ---------------------------------------------------------------- loading
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from ..common.files import PathLike
 from ..common.images import CorruptImageError, open_image
-from ..common.text import need
+from ..common.text import need, unknown_name
 
 Transform = Callable[[Image.Image], Any]
 
@@ -90,9 +90,7 @@ class Digits(Dataset[tuple[Any, int]]):
         held_out = place[np.arange(len(place)), digits.target] % 5 == 0
         splits = {"all": held_out | True, "train": ~held_out, "test": held_out}
         if split not in splits:
-            raise ValueError(
-                f"dataset.split: the digits have no split {split!r}; there are {', '.join(splits)}"
-            )
+            raise unknown_name("dataset.split of the digits", split, splits)
         kept = splits[split]
         self.images = np.rint(digits.images[kept] * (255 / 16)).astype(np.uint8)
         self.classes = digits.target[kept].tolist()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.text import unknown_name
 from .discrete import (
     DiscreteEpsDDPMDenoiser,
     DiscreteSampleDDPMDenoiser,
@@ -46,7 +47,7 @@ PREDICTIONS: dict[str, Any] = {
 
 def _row(table: Mapping[str, Any], key: str, name: str) -> Any:
     if name not in table:
-        raise ValueError(f"{key} {name!r} isn't supported; use one of {', '.join(table)}")
+        raise unknown_name(key, name, table)
     return table[name]
 
 

@@ -1,8 +1,8 @@
-"""Element-wise parts of the transformers, each as one step of autograd.
+"""Element-wise parts of the transformers, each as one function of autograd with its own backward.
 
 They read and write memory less often than their formulas, which are beside them, and keep less for
-the backward pass. Compiled code, transforms of torch.func, forward-mode and second derivatives go
-by the formulas.
+the backward pass. Compiled code, transforms of torch.func, forward-mode and second derivatives take
+the formulas.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,9 +18,9 @@ from .rope import rotate
 Tensor = torch.Tensor
 
 
-def by_formula() -> bool:
-    """Whether a computation must be visible to torch, operation by operation: in compiled code,
-    under transforms of torch.func, and where forward-mode derivatives are taken."""
+def needs_plain_ops() -> bool:
+    """Whether torch must see each operation: in compiled code, under transforms of torch.func, and
+    where forward-mode derivatives are taken."""
     return (
         torch.compiler.is_compiling()
         # not by the tensors: under a nested transform they don't show their tangents
@@ -29,16 +29,16 @@ def by_formula() -> bool:
     )
 
 
-def gradient_by_formula(grad: Tensor) -> bool:
-    """Whether a backward pass is to be differentiated itself (create_graph), or is one for a batch
-    of gradients (is_grads_batched), so that its operations must be visible to torch, too."""
+def backward_needs_plain_ops(grad: Tensor) -> bool:
+    """Whether torch must see each operation of a backward pass: one to be differentiated itself
+    (create_graph), or one for a batch of gradients (is_grads_batched)."""
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
-def formula_gradient(
+def differentiate(
     formula: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a formula by its inputs, None where not needed."""
+    """The gradients of a formula with respect to its inputs, None where not needed."""
     again = torch.is_grad_enabled()
     wanted = [x for x, need in zip(inputs, needed) if need]
     with torch.enable_grad():
@@ -69,9 +69,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, rstd = ctx.saved_tensors
-        if gradient_by_formula(grad):
+        if backward_needs_plain_ops(grad):
             inputs = (x, scale, ctx.eps)
-            return formula_gradient(rms_norm_formula, inputs, grad, ctx.needs_input_grad)
+            return differentiate(rms_norm_formula, inputs, grad, ctx.needs_input_grad)
         # one row of scales for each group of tokens
         rows = scale.view(-1, 1, x.shape[-1]).to(rstd.dtype)
         by_group = rstd.view(len(rows), -1, 1)
@@ -93,7 +93,7 @@ def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     d = x.shape[-1]
     a_row = scale.numel() == d == scale.shape[-1]
     a_row_a_sample = scale.ndim == x.ndim and scale.numel() == len(x) * d == len(scale) * d
-    if by_formula() or not (x.is_contiguous() and x.numel() and (a_row or a_row_a_sample)):
+    if needs_plain_ops() or not (x.is_contiguous() and x.numel() and (a_row or a_row_a_sample)):
         return rms_norm_formula(x, scale, eps)
     return _RMSNorm.apply(x, scale, eps)
 
@@ -118,8 +118,8 @@ class _GEGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, opening = ctx.saved_tensors
-        if gradient_by_formula(grad):
-            return formula_gradient(geglu_formula, (x,), grad, (True,))[0]
+        if backward_needs_plain_ops(grad):
+            return differentiate(geglu_formula, (x,), grad, (True,))[0]
         value, gate = x.chunk(2, dim=-1)
         grad_x = torch.empty_like(x)
         grad_value, grad_gate = grad_x.chunk(2, dim=-1)
@@ -131,25 +131,27 @@ class _GEGLU(torch.autograd.Function):
 
 def geglu(x: Tensor) -> Tensor:
     """GEGLU (arXiv 2002.05202): (..., 2 d) to (..., d), the first half times gelu of the second."""
-    return geglu_formula(x) if by_formula() else _GEGLU.apply(x)
+    return geglu_formula(x) if needs_plain_ops() else _GEGLU.apply(x)
 
 
 # ---------------------------------------------------------------- queries and keys
 
 
-def normalise(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Vectors of length sqrt(scale). x: (..., n_heads, d_head), scale: (n_heads,)."""
+def normalize(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Scales vectors to length sqrt(scale). x: (..., n_heads, d_head), scale: (n_heads,)."""
     dtype = wide(x.dtype, scale.dtype)
     sum_sq = x.to(dtype).square().sum(dim=-1, keepdim=True)
     return x * (scale.to(dtype).sqrt()[:, None] * torch.rsqrt(sum_sq + eps)).to(x.dtype)
 
 
-def turned_unit_formula(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """`normalise`, then `rotate`."""
-    return torch.cat(rotate(normalise(x, scale, eps), cos, sin), dim=-1)
+def normalize_and_rotate_formula(
+    x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, eps: float
+) -> Tensor:
+    """`normalize`, then `rotate`."""
+    return torch.cat(rotate(normalize(x, scale, eps), cos, sin), dim=-1)
 
 
-def _turn_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b, _ = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
     a_sin = a * sin
     a.mul_(cos).addcmul_(b, sin, value=-1)
@@ -157,7 +159,7 @@ def _turn_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x
 
 
-class _TurnedUnit(torch.autograd.Function):
+class _NormalizeAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
         dtype = wide(x.dtype, scale.dtype)
@@ -165,18 +167,18 @@ class _TurnedUnit(torch.autograd.Function):
         rnorm = norm.square_().add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, cos, sin, rnorm)
         ctx.eps = eps
-        return _turn_(x * (rnorm * scale.to(dtype).sqrt()[:, None]), cos, sin).to(x.dtype)
+        return _rotate_(x * (rnorm * scale.to(dtype).sqrt()[:, None]), cos, sin).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, scale, cos, sin, rnorm = ctx.saved_tensors
-        if gradient_by_formula(grad):
+        if backward_needs_plain_ops(grad):
             inputs = (x, scale, cos, sin, ctx.eps)
-            return formula_gradient(turned_unit_formula, inputs, grad, ctx.needs_input_grad)
+            return differentiate(normalize_and_rotate_formula, inputs, grad, ctx.needs_input_grad)
         root = scale.to(rnorm.dtype).sqrt()
         wide_x = x.to(rnorm.dtype)
         grad = grad.to(rnorm.dtype, copy=True, memory_format=torch.contiguous_format)
-        grad = _turn_(grad, cos, -sin)
+        grad = _rotate_(grad, cos, -sin)
         along = (grad * wide_x).sum(dim=-1, keepdim=True).mul_(rnorm)
         grad_root = along.flatten(0, -3).sum(dim=0).flatten()
         length = rnorm * root[:, None]
@@ -184,12 +186,12 @@ class _TurnedUnit(torch.autograd.Function):
         return grad_x.to(x.dtype), (grad_root / (2 * root)).to(scale.dtype), None, None, None
 
 
-def turned_unit(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """Queries or keys for cosine-similarity attention: of length sqrt(scale), turned by RoPE.
+def normalize_and_rotate(x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """Queries or keys for cosine-similarity attention: of length sqrt(scale), rotated by RoPE.
 
     x: (n, h, w, n_heads, d_head). scale: (n_heads,). cos, sin: (h, w, n_heads, up to d_head / 2),
     as `rope.cos_sin` makes them. The dot product of two is `scale` times the cosine of their angle.
     """
-    if by_formula() or cos.requires_grad or sin.requires_grad:
-        return turned_unit_formula(x, scale, cos, sin, eps)
-    return _TurnedUnit.apply(x, scale, cos, sin, eps)
+    if needs_plain_ops() or cos.requires_grad or sin.requires_grad:
+        return normalize_and_rotate_formula(x, scale, cos, sin, eps)
+    return _NormalizeAndRotate.apply(x, scale, cos, sin, eps)

@@ -12,6 +12,8 @@ from .transformer import Linear, MappingNetwork, log_sigma, tag_module, tagged_p
 class ConditionedModel(nn.Module):
     """A model with a mapping network, which sums up its conditions for every adaptive norm."""
 
+    takes_aug_cond = True
+
     def add_conditioning(
         self, mapping: MappingNetwork, width: int, num_classes: int, mapping_cond_dim: int = 0
     ) -> None:

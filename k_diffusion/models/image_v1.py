@@ -9,9 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import unet
+from .attention import GlobalAttentionSpec
 from .checks import check_classes, check_floats, check_multiple, check_shape, check_type
 from .embeddings import FourierFeatures
 from .flags import checkpoint
+from .levels import Level
 from .transformer import Linear, log_sigma, zero_init
 
 CHANNELS_PER_GROUP = 32
@@ -89,6 +91,8 @@ class ImageDenoiserModelV1(nn.Module):
     Raises ValueError if these don't fit together.
     """
 
+    takes_aug_cond = False  # but within `KarrasAugmentWrapper`
+
     def __init__(
         self,
         c_in: int,
@@ -120,7 +124,7 @@ class ImageDenoiserModelV1(nn.Module):
         if any(cross_attn) and not cross_cond_dim:
             raise ValueError("cross_attn_depths asks for cross-attention: set cross_cond_dim too")
         self.c_in = c_in
-        self.channels = tuple(channels)
+        self.channels, self.depths = tuple(channels), tuple(depths)
         self.mapping_cond_dim = mapping_cond_dim
         self.unet_cond_dim = unet_cond_dim
         self.cross_cond_dim = cross_cond_dim if any(cross_attn) else 0
@@ -233,6 +237,24 @@ class ImageDenoiserModelV1(nn.Module):
         logvar = x[:, -1].flatten(1).mean(1) if self.has_variance else None
         x = F.pixel_shuffle(x[:, :-1] if self.has_variance else x, self.patch_size)
         return (x, logvar) if return_variance and logvar is not None else x
+
+    def describe_levels(self, h: int, w: int) -> list[Level]:
+        """The levels of an image of h x w pixels that aren't skipped, from the finest."""
+        skipped, described = self.u_net.skip_stages, []
+        for i in range(skipped, len(self.channels)):
+            # the first level that isn't skipped begins by halving, unless it is the very first
+            scale = self.patch_size * 2 ** (i - max(0, skipped - 1))
+            width, depth = self.channels[i], f"{self.depths[i]} + {self.depths[i]}"
+            block: Any = self.u_net.d_blocks[i]
+            found = {m.attention: m.n_head for m in block if hasattr(m, "attention")}
+            heads = next(iter(found.values()), 0)
+            geometries = (GlobalAttentionSpec(width // heads),) if heads else ()
+            name = " and ".join(found) or "none"
+            # the U-Net calls torch's attention, whatever else is installed
+            backend = "sdpa" if found else "-"
+            level = Level(h // scale, w // scale, width, depth, heads, geometries, name, backend)
+            described.append(level)
+        return described
 
     def _check(
         self,

@@ -9,7 +9,7 @@ from torch import nn
 
 from . import flops
 from .attention import Geometry, attend
-from .autograd import geglu, normalise, rms_norm
+from .autograd import geglu, normalize, rms_norm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -203,7 +203,7 @@ def scale_for_cosine_sim(
 
     q, k: (..., n_heads, d_head). scale: (n_heads,). Norms are taken in at least float32.
     """
-    return normalise(q, scale, eps), normalise(k, scale, eps)
+    return normalize(q, scale, eps), normalize(k, scale, eps)
 
 
 def grid_attention(

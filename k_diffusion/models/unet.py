@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from ..common.text import unknown_name
 from . import flops
 from .transformer import Linear, zero_init
 
@@ -154,6 +155,8 @@ class SelfAttention2d(ConditionedModule):
     divide `c_in`.
     """
 
+    attention = "global"
+
     def __init__(self, c_in: int, n_head: int, norm: NormFactory, dropout_rate: float = 0.0):
         super().__init__()
         _check_heads(c_in, n_head)
@@ -183,6 +186,8 @@ class CrossAttention2d(ConditionedModule):
     attends to nothing: its attention output is 0 before the output projection.
     Raises ValueError if `n_head` doesn't divide `c_dec` or the padding has another shape.
     """
+
+    attention = "cross"
 
     def __init__(
         self,
@@ -256,7 +261,7 @@ KERNELS: dict[str, tuple[int, Callable[[float], float]]] = {
 def _taps(name: str) -> torch.Tensor:
     """The kernel at the 4 * radius fine pixels around a coarse one, with a sum of 1."""
     if name not in KERNELS:
-        raise ValueError(f"unknown kernel {name!r}; there are {', '.join(KERNELS)}")
+        raise unknown_name("kernel", name, KERNELS)
     radius, function = KERNELS[name]
     taps = [function(abs(i + 0.5) / 2) for i in range(-2 * radius, 2 * radius)]
     return torch.tensor([tap / math.fsum(taps) for tap in taps])

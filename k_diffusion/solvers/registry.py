@@ -51,5 +51,5 @@ def sampler(**row: Any) -> Callable[[F], F]:
 def get_sampler(name: str) -> SamplerInfo:
     """The row of SAMPLERS called `name`, such as "euler". Else a ValueError with the nearest."""
     if name.removeprefix("sample_") not in SAMPLERS:
-        raise unknown_name("sampler", name, SAMPLERS)
+        raise unknown_name("sampler", name, sorted(SAMPLERS))
     return SAMPLERS[name.removeprefix("sample_")]

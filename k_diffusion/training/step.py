@@ -19,6 +19,13 @@ def drop_classes(classes: torch.Tensor, num_classes: int, rate: float) -> torch.
     return torch.where(torch.rand(classes.shape) < rate, num_classes, classes)
 
 
+def _takes_aug_cond(network: Any) -> bool:
+    """Whether a model takes `aug_cond`, under wrappers such as DDP's."""
+    while not hasattr(network, "takes_aug_cond") and hasattr(network, "module"):
+        network = network.module
+    return getattr(network, "takes_aug_cond", False)
+
+
 def batch_loss(
     denoiser: Any,
     batch: dict[str, Any],
@@ -33,7 +40,7 @@ def batch_loss(
     model, section = config["model"], config["dataset"]
     image = batch["image"].to(device, non_blocking=True)
     cond = {}
-    if model["augment_prob"] > 0 and (model["type"] != "image_v1" or model["augment_wrapper"]):
+    if model["augment_prob"] > 0 and _takes_aug_cond(denoiser.inner_model):
         cond["aug_cond"] = batch["aug_cond"].to(device, non_blocking=True)
     if section["num_classes"]:
         kept = drop_classes(batch["class"], section["num_classes"], section["cond_dropout_rate"])

@@ -169,8 +169,8 @@ ERRORS = [
     ),
     (
         v2(self_attns=[{"type": "shifted-window", "window_size": 3}, {"type": "none"}]),
-        "model.self_attns[0]: window_size 3 does not divide the 8 x 8 tokens of level 0; "
-        "sizes that do: [2, 4, 8]",
+        "model.self_attns[0]: window_size 3 does not divide the 8 x 8 tokens of this "
+        "level; window sizes that do: [2, 4, 8]",
     ),
     (
         v2(self_attns=[{"type": "global", "d_head": 48}, {"type": "none"}]),
@@ -179,7 +179,7 @@ ERRORS = [
     ),
     (
         v2(self_attns=[{"type": "none"}, {"type": "global", "d_head": 4}]),
-        "model.self_attns[1]: d_head must be a multiple of 8, got 4",
+        "model.self_attns[1]: d_head must be a multiple of 8, for axial RoPE, got 4",
     ),
     (v2(sigma_min=80), "model: sigma_min 80.0 must be below sigma_max 80.0"),
     (
@@ -190,7 +190,7 @@ ERRORS = [
     (v2(has_variance=True), "model: has_variance needs a model with a variance head: image_v1"),
     (
         {"model": T1["model"] | {"width": 100}},
-        "model: width must be a multiple of 64 (the size of a head), got 100",
+        "model: width 100 is not a multiple of d_head 64; values of d_head that divide it: none",
     ),
     (
         v2(zzz=1) | {"optimizer": {"lr": 0}},
@@ -211,8 +211,8 @@ def test_a_kernel_larger_than_the_map_is_found_when_the_model_is_made():
     with pytest.raises(ConfigError) as error:
         K.config.make_model(config)
     assert str(error.value) == (
-        "model.self_attns[0]: kernel_size 9 is larger than the 8 x 8 tokens of level 0; "
-        "use at most 8, or global attention"
+        "model.self_attns[0]: kernel_size 9 is larger than the 8 x 8 tokens of this level; "
+        "use at most 8, a larger image or global attention"
     )
 
 

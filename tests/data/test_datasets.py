@@ -53,7 +53,10 @@ def test_the_splits_of_the_digits():
     assert not {image for image, _ in train} & {image for image, _ in test}  # and no copies
     counts = [np.bincount([label for _, label in part], minlength=10) for part in (every, test)]
     assert counts[1].tolist() == (counts[0] // 5).tolist()
-    with pytest.raises(ValueError, match=r"no split 'valid'; there are all, train, test"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown dataset.split of the digits 'valid'.*; there are all, train, test",
+    ):
         items("valid")
 
 

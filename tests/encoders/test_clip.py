@@ -129,7 +129,9 @@ def test_every_name_is_one_of_open_clips_with_openai_weights():
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(ValueError, match="unknown CLIP model 'ViT-B/61'; did you mean 'ViT-B/16'"):
+    with pytest.raises(
+        ValueError, match="unknown CLIP model 'ViT-B/61' \\(did you mean 'ViT-B/16'"
+    ):
         clip.load_clip("ViT-B/61")
 
 

@@ -35,8 +35,8 @@ def cases(dtype):
         ),
         "geglu": (autograd.geglu, autograd.geglu_formula, (normal(2, 3, 10, dtype=dtype),), ()),
         "queries": (
-            autograd.turned_unit,
-            autograd.turned_unit_formula,
+            autograd.normalize_and_rotate,
+            autograd.normalize_and_rotate_formula,
             # a view, as out of a projection to q, k and v
             (normal(2, 3, 5, 3, 2, 8, dtype=dtype)[..., 1, :, :], normal(2, dtype=dtype).exp()),
             (cos, sin, 1e-3),

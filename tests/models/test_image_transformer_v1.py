@@ -213,7 +213,7 @@ def test_wrong_shapes_are_named(x, sigma, cond, message):
 
 
 def test_wrong_configurations_are_named():
-    with pytest.raises(ValueError, match="multiple of 64, got 100"):
+    with pytest.raises(ValueError, match="width 100 is not a multiple of d_head 64"):
         make(d_model=100)
     with pytest.raises(ValueError, match="takes no class_cond"):
         make()(torch.ones(2, 3, 8, 8), SIGMA, class_cond=torch.tensor([0, 0]))

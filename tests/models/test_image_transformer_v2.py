@@ -301,7 +301,12 @@ def test_an_hourglass_compiles_with_checkpointing():
         ((2, 3, 8, 8), (2,), {"mapping_cond": None}, r"needs mapping_cond of shape \(2, 5\)"),
         ((2, 3, 8, 8), (2,), {"mapping_cond": (2, 4)}, r"shape \(2, 5\) expected, got \(2, 4\)"),
         ((2, 3, 8, 8), (2,), {"aug_cond": (2, 8)}, r"aug_cond of shape \(2, 9\) expected"),
-        ((2, 3, 4, 4), (2,), {}, "kernel_size 5 needs at least 5 x 5 tokens, got 4 x 4"),
+        (
+            (2, 3, 4, 4),
+            (2,),
+            {},
+            "kernel_size 5 is larger than the 4 x 4 tokens of this level; use at most 4",
+        ),
     ],
 )
 def test_wrong_shapes_are_named(x, sigma, cond, message):
@@ -325,7 +330,7 @@ def test_conditions_that_a_model_does_not_take_are_named():
 
 
 def test_wrong_heads_are_named():
-    with pytest.raises(ValueError, match="multiple of d_head, got 32 and 24"):
+    with pytest.raises(ValueError, match="width 32 is not a multiple of d_head 24"):
         hourglass([1], [32], [GlobalAttentionSpec(24)])
     with pytest.raises(ValueError, match=r"d_head must be a multiple of 8 .*, got 4"):
         hourglass([1], [32], [GlobalAttentionSpec(4)])

@@ -309,9 +309,9 @@ def test_bad_options():
         for order in (0, most + 1):
             with pytest.raises(ValueError, match=f"order must be 1 to {most}, got {order}"):
                 sampler(name, order=order)(model, x, sigmas)
-    with pytest.raises(ValueError, match="unknown variant 'bh3'; did you mean 'bh"):
+    with pytest.raises(ValueError, match="unknown variant 'bh3' \\(did you mean 'bh"):
         S.sample_uni_pc(model, x, sigmas, variant="bh3")
-    with pytest.raises(ValueError, match="unknown time 'logrho'; did you mean 'log_rho'"):
+    with pytest.raises(ValueError, match="unknown time 'logrho' \\(did you mean 'log_rho'"):
         S.sample_deis(model, x, sigmas, time="logrho")
 
 

@@ -390,7 +390,7 @@ def test_other_bad_options():
         S.sample_dpm_fast(model, x, 0.1, 1.0, 0)
     with pytest.raises(ValueError, match="order must be at least 1"):
         S.sample_lms(model, x, [1.0, 0.0], order=0)
-    with pytest.raises(ValueError, match="known: heun, midpoint"):
+    with pytest.raises(ValueError, match="there are midpoint, heun"):
         S.sample_dpmpp_2m_sde(model, x, [1.0, 0.0], solver_type="mid")
 
 

@@ -153,7 +153,7 @@ def test_errors_are_sentences_and_come_before_the_work(script, monkeypatch):
     Path("file").touch()
     for flags, message in [
         (("--sampler", "dpmpp_2m", "--churn", "1"), "takes no --churn; these do: .*euler"),
-        (("--sampler", "dpmpp_2n"), "unknown sampler 'dpmpp_2n'; did you mean"),
+        (("--sampler", "dpmpp_2n"), r"unknown sampler 'dpmpp_2n' \(did you mean"),
         (("--grid", "file/grid.png"), "can't make the folder"),
         (("--cfg-scale", "2"), "needs a class-conditional model"),
         (("--cfg-interval", "1", "2"), "needs a --cfg-scale"),

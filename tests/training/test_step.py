@@ -191,6 +191,8 @@ def test_class_dropout():
 
 
 class Recorder:
+    inner_model = SimpleNamespace(takes_aug_cond=True)
+
     def loss(self, image, noise, sigma, **cond):
         self.seen = image, noise, sigma, cond
         return torch.zeros(len(image))

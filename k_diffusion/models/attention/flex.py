@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from .choice import Request, not_transformed, why_not_imported
+from .constants import cached_plan
 from .geometry import NeighborhoodAttentionSpec
-from .tiles import cached_plan, take_tokens
+from .tiles import take_tokens
 
 _TILE = (8, 16)
 # Below so many tokens a single dense tile is less work than a few blocks.

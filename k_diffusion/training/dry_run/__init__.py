@@ -13,11 +13,13 @@ import torch
 from ... import distributed
 from ...common.modules import n_params
 from ...common.tensors import DTYPES
-from ...common.text import aligned
+from ...common.text import aligned, unknown_name
 from ...config import make_model
+from ...models import attention
 from ...models.flags import CHECKPOINTING
-from .footprint import PLAIN, Step, estimate_steps
-from .levels import Level, make_levels
+from ...models.levels import Level
+from .footprint import Step, estimate_steps
+from .levels import make_levels
 
 # In fp8 matrix products alone are narrower; activations are counted as in bf16.
 AUTOCAST: dict[str, torch.dtype | None] = {
@@ -127,12 +129,6 @@ def _with_unit(n: float, base: int, units: Sequence[str]) -> str:
     return f"{n:,.0f} {units[power]}" if n >= 100 else f"{n:.3g} {units[power]}"
 
 
-def _row(table: Mapping[str, Any], name: str, option: str) -> Any:
-    if name not in table:
-        raise ValueError(f"{option}: no {name!r}; there are {', '.join(table)}")
-    return table[name]
-
-
 def dry_run(
     config: Mapping[str, Any],
     device: torch.device | str = "cpu",
@@ -150,17 +146,26 @@ def dry_run(
     Raises ValueError for what the model or the device can't do.
     """
     device = torch.device(device)
-    autocast = _row(AUTOCAST, mixed_precision, "--mixed-precision")
-    _row(CHECKPOINTING, checkpointing, "--checkpointing")
+    if mixed_precision not in AUTOCAST:
+        raise unknown_name("--mixed-precision", mixed_precision, AUTOCAST)
+    if checkpointing not in CHECKPOINTING:
+        raise unknown_name("--checkpointing", checkpointing, CHECKPOINTING)
+    autocast = AUTOCAST[mixed_precision]
     if mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("--mixed-precision fp16 needs a GPU; the CPU has bf16 and no")
     with torch.device("meta"):
         inner = make_model(config)
-    levels = make_levels(config, inner, device, autocast or torch.float32)
+    h, w = config["model"]["input_size"]
+    levels = make_levels(inner, h, w, device, autocast or torch.float32)
+    kernels = [
+        level.backend
+        for level in levels
+        if level.geometries
+        and not attention.BACKENDS[level.geometries[0].name][level.backend].plain
+    ]
     notes = [
         f"{name} is taken to keep what torch's fused attention does: q, k, v and its output"
-        for name in dict.fromkeys(level.backend for level in levels)
-        if name not in (*PLAIN, "-")
+        for name in dict.fromkeys(kernels)
     ]
     tokens = max(
         [1, *(level.h * level.w for level in levels if level.attention not in ("global", "none"))]

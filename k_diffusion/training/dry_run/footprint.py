@@ -7,8 +7,8 @@ arithmetic, and the bytes of all tensors alive are added up as operations make t
 import dataclasses
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from ... import augmentation, models
 from ...config import make_denoiser_wrapper, make_model, make_sample_density
@@ -24,26 +23,9 @@ from ...models import attention, flops
 from ...models.flags import CHECKPOINTING
 from ..step import batch_loss
 
-# The attention backends that fake tensors can run.
-PLAIN = ("sdpa", "tiled", "reference")
-
 # On the CPU attention in tiles goes through a batch part by part, which takes time here too: where
 # a batch has more tokens, so many are measured and scaled up.
 _MOST_TOKENS = 2**15
-
-
-@contextmanager
-def _stand_ins() -> Iterator[None]:
-    """Within it, torch's attention stands in for kernels that know nothing of fake tensors.
-
-    It keeps what they do: q, k, v, the output, and a number for each query and head.
-    """
-    sdpa = attention.BACKENDS["global"]["sdpa"]
-    with ExitStack() as stack:
-        for rows in attention.BACKENDS.values():
-            stack.callback(rows.update, dict(rows))
-            rows.update({name: sdpa for name in rows if name not in PLAIN})
-        yield
 
 
 class _Alive(TorchDispatchMode):
@@ -70,13 +52,13 @@ class _Alive(TorchDispatchMode):
         for x in values:
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
-                if storage._cdata not in self._storages:
+                if id(storage) not in self._storages:
                     self._count(storage, storage.nbytes() if x.device.type == self.device else 0)
             elif isinstance(x, tuple | list):
                 self.meet(x)
 
     def _count(self, storage: torch.UntypedStorage, size: int) -> None:
-        key = storage._cdata
+        key = id(storage)  # the same object for as long as the memory is alive
 
         def free(_: Any) -> None:
             self.now -= size
@@ -92,12 +74,13 @@ class _Autocast(nn.Module):
 
     def __init__(self, inner: nn.Module, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.inner, self.device, self.dtype = inner, device.type, dtype
+        self.module, self.device, self.dtype = inner, device.type, dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.device, self.dtype):
-            out = self.inner(*args, **kwargs)
-        return tree_map_only(torch.Tensor, lambda x: x.float(), out)
+            out = self.module(*args, **kwargs)
+        # the U-Net may return its variance, too
+        return out.float() if isinstance(out, torch.Tensor) else tuple(x.float() for x in out)
 
 
 @dataclass(frozen=True)
@@ -163,7 +146,7 @@ def estimate_steps(
     n = batch_size
     if device.type == "cpu":
         n = min(n, max(2, _MOST_TOKENS // tokens))
-    with FakeTensorMode(allow_non_fake_inputs=True), _stand_ins():
+    with FakeTensorMode(allow_non_fake_inputs=True), attention.plain_only():
         with device:
             inner = make_model(config)
         steps = {

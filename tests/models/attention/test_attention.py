@@ -286,7 +286,10 @@ def test_shapes_alone_will_do(geometry, size):
 
 
 def test_sizes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match="kernel_size 7 needs at least 7 x 7 tokens, got 6 x 9"):
+    with pytest.raises(
+        ValueError,
+        match="kernel_size 7 is larger than the 6 x 9 tokens of this level; use at most 6",
+    ):
         attend(NeighborhoodAttentionSpec(8, 7), *qkv(6, 9))
     message = r"window_size 4 does not divide the 6 x 12 tokens .* that do: \[2, 3, 6\]"
     with pytest.raises(ValueError, match=message):

@@ -240,7 +240,7 @@ def test_a_forced_backend_that_cannot_run_says_why_and_what_can(monkeypatch):
 
 
 def test_a_backend_that_a_spec_misnames_is_named():
-    message = "no neighborhood attention backend 'sdpa'; there are natten, natten-0.17, flex, "
+    message = "unknown neighborhood attention backend 'sdpa'; there are natten, natten-0.17, flex, "
     with pytest.raises(ValueError, match=message):
         attend(NeighborhoodAttentionSpec(8, 3, "sdpa"), *qkv(4, 4))
 
@@ -416,7 +416,11 @@ def test_the_tables_arguments(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        (["--kernel-size=65"], 1, "kernel_size 65 needs at least 65 x 65 tokens, got 64 x 64"),
+        (
+            ["--kernel-size=65"],
+            1,
+            "kernel_size 65 is larger than the 64 x 64 tokens of this level; use at most 64",
+        ),
         (["--tokens=60"], 1, "window_size 8 does not divide the 60 x 60 tokens"),
         (["--tokens=0"], 2, "argument --tokens: must be at least 1, got 0"),
         (["--dtype=fp64"], 2, "argument --dtype: invalid choice: 'fp64'"),
