@@ -3,18 +3,19 @@
 
 import argparse
 
-from k_diffusion import cli, sample_cli
+from k_diffusion.common import options
+from k_diffusion.scripts import sample
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
-    sample_cli.add_arguments(p, sampler="dpmpp_2m", steps=50)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=options.HelpFormatter)
+    sample.add_arguments(p, sampler="dpmpp_2m", steps=50)
     return p.parse_args()
 
 
-@cli.friendly_errors
+@options.friendly_errors
 def main() -> None:
-    sample_cli.run(parse_args())
+    sample.run(parse_args())
 
 
 if __name__ == "__main__":

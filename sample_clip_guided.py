@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 import k_diffusion as K
-from k_diffusion import cli, clip, sample_cli
+from k_diffusion.common import options
+from k_diffusion.encoders import clip
+from k_diffusion.scripts import sample
 
 
 def parse_args() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=options.HelpFormatter)
     p.add_argument("prompt", help="the text")
-    sample_cli.add_arguments(p, sampler="dpmpp_2s_ancestral", steps=100)
+    sample.add_arguments(p, sampler="dpmpp_2s_ancestral", steps=100)
     text = "strength of the guidance by the text"
     p.add_argument("--clip-guidance-scale", "-cgs", type=float, default=500.0, help=text)
     text = f"one of {', '.join(clip.MODELS)}"
@@ -21,7 +23,7 @@ def parse_args() -> argparse.Namespace:
     return p.parse_args()
 
 
-@cli.friendly_errors
+@options.friendly_errors
 def main() -> None:
     args = parse_args()
 
@@ -30,7 +32,7 @@ def main() -> None:
         loss = clip.prompt_loss(encoder, args.prompt)
         return K.guidance.GradientGuidedDenoiser(denoiser, loss, args.clip_guidance_scale)
 
-    sample_cli.run(args, guide)
+    sample.run(args, guide)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,17 @@ import sys
 import torch
 
 import k_diffusion as K
-from k_diffusion import cli, models
+from k_diffusion import distributed, models
+from k_diffusion.common import options
+from k_diffusion.common.files import writable
+from k_diffusion.data import stream, training_data
 from k_diffusion.training import (
-    checkpoint,
-    data,
     demo,
     dry_run,
-    launch,
     log,
     optim,
     resume,
+    run_files,
     setup,
     signals,
     step,
@@ -26,7 +27,7 @@ from k_diffusion.training.args import parse_args
 from k_diffusion.training.state import TrainState
 
 
-@cli.friendly_errors
+@options.friendly_errors
 def main() -> None:
     args = parse_args(__doc__)
     config = K.config.load_config(args.config, args.set)
@@ -35,15 +36,15 @@ def main() -> None:
     if args.dry_run:
         dry_run.main(args, config)
         return
-    cli.writable(checkpoint.state_path(args.name))
+    writable(run_files.state_path(args.name))
     accelerator = setup.make_accelerator(args, config)
     setup.refuse_metrics(args, accelerator.print)
-    seed = launch.agree_on_seed(args.seed)
+    seed = distributed.agree_on_seed(args.seed)
 
     # build
     torch.manual_seed(seed)
     with accelerator.local_main_process_first():  # one process downloads
-        train_data = data.make_training_data(config, args.config.parent, args.strict_data)
+        train_data = training_data.make_training_data(config, args.config.parent, args.strict_data)
     inner = K.config.make_model(config)
     opt = optim.make_optimizer(config, inner, fused=accelerator.scaler is None)
     state = TrainState(
@@ -77,7 +78,7 @@ def main() -> None:
         accelerator.print(f"step {state.step} is done; pass an --end-step above it to go on")
         accelerator.end_training()
         return
-    stream = data.Stream(
+    shares = stream.Stream(
         len(train_data),
         args.batch_size,
         state.seed,
@@ -89,19 +90,19 @@ def main() -> None:
 
     # loop
     logger = log.Log(accelerator, args.name, state, args.end_step, args.log_every)
-    batches = data.checked(
-        data.make_loader(train_data, stream, args.num_workers, args.start_method), logger.skip
+    batches = stream.checked(
+        stream.make_loader(train_data, shares, args.num_workers, args.start_method), logger.skip
     )
 
     def make_demo() -> None:
-        path = checkpoint.run_file(args.name, f"demo_{state.step:08}.png")
+        path = run_files.run_file(args.name, f"demo_{state.step:08}.png")
         n, gen = args.sample_n, state.demo_gen
         logger.image(demo.write_demo(accelerator, denoiser_ema, config, path, n, gen), state.step)
 
     def save(together: bool = True) -> None:
         logger.read(state, together)  # a lost run is an error here, and nothing to save
         if accelerator.is_main_process:
-            path = checkpoint.save_checkpoint(args.name, state.step, state.state_dict())
+            path = run_files.save_checkpoint(args.name, state.step, state.state_dict())
             logger.say(f"saved {path}")
             if args.wandb_save_model:
                 setup.save_to_wandb(path)

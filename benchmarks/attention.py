@@ -16,10 +16,10 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import bench
 import torch
 import torch.nn.functional as F
-from bench import COPY, MATMUL, MIB, Copy, Matmul, Row, Section
+from harness import bench
+from harness.bench import COPY, MATMUL, MIB, Copy, Matmul, Row, Section
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from k_diffusion.models import flops

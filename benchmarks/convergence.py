@@ -13,12 +13,11 @@ import time
 from functools import partial
 from pathlib import Path
 
-import budgets
 import numpy as np
-import page
 import torch
-from budgets import BUDGETS, ROOT, SAMPLERS
-from page import Rows
+from harness import budgets, page
+from harness.budgets import BUDGETS, ROOT, SAMPLERS
+from harness.page import Rows
 from scipy import special
 
 import k_diffusion as K

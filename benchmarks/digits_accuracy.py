@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 import k_diffusion as K
-from k_diffusion import generation, guidance
+from k_diffusion import generation, guidance, loading
 
 
 def judge(images: np.ndarray, classes: np.ndarray) -> SVC:
@@ -42,7 +42,7 @@ def main() -> None:
     real = judge(half[0], half[2]).score(half[1], half[3])
     print(f"real digits, half read by a judge of the other half: {real:.1%}")
 
-    denoiser, config = generation.load_denoiser(args.checkpoint)
+    denoiser, config = loading.load_denoiser(args.checkpoint)
     model = config["model"]
     if args.cfg_scale != 1:
         no_class = torch.tensor([10])

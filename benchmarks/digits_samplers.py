@@ -16,18 +16,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import budgets
 import numpy as np
-import page
 import torch
-from budgets import BUDGETS
 from digits_accuracy import judge
-from page import Rows
+from harness import budgets, page
+from harness.budgets import BUDGETS
+from harness.page import Rows
 from tqdm.auto import tqdm
 
 import k_diffusion as K
-from k_diffusion import generation
-from k_diffusion.training.datasets import Digits
+from k_diffusion import loading
+from k_diffusion.data.datasets import Digits
 
 BATCH = 100
 # With their defaults these two take the same steps as `euler` and `euler_ancestral`.
@@ -129,7 +128,7 @@ def main() -> None:
     if args.n < 20:
         p.error(f"-n: distances need two samples of each class, 20 in all, got {args.n}")
 
-    model, config = generation.load_denoiser(args.checkpoint)
+    model, config = loading.load_denoiser(args.checkpoint)
     if (config["dataset"]["type"], config["dataset"].get("split")) != ("digits", "train"):
         p.error("the model must know the training digits only: train it as this script's head says")
     train, held_out = real("train"), real("test")

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import bench
-import cases
 import torch
-from bench import MATMUL, MIB, Matmul, Row, Section
-from cases import Case
+from harness import bench, cases
+from harness.bench import MATMUL, MIB, Matmul, Row, Section
+from harness.cases import Case
 from train_step import first
 
 import k_diffusion as K

@@ -19,9 +19,9 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-import bench
 import torch
 import torchsde
+from harness import bench
 from torchsde._brownian import brownian_interval
 
 import k_diffusion as K
@@ -108,12 +108,11 @@ def brownian(x: torch.Tensor, steps: int, repeats: int) -> None:
 def against(folder: Path, shape: list[int], steps: int, repeats: int) -> None:
     """Prints each published sampler's time a step, theirs and ours."""
     here = Path(__file__).parent
+    script = here / "harness" / "step_times.py"
     flags = ["--shape", *map(str, shape), "--steps", str(steps), "--repeats", str(repeats)]
     rounds = [
         [
-            json.loads(
-                subprocess.check_output([sys.executable, here / "step_times.py", of, *flags])
-            )
+            json.loads(subprocess.check_output([sys.executable, script, of, *flags]))
             for of in (folder, here.parent)
         ]
         for _ in range(2)

@@ -1,7 +1,7 @@
 """A training step: loss on random images, backward, clipping, optimizer, averaged weights.
 
 Rows stand for ways to run it, measured in turn on the same weights: the straightforward form
-(straightforward.py), also with neighborhood attention by brute force, and the package's own step,
+(harness.plain_step), also with neighborhood attention by brute force, and the package's own step,
 eager, checkpointed and compiled. Utilisation is the time of the model's multiply-accumulates, three
 times those of a forward pass, at the rate of a matrix product measured in turn with the rest, by
 the time of the step; what checkpointing recomputes doesn't count. Peak memory is beyond weights,
@@ -21,13 +21,10 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-import bench
-import cases
-import step_profile
-import straightforward
 import torch
-from bench import MATMUL, MIB, Matmul, Row, Section
-from cases import Case
+from harness import bench, cases, plain_step, step_profile
+from harness.bench import MATMUL, MIB, Matmul, Row, Section
+from harness.cases import Case
 from torch import nn
 
 import k_diffusion as K
@@ -54,16 +51,15 @@ class Way:
 
 
 WAYS = {
-    "straightforward": Way("straightforward", straightforward.plain, plain=True),
+    "straightforward": Way("straightforward", plain_step.plain, plain=True),
     "brute-force": Way(
         "straightforward, brute-force mask",
-        partial(straightforward.plain, brute_force=True),
+        partial(plain_step.plain, brute_force=True),
         plain=True,
     ),
     "eager": Way("eager"),
-    "norms": Way("eager, norms by formula", partial(straightforward.formulas, "rms_norm")),
-    "geglu": Way("eager, GEGLU by formula", partial(straightforward.formulas, "geglu")),
-    "qk": Way("eager, q and k by formula", partial(straightforward.formulas, "turned_unit")),
+    "norms": Way("eager, norms by formula", partial(plain_step.formulas, "rms_norm")),
+    "qk": Way("eager, q and k by formula", partial(plain_step.formulas, "normalize_and_rotate")),
     "checkpointed": Way("checkpointed", K.models.checkpointing),
     "selective": Way(
         "checkpointed but for attention", partial(K.models.checkpointing, keep_attention=True)
@@ -102,7 +98,7 @@ class Trainee:
     def optimizer(self, plain: bool) -> torch.optim.Optimizer:
         """The one of all ways that are plain, or of all that aren't: they share its state."""
         if plain not in self._optimizers:
-            make = straightforward.make_optimizer if plain else make_optimizer
+            make = plain_step.make_optimizer if plain else make_optimizer
             self._optimizers[plain] = make(self.config, self.inner)
         return self._optimizers[plain]
 
@@ -128,7 +124,7 @@ class Trainee:
             inner = copy.deepcopy(inner, {id(x): x for x in tensors})
             inner = K.models.compile_model(inner, way.unit)
         opt = self.optimizer(way.plain)
-        update = straightforward.ema_update if way.plain else K.utils.ema_update
+        update = plain_step.ema_update if way.plain else K.utils.ema_update
         max_norm = self.config["optimizer"]["max_grad_norm"]
         parameters = list(inner.parameters())
 

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 
-from .utils import from_pil_image
+from .common.images import from_pil_image
 
 COND_DIM = 9
 
@@ -135,6 +135,8 @@ class KarrasAugmentationPipeline:
 class KarrasAugmentWrapper(nn.Module):
     """Feeds the augmentation conditioning to a model through its `mapping_cond`."""
 
+    takes_aug_cond = True
+
     def __init__(self, model: nn.Module):
         super().__init__()
         self.inner_model: Any = model
@@ -161,6 +163,10 @@ class KarrasAugmentWrapper(nn.Module):
         if mapping_cond is not None:
             aug_cond = torch.cat([aug_cond, mapping_cond], dim=1)
         return self.inner_model(input, sigma, mapping_cond=aug_cond, **kwargs)
+
+    def describe_levels(self, h: int, w: int) -> Any:
+        """The levels of the model."""
+        return self.inner_model.describe_levels(h, w)
 
     def param_groups(self, *args: Any, **kwargs: Any) -> Any:
         """The parameter groups of the model."""

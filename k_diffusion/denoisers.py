@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .utils import append_dims, widen
+from .common.tensors import append_dims, widen
 
 Weighting = Callable[[torch.Tensor], torch.Tensor]
 

@@ -2,14 +2,17 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import sampling, utils
+from . import sampling
+from .common.modules import eval_mode
+from .distributed import gather_shares
+
+STEPS = 50  # of the images that training shows
 
 
 def generate(
@@ -51,7 +54,7 @@ def generate(
         if noise_sampler is not None:
             args["noise_sampler"] = noise_sampler
         cond = {} if classes is None else {"class_cond": torch.tensor(classes[at], device=device)}
-        with utils.eval_mode(model):
+        with eval_mode(model):
             return info.function(
                 model, x, sigmas, extra_args=cond, callback=step, disable=True, **args
             ).float()
@@ -80,44 +83,32 @@ def check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
         raise ValueError(f"class {bad[0]} is out of range; classes are {limit}")
 
 
-def parse_classes(names: Sequence[str], num_classes: int) -> list[int] | None:
-    """Class ids from the command line, where "all" stands for each of them; None without classes.
-
-    Raises ValueError for what is no id of the model.
-    """
-    if not num_classes:
-        if list(names) != ["all"]:
-            raise ValueError("this model is unconditional: it has no classes to choose from")
-        return None
-    classes: list[int] = []
-    for name in names:
-        if not name.isdecimal() and name != "all":
-            raise ValueError(f"a class is a number or 'all', got {name!r}")
-        classes += range(num_classes) if name == "all" else [int(name)]
-    check_classes(classes, num_classes)
-    return classes
-
-
-def load_denoiser(
-    path: str | Path, config: str | Path | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The denoiser of an inference checkpoint (.safetensors) or, by its averaged weights, of a
-    training checkpoint (.pth); in float32, on the CPU, in evaluation mode.
-
-    config: a config file; by default the one in the checkpoint. Returns the denoiser and the
-    config. Raises ValueError for a damaged file or one of another architecture.
-    """
-    from .config import load_config, make_denoiser_wrapper, make_model
-    from .training import checkpoint
-
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        weights = checkpoint.read_weights(path)
-        loaded = load_config(config or path)
-    else:
-        state = checkpoint.read_checkpoint(path)
-        weights = state.get("model_ema", state["model"])
-        loaded = load_config(config or state["config"], embedded=config is None)
-    model = make_model(loaded)
-    checkpoint.load_weights(model, weights, path)
-    return make_denoiser_wrapper(loaded)(model).eval().requires_grad_(False), loaded
+def sample_share(
+    accelerator: Any,
+    denoiser: nn.Module,
+    config: dict[str, Any],
+    seeds: Sequence[int],
+    *,
+    batch_size: int = 64,
+) -> torch.Tensor | None:
+    """One image per seed, shared out over the processes; all of them on the main one, else None."""
+    model, num_classes = config["model"], config["dataset"]["num_classes"]
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    classes = [i % num_classes for i in range(len(seeds))][share] if num_classes else None
+    sigmas = sampling.get_sigmas_karras(STEPS, model["sigma_min"], model["sigma_max"])
+    shape = (model["input_channels"], *model["input_size"])
+    batches = generate(
+        denoiser,
+        shape,
+        seeds[share],
+        sigmas,
+        classes=classes,
+        num_classes=num_classes,
+        batch_size=batch_size,
+        device=accelerator.device,
+        disable=None if accelerator.is_main_process else True,
+    )
+    empty = torch.empty(0, *shape, device=accelerator.device)
+    with accelerator.autocast():
+        images = torch.cat([empty, *batches])
+    return gather_shares(accelerator, images, len(seeds))

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .guidance import recordable
-from .schedules import check_range, unknown_name
+from .common.tensors import append_dims, recordable, widen
+from .common.text import unknown_name
+from .schedules import check_range
 from .solvers.context import evaluate
-from .utils import widen
 
 # The distributions of Hutchinson's probe vector: mean 0, covariance 1.
 PROBES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,8 +51,6 @@ def log_likelihood(
     """
     from torchdiffeq import odeint
 
-    from . import sampling  # at run time, for the one to_d
-
     sigma_min, sigma_max = check_range(sigma_min, sigma_max)
     if probe not in PROBES:
         raise unknown_name("probe", probe, PROBES)
@@ -76,7 +74,7 @@ def log_likelihood(
                 )
             if not denoised.isfinite().all():
                 raise ValueError(f"the model's estimate at sigma = {float(sigma):g} isn't finite")
-            d = sampling.to_d(x, sigma, denoised)
+            d = (x - denoised) / append_dims(sigma, x.ndim)
         traces = []
         for i, v in enumerate(vs):
             (vjp,) = torch.autograd.grad(d, x, v, retain_graph=i + 1 < len(vs))

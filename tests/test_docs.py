@@ -62,7 +62,7 @@ def test_ci_runs_the_readmes_test_command():
     ("script", "parser"),
     [
         ("train.py", "k_diffusion/training/args.py"),
-        ("sample.py", "k_diffusion/sample_cli.py"),
+        ("sample.py", "k_diffusion/scripts/sample.py"),
         ("convert_for_inference.py", "convert_for_inference.py"),
     ],
 )

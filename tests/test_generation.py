@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 import k_diffusion as K
-from k_diffusion import generation, guidance
-from k_diffusion.training import checkpoint
+from k_diffusion import checkpoints, generation, guidance
+from k_diffusion.loading import load_denoiser
+from k_diffusion.scripts.sample import parse_classes
+from k_diffusion.training import run_files
 
 SIGMAS = K.sampling.get_sigmas_karras(4, 0.05, 10.0)
 SAMPLERS = [name for name, row in K.sampling.SAMPLERS.items() if row.takes_sigmas]
@@ -99,12 +101,12 @@ def test_bad_arguments():
 
 
 def test_classes_of_the_command_line():
-    assert generation.parse_classes(["all"], 3) == [0, 1, 2]
-    assert generation.parse_classes(["2", "0"], 3) == [2, 0]
-    assert generation.parse_classes(["all"], 0) is None
+    assert parse_classes(["all"], 3) == [0, 1, 2]
+    assert parse_classes(["2", "0"], 3) == [2, 0]
+    assert parse_classes(["all"], 0) is None
     for names, n in (["3"], 3), (["-1"], 3), (["cat"], 3), (["0"], 0):
         with pytest.raises(ValueError, match="class"):
-            generation.parse_classes(names, n)
+            parse_classes(names, n)
 
 
 # ------------------------------------------------------------------------- loading
@@ -116,21 +118,21 @@ def files(tmp_path):
     torch.manual_seed(0)
     model, averaged = (K.config.make_model(config).state_dict() for _ in range(2))
     state = {"config": config, "model": model, "model_ema": averaged}
-    path = checkpoint.save_checkpoint(str(tmp_path / "a"), 1, state)
-    checkpoint.write_inference(tmp_path / "a.safetensors", config, averaged, "fp32")
-    checkpoint.write_inference(tmp_path / "half.safetensors", config, averaged, "fp16")
+    path = run_files.save_checkpoint(str(tmp_path / "a"), 1, state)
+    checkpoints.write_inference(tmp_path / "a.safetensors", config, averaged, "fp32")
+    checkpoints.write_inference(tmp_path / "half.safetensors", config, averaged, "fp16")
     return path, tmp_path / "a.safetensors", tmp_path / "half.safetensors", averaged
 
 
 def test_both_kinds_of_checkpoint_load(files):
     training, inference, half, averaged = files
     for path in training, inference:
-        denoiser, config = generation.load_denoiser(path)
+        denoiser, config = load_denoiser(path)
         assert runs.differences(dict(denoiser.inner_model.state_dict()), dict(averaged)) == []
         assert not denoiser.training
         assert not any(p.requires_grad for p in denoiser.parameters())
         assert denoiser.sigma_data == config["model"]["sigma_data"] == 0.75
-    denoiser, _ = generation.load_denoiser(half)
+    denoiser, _ = load_denoiser(half)
     assert {p.dtype for p in denoiser.parameters()} == {torch.float32}
 
 
@@ -138,15 +140,15 @@ def test_another_config(files, tmp_path):
     path = tmp_path / "c.json"
     other = {**runs.TINY, "model": {**runs.TINY["model"], "sigma_max": 7}}
     path.write_text(json.dumps(other))
-    assert generation.load_denoiser(files[1], path)[1]["model"]["sigma_max"] == 7
+    assert load_denoiser(files[1], path)[1]["model"]["sigma_max"] == 7
     path.write_text(json.dumps({**runs.TINY, "model": {**runs.TINY["model"], "mapping_width": 24}}))
-    with pytest.raises(checkpoint.CheckpointError, match="another architecture"):
-        generation.load_denoiser(files[1], path)
+    with pytest.raises(checkpoints.CheckpointError, match="another architecture"):
+        load_denoiser(files[1], path)
 
 
 def test_a_class_conditional_model_with_fewer_images_of_other_sizes(files):
     """Non-native and non-square sizes; only those that patches and levels divide."""
-    denoiser, _ = generation.load_denoiser(files[1])
+    denoiser, _ = load_denoiser(files[1])
     kwargs = {"classes": [3, 4], "num_classes": 10, "disable": True}
     (batch,) = generation.generate(denoiser, (1, 12, 16), [0, 1], SIGMAS, **kwargs)
     assert batch.shape == (2, 1, 12, 16)

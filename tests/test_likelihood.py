@@ -5,8 +5,7 @@ import problems
 import pytest
 import torch
 
-from k_diffusion import guidance, likelihood
-from k_diffusion import sampling as S
+from k_diffusion import guidance, likelihood, sampling as S
 
 
 def toy(x, sigma, **extra):

@@ -14,8 +14,7 @@ import torchsde
 from scipy import stats
 from torchsde._brownian import brownian_interval
 
-from k_diffusion import noise
-from k_diffusion import sampling as S
+from k_diffusion import noise, sampling as S
 from k_diffusion.noise import BatchedBrownianTree, BrownianTreeNoiseSampler
 
 # ------------------------------------------------------------------------------- Brownian paths

@@ -4,7 +4,8 @@ A config is a plain dict (checkpoints embed it); `schema` holds its typed models
 rules.
 """
 
-from .load import ConfigError, load_config, parse_overrides
+from .base import ConfigError
+from .load import load_config, parse_overrides
 from .make import make_denoiser_wrapper, make_model, make_sample_density
 from .model_schema import round_to_power_of_two
 

@@ -1,8 +1,6 @@
 """What every typed section of a config shares."""
 
-import difflib
 import warnings
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import (
@@ -17,11 +15,11 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from ..common.text import did_you_mean
 
-def did_you_mean(got: str, valid: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing where no valid name comes near."""
-    near = difflib.get_close_matches(str(got), list(valid), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+
+class ConfigError(ValueError):
+    """A config that breaks a rule; says where, what it got and what would do."""
 
 
 class Section(BaseModel):

@@ -8,14 +8,12 @@ from typing import IO, Any
 from jsonmerge import merge
 from pydantic import ValidationError
 
+from ..checkpoints import read_checkpoint
+from ..common.files import get_safetensors_metadata
+from ..common.text import did_you_mean
 from . import schema
-from .base import did_you_mean
+from .base import ConfigError
 from .model_schema import Model
-
-
-class ConfigError(ValueError):
-    """A config that breaks a rule; says where, what it got and what would do."""
-
 
 # ---------------------------------------------------------------- loading
 
@@ -63,15 +61,11 @@ def _read(source: str | Path | Mapping[str, Any] | IO[str]) -> tuple[dict[str, A
         return _loads(source.read(), getattr(source, "name", "the open file")), False
     path = Path(source)
     if path.suffix == ".safetensors":
-        from ..utils import get_safetensors_metadata
-
         metadata = get_safetensors_metadata(path)
         if "config" not in metadata:
             raise ConfigError(f"{path} has no config in its metadata; pass a .json config")
         return _loads(metadata["config"], path), True
     if path.suffix in {".pth", ".pt", ".ckpt"}:
-        from ..training.checkpoint import read_checkpoint
-
         return read_checkpoint(path)["config"], True
     try:
         return _loads(path.read_text(), path), False

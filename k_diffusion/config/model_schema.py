@@ -1,12 +1,32 @@
-"""Typed models of a config's `model` section: model types, attention, noise-level densities."""
+"""Typed models of a config's `model` section, model types and attention; each builds itself."""
 
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import Field, model_validator
+from torch import nn
 
+from ..augmentation import COND_DIM, KarrasAugmentWrapper
+from ..denoisers import Denoiser, DenoiserWithVariance, SimpleLossDenoiser
+from ..models.attention import (
+    Geometry,
+    GlobalAttentionSpec,
+    NeighborhoodAttentionSpec,
+    NoAttentionSpec,
+    ShiftedWindowAttentionSpec,
+)
+from ..models.image_transformer_v1 import D_HEAD, ImageTransformerDenoiserModelV1
+from ..models.image_transformer_v2 import (
+    ImageTransformerDenoiserModelV2,
+    LevelSpec,
+    MappingSpec,
+)
+from ..models.image_v1 import ImageDenoiserModelV1
 from .base import (
+    ConfigError,
     Count,
-    NonNegativeFloat,
     Positive,
     PositiveFloat,
     Probability,
@@ -15,70 +35,7 @@ from .base import (
     Size,
     fail,
 )
-
-# ---------------------------------------------------------------- noise-level densities
-
-
-class LogNormal(Section):
-    """log sigma ~ N(mean, std^2)."""
-
-    type: Literal["lognormal"]
-    mean: float = Field(validation_alias=AliasChoices("mean", "loc"))
-    std: PositiveFloat = Field(validation_alias=AliasChoices("std", "scale"))
-
-
-class LogLogistic(Section):
-    """log sigma ~ Logistic(loc, scale), truncated; loc defaults to log(sigma_data)."""
-
-    type: Literal["loglogistic"]
-    loc: float | None = None
-    scale: PositiveFloat = 0.5
-    min_value: NonNegativeFloat = 0.0
-    max_value: PositiveFloat | None = None
-
-
-class LogUniform(Section):
-    """log sigma uniform; from sigma_min to sigma_max unless given."""
-
-    type: Literal["loguniform"]
-    min_value: PositiveFloat | None = None
-    max_value: PositiveFloat | None = None
-
-
-class VDiffusion(Section):
-    """The cosine schedule's density (arXiv 2202.00512), truncated."""
-
-    type: Literal["v-diffusion", "cosine"]
-    min_value: NonNegativeFloat = 1e-3
-    max_value: PositiveFloat = 1e3
-
-
-class SplitLogNormal(Section):
-    """log sigma ~ a normal with another deviation on each side of its mode."""
-
-    type: Literal["split-lognormal"]
-    mean: float = Field(validation_alias=AliasChoices("mean", "loc"))
-    std_1: PositiveFloat = Field(validation_alias=AliasChoices("std_1", "scale_1"))
-    std_2: PositiveFloat = Field(validation_alias=AliasChoices("std_2", "scale_2"))
-
-
-class CosineInterpolated(Section):
-    """The interpolated cosine density of simple diffusion (arXiv 2301.11093) and HDiT.
-
-    noise_d_high defaults to the longer side of input_size.
-    """
-
-    type: Literal["cosine-interpolated"]
-    noise_d_low: PositiveFloat = 32.0
-    noise_d_high: PositiveFloat | None = None
-    min_value: PositiveFloat | None = None
-    max_value: PositiveFloat | None = None
-
-
-Density = Annotated[
-    LogNormal | LogLogistic | LogUniform | VDiffusion | SplitLogNormal | CosineInterpolated,
-    Field(discriminator="type"),
-]
+from .density_schema import Density
 
 # ---------------------------------------------------------------- attention geometries
 
@@ -95,12 +52,18 @@ class GlobalAttention(Section):
     d_head: Positive = 64
     backend: GlobalBackend | None = None
 
+    def build(self) -> GlobalAttentionSpec:
+        return GlobalAttentionSpec(self.d_head, self.backend)
+
 
 class NeighborhoodAttention(Section):
     type: Literal["neighborhood"]
     d_head: Positive = 64
     kernel_size: Positive = 7
     backend: NeighborhoodBackend | None = None
+
+    def build(self) -> NeighborhoodAttentionSpec:
+        return NeighborhoodAttentionSpec(self.d_head, self.kernel_size, self.backend)
 
 
 class ShiftedWindowAttention(Section):
@@ -109,9 +72,15 @@ class ShiftedWindowAttention(Section):
     window_size: Positive
     backend: WindowBackend | None = None
 
+    def build(self) -> ShiftedWindowAttentionSpec:
+        return ShiftedWindowAttentionSpec(self.d_head, self.window_size, backend=self.backend)
+
 
 class NoAttention(Section):
     type: Literal["none"]
+
+    def build(self) -> NoAttentionSpec:
+        return NoAttentionSpec()
 
 
 Attention = Annotated[
@@ -149,6 +118,24 @@ class Model(Section):
             raise fail("has_variance needs a model with a variance head: image_v1")
         return self
 
+    @abstractmethod
+    def build(self, num_classes: int) -> nn.Module:
+        """The inner model, its weights at their initial values. num_classes 0: unconditional."""
+
+    def build_wrapper(self) -> Callable[[nn.Module], nn.Module]:
+        """A function that wraps the inner model into its denoiser."""
+        cls: type[Denoiser] = Denoiser
+        if self.loss_config == "simple":
+            cls = SimpleLossDenoiser
+        elif self.has_variance:
+            cls = DenoiserWithVariance
+        return partial(
+            cls,
+            sigma_data=self.sigma_data,
+            weighting=self.loss_weighting,
+            scales=self.loss_scales,
+        )
+
     def _same_lengths(self, **lists: list[Any]) -> None:
         lengths = {name: len(value) for name, value in lists.items()}
         if len(set(lengths.values())) > 1:
@@ -165,6 +152,20 @@ def _divisible(size: list[int], patch: list[int], levels: int) -> None:
             f"input_size {size} does not divide by {multiple} (patch_size {patch} x 2 for each "
             f"level above the first); sizes that do: {down}, {up}"
         )
+
+
+def _check_heads(geometry: Geometry, width: int, where: str = "") -> None:
+    try:
+        geometry.heads(width)
+    except ValueError as error:
+        raise fail(str(error), where) from None
+
+
+def _check_grid(geometry: Geometry, tokens: list[int], where: str) -> None:
+    try:
+        geometry.check(*tokens)
+    except ValueError as error:
+        raise fail(str(error), where) from None
 
 
 class ImageV1(Model):
@@ -191,6 +192,25 @@ class ImageV1(Model):
             self._same_lengths(**levels, cross_attn_depths=self.cross_attn_depths)
         _divisible(self.input_size, [self.patch_size] * 2, len(self.depths))
         return self
+
+    def build(self, num_classes: int) -> nn.Module:
+        inner = ImageDenoiserModelV1(
+            self.input_channels,
+            self.mapping_out,
+            self.depths,
+            self.channels,
+            self.self_attn_depths,
+            self.cross_attn_depths,
+            patch_size=self.patch_size,
+            dropout_rate=self.dropout_rate,
+            mapping_cond_dim=self.mapping_cond_dim + (COND_DIM if self.augment_wrapper else 0),
+            unet_cond_dim=self.unet_cond_dim,
+            cross_cond_dim=self.cross_cond_dim,
+            skip_stages=self.skip_stages,
+            has_variance=self.has_variance,
+            num_classes=num_classes,
+        )
+        return KarrasAugmentWrapper(inner) if self.augment_wrapper else inner
 
 
 def round_to_power_of_two(x: float, tol: float) -> int:
@@ -219,10 +239,23 @@ class ImageTransformerV1(Model):
     def _defaults(self) -> "ImageTransformerV1":
         if not self.d_ff:
             self.d_ff = round_to_power_of_two(self.width * 8 / 3, tol=0.05)
-        if self.width % 64:
-            raise fail(f"width must be a multiple of 64 (the size of a head), got {self.width}")
+        _check_heads(GlobalAttentionSpec(D_HEAD), self.width)
         _divisible(self.input_size, self.patch_size, 1)
         return self
+
+    def build(self, num_classes: int) -> nn.Module:
+        return ImageTransformerDenoiserModelV1(
+            n_layers=self.depth,
+            d_model=self.width,
+            d_ff=self.d_ff,
+            in_features=self.input_channels,
+            out_features=self.input_channels,
+            patch_size=self.patch_size,
+            num_classes=num_classes,
+            dropout=self.dropout_rate,
+            sigma_data=self.sigma_data,
+            attn_backend=self.attn_backend,
+        )
 
 
 class ImageTransformerV2(Model):
@@ -272,25 +305,45 @@ class ImageTransformerV2(Model):
         return [s // p // 2**level for s, p in zip(self.input_size, self.patch_size)]
 
     def _check_attention(self, level: int, attn: Any) -> None:
-        if isinstance(attn, NoAttention):
+        geometry, where = attn.build(), f"self_attns[{level}]"
+        if isinstance(geometry, NoAttentionSpec):
             return
-        where, width, tokens = f"self_attns[{level}]", self.widths[level], self.tokens(level)
-        if width % attn.d_head:
-            valid = [d for d in range(8, width + 1, 8) if width % d == 0]
-            raise fail(
-                f"width {width} is not a multiple of d_head {attn.d_head}; "
-                f"values of d_head that divide it: {valid or 'none'}",
-                where,
-            )
-        if attn.d_head % 8:
-            raise fail(f"d_head must be a multiple of 8, got {attn.d_head}", where)
-        if isinstance(attn, ShiftedWindowAttention) and any(t % attn.window_size for t in tokens):
-            valid = [d for d in range(2, min(tokens) + 1) if not any(t % d for t in tokens)]
-            raise fail(
-                f"window_size {attn.window_size} does not divide the {tokens[0]} x {tokens[1]} "
-                f"tokens of level {level}; sizes that do: {valid or 'none but 1'}",
-                where,
-            )
+        _check_heads(geometry, self.widths[level], where)
+        # A neighborhood larger than the grid is left to `build`: a config that never makes its
+        # model may have one.
+        if not isinstance(geometry, NeighborhoodAttentionSpec):
+            _check_grid(geometry, self.tokens(level), where)
+
+    def build(self, num_classes: int) -> nn.Module:
+        levels = []
+        rows = zip(self.depths, self.widths, self.d_ffs or [], self.self_attns or [], self._rates)
+        for i, (depth, width, d_ff, attn, dropout) in enumerate(rows):
+            geometry = attn.build()
+            if not isinstance(geometry, NoAttentionSpec):
+                try:
+                    geometry.check(*self.tokens(i))
+                except ValueError as error:
+                    raise ConfigError(f"model.self_attns[{i}]: {error}") from None
+            levels.append(LevelSpec(depth, width, d_ff or 0, geometry, dropout))
+        return ImageTransformerDenoiserModelV2(
+            levels,
+            MappingSpec(
+                self.mapping_depth,
+                self.mapping_width,
+                self.mapping_d_ff or 0,
+                self.mapping_dropout_rate,
+            ),
+            in_channels=self.input_channels,
+            out_channels=self.input_channels,
+            patch_size=self.patch_size,
+            num_classes=num_classes,
+            mapping_cond_dim=self.mapping_cond_dim,
+        )
+
+    @property
+    def _rates(self) -> list[float]:
+        rate = self.dropout_rate
+        return rate if isinstance(rate, list) else [rate] * len(self.depths)
 
 
 AnyModel = Annotated[ImageV1 | ImageTransformerV1 | ImageTransformerV2, Field(discriminator="type")]

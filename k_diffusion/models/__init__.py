@@ -4,22 +4,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .compiling import compile_model as compile_model
-from .flags import checkpointing as checkpointing
-from .flags import get_checkpointing as get_checkpointing
+from .flags import checkpointing as checkpointing, get_checkpointing as get_checkpointing
 
 if TYPE_CHECKING:
     from . import (  # noqa: F401
         attention,
+        autograd,
         axial_rope,
         compiling,
+        embeddings,
         flags,
         flops,
-        fused,
         image_transformer_v1,
         image_transformer_v2,
         image_v1,
         rope,
         transformer,
+        unet,
     )
     from .image_transformer_v1 import ImageTransformerDenoiserModelV1
     from .image_transformer_v2 import ImageTransformerDenoiserModelV2
@@ -32,13 +33,15 @@ _MODELS = {
 }
 _SUBMODULES = (
     "attention",
+    "autograd",
     "axial_rope",
     "compiling",
+    "embeddings",
     "flags",
     "flops",
-    "fused",
     "rope",
     "transformer",
+    "unet",
 )
 
 __all__ = [

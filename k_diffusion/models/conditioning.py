@@ -3,15 +3,16 @@
 import torch
 from torch import nn
 
-from ..layers import FourierFeatures
+from ..augmentation import COND_DIM
 from .checks import check_classes, check_shape
+from .embeddings import FourierFeatures
 from .transformer import Linear, MappingNetwork, log_sigma, tag_module, tagged_param_groups
-
-AUG_FEATURES = 9
 
 
 class ConditionedModel(nn.Module):
     """A model with a mapping network, which sums up its conditions for every adaptive norm."""
+
+    takes_aug_cond = True
 
     def add_conditioning(
         self, mapping: MappingNetwork, width: int, num_classes: int, mapping_cond_dim: int = 0
@@ -24,7 +25,7 @@ class ConditionedModel(nn.Module):
         self.mapping_cond_dim = mapping_cond_dim
         self.time_emb = FourierFeatures(1, width)
         self.time_in_proj = Linear(width, width, bias=False)
-        self.aug_emb = FourierFeatures(AUG_FEATURES, width)
+        self.aug_emb = FourierFeatures(COND_DIM, width)
         self.aug_in_proj = Linear(width, width, bias=False)
         self.class_emb = nn.Embedding(num_classes + 1, width) if num_classes else None
         self.mapping_cond_in_proj = (
@@ -44,12 +45,12 @@ class ConditionedModel(nn.Module):
         Raises ValueError for other shapes, and for conditions missing or not known to the model.
         """
         n, d = len(sigma), self.mapping_cond_dim
-        check_shape("aug_cond", aug_cond, (n, AUG_FEATURES), optional=True)
+        check_shape("aug_cond", aug_cond, (n, COND_DIM), optional=True)
         check_shape("class_cond", class_cond, (n,), wanted=self.num_classes)
         check_classes(class_cond, self.num_classes)
         check_shape("mapping_cond", mapping_cond, (n, d), wanted=d)
         if aug_cond is None:
-            aug_cond = sigma.new_zeros(n, AUG_FEATURES)
+            aug_cond = sigma.new_zeros(n, COND_DIM)
         cond = self.time_in_proj(self.time_emb(log_sigma(sigma)[:, None] / 4))
         cond = cond + self.aug_in_proj(self.aug_emb(aug_cond))
         if self.class_emb is not None:

@@ -8,8 +8,11 @@ from contextvars import ContextVar
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
-from torch.utils.checkpoint import checkpoint as torch_checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint as torch_checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

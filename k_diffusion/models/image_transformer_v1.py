@@ -11,7 +11,8 @@ from .attention import GlobalAttentionSpec
 from .checks import check_floats, check_multiple, check_shape, check_type
 from .conditioning import ConditionedModel
 from .flags import checkpoint
-from .rope import apply_rotary_emb, make_axial_pos
+from .levels import Level, transformer_level
+from .rope import apply_rotary_emb, axial_log_freqs, make_axial_pos
 from .transformer import (
     AdaRMSNorm,
     FeedForwardBlock,
@@ -48,16 +49,13 @@ class QKNorm(nn.Module):
 class LearnedAxialRoPE(nn.Module):
     """Angles of axial RoPE with learned frequencies for each head and axis.
 
-    dim: features of a head, all of them rotated. The frequencies of both axes start spaced evenly
-    in the logarithm from pi to 10 pi (exclusive), dealt out to the heads in turn; their logarithms
-    are the parameters `freqs_h` and `freqs_w`, (n_heads, dim // 4).
+    dim: features of a head, all of them rotated. The logarithms of the axes' frequencies are the
+    parameters `freqs_h` and `freqs_w`, (n_heads, dim // 4); both start as `axial_log_freqs`.
     """
 
     def __init__(self, dim: int, n_heads: int):
         super().__init__()
-        n = n_heads * dim // 4
-        log_freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n + 1)[:-1]
-        log_freqs = log_freqs.view(dim // 4, n_heads).T.contiguous()
+        log_freqs = axial_log_freqs(dim, n_heads).contiguous()
         self.freqs_h = nn.Parameter(log_freqs.clone())
         self.freqs_w = nn.Parameter(log_freqs.clone())
 
@@ -73,7 +71,7 @@ class SelfAttentionBlock(nn.Module):
     def __init__(self, d_model: int, dropout: float = 0.0, attn_backend: str | None = None):
         super().__init__()
         self.geometry = GlobalAttentionSpec(D_HEAD, attn_backend)
-        self.n_heads = d_model // D_HEAD
+        self.n_heads = self.geometry.heads(d_model)
         self.norm = AdaRMSNorm(d_model, d_model)
         self.qkv_proj = apply_wd(Linear(d_model, d_model * 3, bias=False))
         self.qk_norm = QKNorm(self.n_heads)
@@ -140,9 +138,8 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         attn_backend: str | None = None,
     ):
         super().__init__()
-        if d_model % D_HEAD:
-            raise ValueError(f"d_model (width) must be a multiple of {D_HEAD}, got {d_model}")
         self.in_features = in_features
+        self.d_model = d_model
         self.patch_h, self.patch_w = patch_size
         self.sigma_data = sigma_data
         patch_area = self.patch_h * self.patch_w
@@ -184,3 +181,8 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
             x = block(x, pos, cond)
         x = self.out_proj(self.out_norm(x))
         return rearrange(x, "n h w (c p q) -> n c (h p) (w q)", **patches)
+
+    def describe_levels(self, h: int, w: int) -> list[Level]:
+        """The one level of an image of h x w pixels."""
+        h, w, depth = h // self.patch_h, w // self.patch_w, f"{len(self.blocks)}"
+        return [transformer_level(h, w, self.d_model, depth, self.blocks)]

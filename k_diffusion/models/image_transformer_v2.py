@@ -1,24 +1,26 @@
 """The hourglass diffusion transformer (HDiT, arXiv 2401.11605)."""
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import nn
 
-from .. import layers
 from .attention import (
     GlobalAttentionSpec,
     NeighborhoodAttentionSpec,
     NoAttentionSpec,
     ShiftedWindowAttentionSpec,
 )
+from .autograd import normalize_and_rotate
 from .checks import check_floats, check_multiple, check_shape, check_type
 from .conditioning import ConditionedModel
 from .flags import checkpoint, get_rope_parity
-from .fused import turned_unit
+from .levels import Level as LevelDescription, transformer_level
 from .rope import AxialRoPE, apply_rotary_emb, apply_rotary_emb_, cos_sin, make_axial_pos
 from .transformer import (
     AdaRMSNorm,
@@ -59,11 +61,17 @@ __all__ = [
     "apply_rotary_emb_",
     "apply_wd",
     "filter_params",
-    "layers",
     "tag_module",
     "tag_param",
     "zero_init",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "layers":  # programs take layers from here, as from the published module
+        return importlib.import_module("k_diffusion.layers")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 AttentionSpec = (
     GlobalAttentionSpec | NeighborhoodAttentionSpec | ShiftedWindowAttentionSpec | NoAttentionSpec
@@ -108,17 +116,12 @@ class SelfAttentionBlock(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        d_head = geometry.d_head
-        if d_model % d_head:
-            raise ValueError(f"width must be a multiple of d_head, got {d_model} and {d_head}")
-        if d_head % 8:
-            raise ValueError(f"d_head must be a multiple of 8 (axial RoPE), got {d_head}")
         self.geometry = geometry
-        self.n_heads = d_model // d_head
+        self.n_heads = geometry.heads(d_model)
         self.norm = AdaRMSNorm(d_model, cond_features)
         self.qkv_proj = apply_wd(Linear(d_model, d_model * 3, bias=False))
         self.scale = nn.Parameter(torch.full([self.n_heads], 10.0))
-        self.pos_emb = AxialRoPE(d_head // 2, self.n_heads)
+        self.pos_emb = AxialRoPE(geometry.d_head // 2, self.n_heads)
         self.dropout = nn.Dropout(dropout)
         self.out_proj = apply_wd(zero_init(Linear(d_model, d_model, bias=False)))
 
@@ -130,7 +133,7 @@ class SelfAttentionBlock(nn.Module):
         q, k, v = split_heads(self.qkv_proj(self.norm(x, cond)), self.n_heads)
         theta = self.pos_emb(pos.to(q.dtype) if get_rope_parity() else pos)
         cos, sin = cos_sin(theta, q.dtype)
-        q, k = (turned_unit(t, self.scale, cos, sin, 1e-6) for t in (q, k))
+        q, k = (normalize_and_rotate(t, self.scale, cos, sin, 1e-6) for t in (q, k))
         x = grid_attention(self.geometry, q, k, v)
         return self.out_proj(self.dropout(x)) + skip
 
@@ -238,6 +241,7 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
     ):
         super().__init__()
         self.in_channels = in_channels
+        self.widths = [level.width for level in levels]
         self.size_multiple = tuple(p * 2 ** (len(levels) - 1) for p in patch_size)
         width, cond_features = levels[0].width, mapping.width
 
@@ -293,6 +297,17 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         for level, split, skip in reversed(list(zip(self.up_levels, self.splits, skips))):
             x = level(split(x, skip), cond)
         return self.patch_out(self.out_norm(x)).movedim(-1, 1)
+
+    def describe_levels(self, h: int, w: int) -> list[LevelDescription]:
+        """The levels of an image of h x w pixels, from the finest to the middle."""
+        h, w = h // self.patch_in.h, w // self.patch_in.w
+        described = []
+        for i, blocks in enumerate([*self.down_levels, self.mid_level]):
+            n = len(blocks)
+            depth = f"{n}" if blocks is self.mid_level else f"{n} + {n}"
+            size = h // 2**i, w // 2**i
+            described.append(transformer_level(*size, self.widths[i], depth, blocks))
+        return described
 
     def _check_attention(self, h: int, w: int) -> None:
         size = [side // patch for side, patch in zip((h, w), (self.patch_in.h, self.patch_in.w))]

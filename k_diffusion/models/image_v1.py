@@ -8,42 +8,45 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .. import layers
+from . import unet
+from .attention import GlobalAttentionSpec
 from .checks import check_classes, check_floats, check_multiple, check_shape, check_type
+from .embeddings import FourierFeatures
 from .flags import checkpoint
+from .levels import Level
 from .transformer import Linear, log_sigma, zero_init
 
 CHANNELS_PER_GROUP = 32
 CHANNELS_PER_HEAD = 64
 
 
-class _Level(layers.ConditionedSequential):
+class _Level(unet.ConditionedSequential):
     """The layers of one level of the U-Net, each recomputed alone under checkpointing."""
 
     compile_unit = True
 
-    def forward(self, input: torch.Tensor, cond: layers.Cond) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, input: torch.Tensor, cond: unet.Cond) -> torch.Tensor:  # type: ignore[override]
         for module in self:
-            args = (input, cond) if isinstance(module, layers.ConditionedModule) else (input,)
+            args = (input, cond) if isinstance(module, unet.ConditionedModule) else (input,)
             input = checkpoint(module, *args)
         return input
 
 
-def _norm(feats_in: int, channels: int) -> layers.AdaGN:
-    return layers.AdaGN(feats_in, channels, max(1, channels // CHANNELS_PER_GROUP))
+def _norm(feats_in: int, channels: int) -> unet.AdaGN:
+    return unet.AdaGN(feats_in, channels, max(1, channels // CHANNELS_PER_GROUP))
 
 
 def _res_block(
     feats_in: int, c_in: int, c_mid: int, c_out: int, dropout_rate: float
-) -> layers.ConditionedResidualBlock:
+) -> unet.ConditionedResidualBlock:
     """Twice norm, GELU, 3 x 3 convolution, dropout; the second convolution starts at 0."""
     main: list[nn.Module] = []
     for a, b in ((c_in, c_mid), (c_mid, c_out)):
-        conv = layers.Conv2d(a, b, 3, padding=1)
+        conv = unet.Conv2d(a, b, 3, padding=1)
         main += [_norm(feats_in, a), nn.GELU(), conv, nn.Dropout2d(dropout_rate)]
     zero_init(conv)
-    skip = None if c_in == c_out else layers.Conv2d(c_in, c_out, 1, bias=False)
-    return layers.ConditionedResidualBlock(*main, skip=skip)
+    skip = None if c_in == c_out else unet.Conv2d(c_in, c_out, 1, bias=False)
+    return unet.ConditionedResidualBlock(*main, skip=skip)
 
 
 def _blocks(
@@ -57,7 +60,7 @@ def _blocks(
 ) -> list[nn.Module]:
     """One residual block for each pair of neighbouring `widths`, each followed by attention."""
 
-    def norm(channels: int) -> layers.AdaGN:
+    def norm(channels: int) -> unet.AdaGN:
         return _norm(feats_in, channels)
 
     blocks: list[nn.Module] = []
@@ -65,9 +68,9 @@ def _blocks(
         heads = max(1, c_out // CHANNELS_PER_HEAD)
         blocks.append(_res_block(feats_in, c_in, c_mid, c_out, dropout_rate))
         if self_attn:
-            blocks.append(layers.SelfAttention2d(c_out, heads, norm, dropout_rate))
+            blocks.append(unet.SelfAttention2d(c_out, heads, norm, dropout_rate))
         if cross_attn:
-            blocks.append(layers.CrossAttention2d(c_out, cross_cond_dim, heads, norm, dropout_rate))
+            blocks.append(unet.CrossAttention2d(c_out, cross_cond_dim, heads, norm, dropout_rate))
     return blocks
 
 
@@ -87,6 +90,8 @@ class ImageDenoiserModelV1(nn.Module):
     takes `class_cond`; the index num_classes stands for no class.
     Raises ValueError if these don't fit together.
     """
+
+    takes_aug_cond = False  # but within `KarrasAugmentWrapper`
 
     def __init__(
         self,
@@ -119,14 +124,14 @@ class ImageDenoiserModelV1(nn.Module):
         if any(cross_attn) and not cross_cond_dim:
             raise ValueError("cross_attn_depths asks for cross-attention: set cross_cond_dim too")
         self.c_in = c_in
-        self.channels = tuple(channels)
+        self.channels, self.depths = tuple(channels), tuple(depths)
         self.mapping_cond_dim = mapping_cond_dim
         self.unet_cond_dim = unet_cond_dim
         self.cross_cond_dim = cross_cond_dim if any(cross_attn) else 0
         self.has_variance = has_variance
         self.num_classes = num_classes
 
-        self.timestep_embed = layers.FourierFeatures(1, feats_in)
+        self.timestep_embed = FourierFeatures(1, feats_in)
         if mapping_cond_dim:
             self.mapping_cond = Linear(mapping_cond_dim, feats_in, bias=False)
         if num_classes:
@@ -140,12 +145,12 @@ class ImageDenoiserModelV1(nn.Module):
             first, last = i == 0, i == n - 1
             options = (c, self_attn_depths[i], cross_attn[i], cross_cond_dim, dropout_rate)
             widths = [c if first else channels[i - 1]] + [c] * depth
-            start = nn.Identity() if first else layers.Downsample2d()
+            start = nn.Identity() if first else unet.Downsample2d()
             down.append(_Level(start, *_blocks(feats_in, widths, *options)))
             widths = [c if last else 2 * c] + [c] * (depth - 1) + [c if first else channels[i - 1]]
-            end = nn.Identity() if first else layers.Upsample2d()
+            end = nn.Identity() if first else unet.Upsample2d()
             up.append(_Level(*_blocks(feats_in, widths, *options), end))
-        u_net = layers.UNet(down, reversed(up), skip_stages=skip_stages)
+        u_net = unet.UNet(down, reversed(up), skip_stages=skip_stages)
         # Registered before the U-Net: saved optimizer states go by the order of the parameters.
         self._make_projections(patch_size, skip_stages)
         self.u_net = u_net
@@ -158,8 +163,8 @@ class ImageDenoiserModelV1(nn.Module):
         c_out = self.c_in * patch_size**2 + self.has_variance
         # A level but the first begins by downsampling what the one before it would put out.
         width = self.channels[max(0, skip_stages - 1)]
-        self.proj_in = layers.Conv2d(c_in, width, 1)
-        self.proj_out = zero_init(layers.Conv2d(width, c_out, 1))
+        self.proj_in = unet.Conv2d(c_in, width, 1)
+        self.proj_out = zero_init(unet.Conv2d(width, c_out, 1))
 
     def set_patch_size(self, patch_size: int) -> None:
         """Change the patch size; the first and last layer start anew."""
@@ -232,6 +237,24 @@ class ImageDenoiserModelV1(nn.Module):
         logvar = x[:, -1].flatten(1).mean(1) if self.has_variance else None
         x = F.pixel_shuffle(x[:, :-1] if self.has_variance else x, self.patch_size)
         return (x, logvar) if return_variance and logvar is not None else x
+
+    def describe_levels(self, h: int, w: int) -> list[Level]:
+        """The levels of an image of h x w pixels that aren't skipped, from the finest."""
+        skipped, described = self.u_net.skip_stages, []
+        for i in range(skipped, len(self.channels)):
+            # the first level that isn't skipped begins by halving, unless it is the very first
+            scale = self.patch_size * 2 ** (i - max(0, skipped - 1))
+            width, depth = self.channels[i], f"{self.depths[i]} + {self.depths[i]}"
+            block: Any = self.u_net.d_blocks[i]
+            found = {m.attention: m.n_head for m in block if hasattr(m, "attention")}
+            heads = next(iter(found.values()), 0)
+            geometries = (GlobalAttentionSpec(width // heads),) if heads else ()
+            name = " and ".join(found) or "none"
+            # the U-Net calls torch's attention, whatever else is installed
+            backend = "sdpa" if found else "-"
+            level = Level(h // scale, w // scale, width, depth, heads, geometries, name, backend)
+            described.append(level)
+        return described
 
     def _check(
         self,

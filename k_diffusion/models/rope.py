@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from ..utils import wide
+from ..common.tensors import wide
 
 
 def bounding_box(
@@ -99,21 +99,29 @@ def apply_rotary_emb_(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def axial_log_freqs(dim: int, n_heads: int) -> torch.Tensor:
+    """The logarithms of an axis' frequencies for each head, (n_heads, dim // 4).
+
+    They are spaced evenly from pi up to 10 pi (exclusive), and dealt out to the heads in turn. dim:
+    how many features of a head both axes rotate.
+    """
+    n = n_heads * dim // 4
+    log_freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n + 1)[:-1]
+    return log_freqs.view(dim // 4, n_heads).T
+
+
 class AxialRoPE(nn.Module):
     """Angles of axial RoPE: half of them turn with y, half with x.
 
-    dim: how many features of a head are rotated. The frequencies, spaced evenly in the logarithm
-    from pi up to 10 pi (exclusive), are dealt out to the heads in turn: a buffer `freqs`,
-    (n_heads, dim // 4).
+    dim: how many features of a head are rotated. The frequencies, those of `axial_log_freqs`, are a
+    buffer `freqs`, (n_heads, dim // 4).
     """
 
     freqs: torch.Tensor
 
     def __init__(self, dim: int, n_heads: int):
         super().__init__()
-        n = n_heads * dim // 4
-        log_freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), n + 1)[:-1]
-        self.register_buffer("freqs", log_freqs.exp().view(dim // 4, n_heads).T.contiguous())
+        self.register_buffer("freqs", axial_log_freqs(dim, n_heads).exp().contiguous())
 
     def forward(self, pos: torch.Tensor) -> torch.Tensor:
         """pos: (..., 2), y first. Returns angles (..., n_heads, dim // 2) in radians."""

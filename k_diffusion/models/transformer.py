@@ -9,7 +9,7 @@ from torch import nn
 
 from . import flops
 from .attention import Geometry, attend
-from .fused import geglu, normalise, rms_norm
+from .autograd import normalize, rms_norm
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -92,6 +92,12 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flops.op(flops.op_linear, x.shape, self.weight.shape)
         return super().forward(x)
+
+
+def geglu(x: torch.Tensor) -> torch.Tensor:
+    """GEGLU (arXiv 2002.05202): (..., 2 d) to (..., d), the first half times gelu of the second."""
+    value, gate = x.chunk(2, dim=-1)
+    return value * F.gelu(gate)
 
 
 class LinearGEGLU(nn.Linear):
@@ -203,7 +209,7 @@ def scale_for_cosine_sim(
 
     q, k: (..., n_heads, d_head). scale: (n_heads,). Norms are taken in at least float32.
     """
-    return normalise(q, scale, eps), normalise(k, scale, eps)
+    return normalize(q, scale, eps), normalize(k, scale, eps)
 
 
 def grid_attention(

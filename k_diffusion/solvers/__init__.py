@@ -11,12 +11,12 @@ what the step returned last time, None at first. The loop, and every draw, live 
 never calls a step of no length (sigma_next == sigma).
 """
 
+from .adams_bashforth import gradient_estimation, linear_multistep_coeff, lms
 from .context import Context, Step
 from .dpm_solver import DPMSolver, PIDStepSizeController
-from .exponential import dpmpp_2s, dpmpp_sde
-from .levels import ancestral, get_ancestral_step, get_sde_step, ode, sde
-from .multistep import dpmpp_2m, dpmpp_3m, gradient_estimation, linear_multistep_coeff, lms
-from .one_step import dpm_2, euler, heun, heunpp2, leap
+from .dpmpp import dpmpp_2m, dpmpp_2s, dpmpp_3m, dpmpp_sde
+from .noise_plan import get_ancestral_step, get_sde_step
+from .runge_kutta import dpm_2, euler, heun, heunpp2, leap
 from .seeds import seeds_2, seeds_3
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "DPMSolver",
     "PIDStepSizeController",
     "Step",
-    "ancestral",
     "dpm_2",
     "dpmpp_2m",
     "dpmpp_2s",
@@ -39,8 +38,6 @@ __all__ = [
     "leap",
     "linear_multistep_coeff",
     "lms",
-    "ode",
-    "sde",
     "seeds_2",
     "seeds_3",
 ]

@@ -1,11 +1,16 @@
-"""What a step may ask for."""
+"""What samplers take, and what their steps may ask for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Model: TypeAlias = Callable[..., Tensor]
+Args: TypeAlias = Mapping[str, Any] | None
+Callback: TypeAlias = Callable[[dict[str, Any]], Any] | None
+NoiseSampler: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,3 +81,9 @@ def evaluate(
 
 # (ctx, x, sigma, sigma_next, denoised, state) -> (x at sigma_next, state)
 Step: TypeAlias = Callable[[Context, Tensor, float, float, Tensor, Any], tuple[Tensor, Any]]
+
+
+def check_order(order: int, most: int, name: str = "order") -> None:
+    """Raises ValueError unless 1 <= order <= most."""
+    if not 1 <= order <= most:
+        raise ValueError(f"{name} must be 1 to {most}, got {order}")

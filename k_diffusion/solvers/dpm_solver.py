@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..noise import ask
 from .context import evaluate, start_run
-from .levels import get_ancestral_step
+from .noise_plan import get_ancestral_step
 
 Time = float | Tensor
 EpsCache = dict[str, Tensor]
@@ -179,9 +179,10 @@ class DPMSolver(nn.Module):
     def _default_noise(self, x: Tensor, noise_sampler: Any) -> Any:
         if noise_sampler is not None:
             return noise_sampler
-        from .. import sampling  # at run time: applications replace its default_noise_sampler
-
-        return sampling.default_noise_sampler(x)
+        raise ValueError(
+            "a noise_sampler is needed; pass one, or use k_diffusion.sampling.DPMSolver, which "
+            "makes its own"
+        )
 
     def _info(self, x: Tensor, t: float, **info: Any) -> None:
         if self.info_callback is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .context import Context
 from .exponential import toward
-from .levels import Levels
+from .noise_plan import Split
 from .quadrature import integral
 
 # log g of noise scales; eta multiplies it, and so leads from the ODE at 0 to each of them at 1.
@@ -23,7 +23,7 @@ NOISE_SCALES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def er_levels(eta: float, noise_scale: str) -> Levels:
+def er_split(eta: float, noise_scale: str) -> Split:
     """Down by phi(sigma_next) / phi(sigma), the rest is noise, as the exact solution has it."""
     log_g = NOISE_SCALES[noise_scale]
 

@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from .context import Context
+from .exponential import phi_1
 from .quadrature import lagrange_integrals
 
 # (nodes, h) -> a weight for the value of D at each node u. The first node is 0 unless it is new.
@@ -36,14 +37,14 @@ def uni_pc_weights(nodes: Sequence[float], h: float, variant: str) -> list[float
         return adams_weights(nodes, h)
     at = nodes.index(0.0)
     difference = UNI_PC_B[variant](h) * h / (2 * nodes[1 - at])
-    whole = -math.expm1(-h)
+    whole = phi_1(h)
     return [whole - difference if i == at else difference for i in range(2)]
 
 
 # B(h), between the first two terms of which the order conditions leave a choice.
 UNI_PC_B: dict[str, Callable[[float], float]] = {
     "bh1": lambda h: h,
-    "bh2": lambda h: -math.expm1(-h),
+    "bh2": phi_1,
 }
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from .context import Context
-from .exponential import stage, toward
-from .levels import get_sde_step
+from .exponential import phi_2, stage, toward
+from .noise_plan import get_sde_step
 
 
 def _gather(
@@ -30,11 +30,6 @@ def _first(
     noise = _gather(ctx, 0.0, sigma, sigma_2, eta)
     x_2 = toward(x, denoised, sigma, get_sde_step(sigma, sigma_2, eta)[0]) + noise
     return ctx.denoise(x_2, sigma_2), noise
-
-
-def _phi_2(h: float) -> float:
-    """The integral of e^(u - h) u / h from 0 to h."""
-    return 1 + math.expm1(-h) / h
 
 
 def seeds_2(
@@ -77,8 +72,8 @@ def seeds_3(
     slope = (denoised_2 - denoised) * (1 / r_1)
     noise = _gather(ctx, noise, sigma_2, sigma_3, eta)
     x_3 = toward(x, denoised, sigma, get_sde_step(sigma, sigma_3, eta)[0])
-    x_3 = x_3 + slope * (r_2 * _phi_2(r_2 * h)) + noise
+    x_3 = x_3 + slope * (r_2 * phi_2(r_2 * h)) + noise
     slope = (ctx.denoise(x_3, sigma_3) - denoised) * (1 / r_2)
     noise = _gather(ctx, noise, sigma_3, sigma_next, eta)
     x = toward(x, denoised, sigma, get_sde_step(sigma, sigma_next, eta)[0])
-    return x + slope * _phi_2(h) + noise, None
+    return x + slope * phi_2(h) + noise, None

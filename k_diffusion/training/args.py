@@ -4,16 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .. import cli
+from ..common import options
 from ..models.compiling import UNITS
 from ..models.flags import CHECKPOINTING
 
 
 def parse_args(description: str | None = None) -> argparse.Namespace:
     """The command line of train.py."""
-    p = argparse.ArgumentParser(description=description, formatter_class=cli.HelpFormatter)
-    count: dict[str, Any] = {"type": cli.positive, "metavar": "N"}
-    steps: dict[str, Any] = {"type": cli.positive, "metavar": "STEPS"}
+    p = argparse.ArgumentParser(description=description, formatter_class=options.HelpFormatter)
+    count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
+    steps: dict[str, Any] = {"type": options.positive, "metavar": "STEPS"}
     add = p.add_argument_group("the run").add_argument
     add("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
     add(
@@ -25,7 +25,7 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     )
     add("--name", default="model", help="the run's name; its files are NAME_...")
     add("--end-step", **steps, help="stop after this many steps; else at Ctrl-C")
-    add("--seed", type=cli.non_negative, metavar="N", help="the random seed; else a new one")
+    add("--seed", type=options.non_negative, metavar="N", help="the random seed; else a new one")
     add(
         "--dry-run",
         action="store_true",
@@ -53,7 +53,9 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         help="compile the model whole (without a value), or block by block, which is sooner ready",
     )
     add = p.add_argument_group("data").add_argument
-    add("--num-workers", type=cli.non_negative, default=8, metavar="N", help="loading processes")
+    add(
+        "--num-workers", type=options.non_negative, default=8, metavar="N", help="loading processes"
+    )
     add(
         "--start-method",
         default="spawn",
@@ -88,7 +90,7 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add = p.add_argument_group("metrics", "accepted, without effect in this version").add_argument
     add(
         "--evaluate-every",
-        type=cli.non_negative,
+        type=options.non_negative,
         default=10000,
         metavar="STEPS",
         help="evaluate; 0 for never",

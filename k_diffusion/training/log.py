@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from .. import utils
-from .checkpoint import write_atomically
-from .optional import need
+from ..common.files import CSVLogger, write_atomically
+from ..common.text import need
+from .ema import ema_update_dict
 from .state import TrainState
 
 COLUMNS = ["step", "epoch", "time", "loss", "loss_avg", "lr", "ema_decay", "grad_norm"]
@@ -40,7 +40,7 @@ class Log:
         self.skipped: set[str] = set()
         self.started = time.monotonic() - state.elapsed
         main = accelerator.is_main_process
-        self.csv = utils.CSVLogger(f"{name}_metrics.csv", COLUMNS) if main else None
+        self.csv = CSVLogger(f"{name}_metrics.csv", COLUMNS) if main else None
         # a file gets a line every `every` steps instead of a bar
         self.bar = tqdm(
             total=end_step,
@@ -93,7 +93,7 @@ class Log:
                     "from the last checkpoint with a lower --lr, or another --mixed-precision"
                 )
             state.losses.append(loss)
-            utils.ema_update_dict(state.ema_stats, {"loss": loss}, _AVERAGE_DECAY)
+            ema_update_dict(state.ema_stats, {"loss": loss}, _AVERAGE_DECAY)
 
     def write(self, state: TrainState) -> None:
         """Write a row: the mean loss since the last one, its moving average, and where we are."""

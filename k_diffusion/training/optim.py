@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from .. import utils
-from .optional import need
+from ..common.text import need
+from .ema import EMAWarmup
+from .lr_schedules import ConstantLRWithWarmup, ExponentialLR, InverseLR
 
 Groups = list[dict[str, Any]]
 
@@ -47,9 +48,9 @@ OPTIMIZERS: dict[str, Callable[[Groups, Mapping[str, Any], bool], torch.optim.Op
 }
 
 LR_SCHEDS: dict[str, Callable[..., torch.optim.lr_scheduler.LRScheduler]] = {
-    "constant": utils.ConstantLRWithWarmup,
-    "inverse": utils.InverseLR,
-    "exponential": utils.ExponentialLR,
+    "constant": ConstantLRWithWarmup,
+    "inverse": InverseLR,
+    "exponential": ExponentialLR,
 }
 
 
@@ -73,8 +74,8 @@ def make_lr_sched(
     return LR_SCHEDS[section.pop("type")](opt, **section)
 
 
-def make_ema_sched(config: Mapping[str, Any]) -> utils.EMAWarmup:
+def make_ema_sched(config: Mapping[str, Any]) -> EMAWarmup:
     """The warm-up of the averaged weights' decay of a config."""
     section = dict(config["ema_sched"])
     section.pop("type")
-    return utils.EMAWarmup(**section)
+    return EMAWarmup(**section)

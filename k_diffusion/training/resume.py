@@ -4,14 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import (
-    CheckpointError,
-    find_checkpoints,
-    load_weights,
-    read_checkpoint,
-    read_weights,
-    state_path,
-)
+from ..checkpoints import CheckpointError, load_weights, read_checkpoint, read_weights
+from .run_files import find_checkpoints, state_path
 from .state import TrainState
 
 

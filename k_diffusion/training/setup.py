@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import utils
-from . import launch
-from .optional import need
+from .. import distributed
+from ..common.modules import n_params
+from ..common.text import need
 from .state import TrainState
 
 
@@ -28,7 +28,7 @@ def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any
     if args.tensorboard:
         trackers.append("tensorboard")
         need("tensorboard", "--tensorboard")
-    accelerator = launch.make_accelerator(
+    accelerator = distributed.make_accelerator(
         mixed_precision=args.mixed_precision,
         log_with=trackers or None,
         project_dir=args.tensorboard,
@@ -51,7 +51,7 @@ def describe(args: argparse.Namespace, state: TrainState, accelerator: Any) -> s
     section = state.config["dataset"]
     classes = f", {section['num_classes']} classes" if section["num_classes"] else ""
     return (
-        f"{args.name}: {state.config['model']['type']}, {utils.n_params(state.model):,} parameters"
+        f"{args.name}: {state.config['model']['type']}, {n_params(state.model):,} parameters"
         f"; {section['type']}, {state.dataset_length:,} images{classes}\n"
         f"{accelerator.num_processes} process(es) on {accelerator.device}, {per_step} images a "
         f"step, precision {accelerator.mixed_precision}, seed {state.seed}"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import utils
-from .checkpoint import CheckpointError, check_weights
+from ..checkpoints import CheckpointError, check_weights
+from .ema import EMAWarmup
 
 
 @dataclass
@@ -27,7 +27,7 @@ class TrainState:
     model_ema: nn.Module
     opt: torch.optim.Optimizer
     sched: torch.optim.lr_scheduler.LRScheduler
-    ema_sched: utils.EMAWarmup
+    ema_sched: EMAWarmup
     seed: int
     dataset_length: int
     scaler: Any = None

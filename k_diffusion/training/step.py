@@ -6,15 +6,24 @@ from typing import Any
 
 import torch
 
-from .. import models, utils
+from .. import models
+from ..common.seeds import derive_seed
+from ..densities import enable_stratified_accelerate
 from ..models.flags import CHECKPOINTING
-from .data import derive_seed
+from .ema import ema_update
 from .state import TrainState
 
 
 def drop_classes(classes: torch.Tensor, num_classes: int, rate: float) -> torch.Tensor:
     """Replace a share of class ids by num_classes, "no class", for classifier-free guidance."""
     return torch.where(torch.rand(classes.shape) < rate, num_classes, classes)
+
+
+def _takes_aug_cond(network: Any) -> bool:
+    """Whether a model takes `aug_cond`, under wrappers such as DDP's."""
+    while not hasattr(network, "takes_aug_cond") and hasattr(network, "module"):
+        network = network.module
+    return getattr(network, "takes_aug_cond", False)
 
 
 def batch_loss(
@@ -31,7 +40,7 @@ def batch_loss(
     model, section = config["model"], config["dataset"]
     image = batch["image"].to(device, non_blocking=True)
     cond = {}
-    if model["augment_prob"] > 0 and (model["type"] != "image_v1" or model["augment_wrapper"]):
+    if model["augment_prob"] > 0 and _takes_aug_cond(denoiser.inner_model):
         cond["aug_cond"] = batch["aug_cond"].to(device, non_blocking=True)
     if section["num_classes"]:
         kept = drop_classes(batch["class"], section["num_classes"], section["cond_dropout_rate"])
@@ -71,7 +80,7 @@ def train_step(
         last = i == accumulate - 1
         with (
             nullcontext() if last else accelerator.no_sync(denoiser.inner_model),
-            utils.enable_stratified_accelerate(accelerator, step=i, steps=accumulate),
+            enable_stratified_accelerate(accelerator, step=i, steps=accumulate),
             models.checkpointing(**CHECKPOINTING[checkpointing]),
         ):
             loss = batch_loss(denoiser, batch, sample_density, config, accelerator.device).mean()
@@ -87,7 +96,7 @@ def train_step(
         opt.step()
         if not opt.step_was_skipped:
             state.sched.step()
-            utils.ema_update(state.model, state.model_ema, state.ema_sched.get_value())
+            ema_update(state.model, state.model_ema, state.ema_sched.get_value())
             state.ema_sched.step()
         state.samples += seen
         state.step += 1

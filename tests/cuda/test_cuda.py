@@ -10,8 +10,7 @@ from attention_oracle import assert_same, forget, qkv
 from torch._dynamo.utils import counters
 
 import k_diffusion as K
-from k_diffusion.models import attention, compile_model
-from k_diffusion.models import image_transformer_v2 as v2
+from k_diffusion.models import attention, compile_model, image_transformer_v2 as v2
 from k_diffusion.models.attention import (
     BACKENDS,
     GlobalAttentionSpec,

@@ -12,7 +12,7 @@ from operator import index
 
 import torch
 
-from ..fused import by_formula
+from ..autograd import needs_plain_ops
 from . import flash, flex, natten, neighborhood, plain, shifted_window
 from .choice import (
     AUTO,
@@ -20,9 +20,10 @@ from .choice import (
     ENV_VAR,
     Backend,
     Request,
-    choose_as_constant,
     choose_backend,
+    plain_only,
     reasons,
+    row_to_run,
 )
 from .geometry import (
     Geometry,
@@ -45,6 +46,7 @@ __all__ = [
     "ShiftedWindowAttentionSpec",
     "attend",
     "choose_backend",
+    "plain_only",
     "reasons",
 ]
 
@@ -52,20 +54,20 @@ BACKENDS["global"] = {
     "flash4": Backend(flash.flash4, flash.why_not_flash4),
     "flash3": Backend(flash.flash3, flash.why_not_flash3),
     "flash2": Backend(flash.flash2, flash.why_not_flash2),
-    "sdpa": Backend(plain.sdpa),
-    "reference": Backend(plain.reference),
+    "sdpa": Backend(plain.sdpa, plain=True),
+    "reference": Backend(plain.reference, plain=True),
 }
 BACKENDS["neighborhood"] = {
     "natten": Backend(natten.natten, natten.why_not_natten, natten.not_for_small_grids),
     "natten-0.17": Backend(natten.natten_0_17, natten.why_not_natten_0_17),
     "flex": Backend(flex.flex, flex.why_not_flex, flex.better_without),
     "natten-unfused": Backend(natten.unfused, natten.why_not_unfused, natten.not_without_kernels),
-    "tiled": Backend(neighborhood.tiled),
-    "reference": Backend(plain.reference),
+    "tiled": Backend(neighborhood.tiled, plain=True),
+    "reference": Backend(plain.reference, plain=True),
 }
 BACKENDS["shifted-window"] = {
-    "sdpa": Backend(shifted_window.sdpa),
-    "reference": Backend(plain.reference),
+    "sdpa": Backend(shifted_window.sdpa, plain=True),
+    "reference": Backend(plain.reference, plain=True),
 }
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -85,6 +87,6 @@ def attend(geometry: Geometry, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
             "cast the model's input with .float()"
         )
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    transformed = not torch.compiler.is_compiling() and by_formula()
-    name = choose_as_constant(geometry.key(), h, w, q.device.type, q.dtype, needs_grad, transformed)
-    return BACKENDS[geometry.name][name].run(q, k, v, geometry)
+    transformed = not torch.compiler.is_compiling() and needs_plain_ops()
+    kind, name = row_to_run(geometry, h, w, q.device.type, q.dtype, needs_grad, transformed)
+    return BACKENDS[kind][name].run(q, k, v, geometry)

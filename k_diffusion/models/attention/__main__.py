@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ... import cli
+from ...common import options
+from ...common.tensors import DTYPES
+from ...common.text import aligned
 from . import BACKENDS, choice
 from .geometry import (
     Geometry,
@@ -13,8 +15,6 @@ from .geometry import (
     NeighborhoodAttentionSpec,
     ShiftedWindowAttentionSpec,
 )
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def table(requests: list[choice.Request]) -> str:
@@ -33,7 +33,7 @@ def table(requests: list[choice.Request]) -> str:
             can = "no" if reason else "chosen" if name == chosen else "yes"
             why = reason or BACKENDS[request.geometry.name][name].passed_over(request) or ""
             rows.append((request.geometry.name, name, can, "" if name == chosen else why))
-    return "\n".join([*cli.aligned(rows), *dict.fromkeys(errors)])
+    return "\n".join([*aligned(rows), *dict.fromkeys(errors)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = ["cpu", found.type] if found else ["cpu"]
     p.add_argument("--device", choices=devices, default=devices[-1])
     p.add_argument("--dtype", choices=list(DTYPES), default="bf16" if found else "fp32")
-    p.add_argument("--tokens", type=cli.positive, default=64, help="of a side of the grid")
-    p.add_argument("--d-head", type=cli.positive, default=64)
-    p.add_argument("--kernel-size", type=cli.positive, default=7)
-    p.add_argument("--window-size", type=cli.positive, default=8)
+    p.add_argument("--tokens", type=options.positive, default=64, help="of a side of the grid")
+    p.add_argument("--d-head", type=options.positive, default=64)
+    p.add_argument("--kernel-size", type=options.positive, default=7)
+    p.add_argument("--window-size", type=options.positive, default=8)
     p.add_argument("--inference", action="store_true", help="without gradients")
     args = p.parse_args(argv)
     geometries: list[Geometry] = [

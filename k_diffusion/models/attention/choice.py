@@ -3,15 +3,19 @@
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
 
+from ...common.text import unknown_name
 from .. import flags
-from .geometry import Geometry, from_key
+from .constants import constant
+from .geometry import Geometry, GlobalAttentionSpec
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +56,13 @@ class Backend:
     run: (q, k, v, geometry) -> output, all of (n, h, w, heads, d_head).
     why_not: a reason why it can't do what is requested, or None.
     passed_over: a reason not to choose it without being asked for, or None.
+    plain: whether it is made of torch's own operations, which run on tensors without numbers, too.
     """
 
     run: Run
     why_not: Callable[[Request], str | None] = can_always
     passed_over: Callable[[Request], str | None] = can_always
+    plain: bool = False
 
 
 # By geometry, the best first; filled by the package's __init__.
@@ -124,9 +130,7 @@ def _choose(request: Request, setting: str, use_flash_2: bool) -> str:
     if forced is None and geometry.backend is not None:
         who, forced = "the config", geometry.backend
         if forced not in rows:
-            raise ValueError(
-                f"no {geometry.name} attention backend {forced!r}; there are {', '.join(rows)}"
-            )
+            raise unknown_name(f"{geometry.name} attention backend", forced, rows)
     why_not = reasons(request)
     can = [name for name, reason in why_not.items() if reason is None]
     if forced in rows and forced not in can:
@@ -160,7 +164,31 @@ def choose_backend(request: Request) -> str:
     return _choose(request, setting, flags.get_use_flash_attention_2())
 
 
-@flags.constant_when_compiled
-def choose_as_constant(key: tuple[Any, ...], *request: Any) -> str:
-    """`choose_backend` by the geometry's key and a request's other fields, for compiled code."""
-    return choose_backend(Request(from_key(key), *request))
+_plain_only: ContextVar[bool] = ContextVar("k_diffusion_plain_attention_only", default=False)
+
+
+@contextmanager
+def plain_only() -> Iterator[None]:
+    """Within it, torch's fused attention stands in for backends that aren't plain.
+
+    For estimates with tensors that have no numbers, which other packages' kernels can't take. It
+    keeps for the backward pass what such kernels do: q, k, v, the output, and a number per query
+    and head. The setting belongs to the thread (or task) that enters it.
+    """
+    token = _plain_only.set(True)
+    try:
+        yield
+    finally:
+        _plain_only.reset(token)
+
+
+@constant
+def row_to_run(geometry: Geometry, *request: Any) -> tuple[str, str]:
+    """The geometry and the name of the row of BACKENDS that `attend` runs.
+
+    request: the fields of a Request after the geometry, in order.
+    """
+    name = choose_backend(Request(geometry, *request))
+    if _plain_only.get() and not BACKENDS[geometry.name][name].plain:
+        return GlobalAttentionSpec.name, "sdpa"
+    return geometry.name, name

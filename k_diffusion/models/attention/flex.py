@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from .choice import Request, not_transformed, why_not_imported
+from .constants import cached_plan
 from .geometry import NeighborhoodAttentionSpec
-from .tiles import cached_plan, is_range, take_tokens
+from .tiles import is_range, take_tokens
 
 # Rows and columns of the shapes of tiles, powers of 2. FlexAttention's backward kernels take no
 # smaller blocks.

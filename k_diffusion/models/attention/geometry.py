@@ -4,8 +4,7 @@
 """
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -13,16 +12,34 @@ from .. import flops
 
 
 @dataclass(frozen=True)
-class GlobalAttentionSpec:
-    """Every token sees every token."""
+class _Heads:
+    """What all geometries have: heads of d_head features."""
 
     d_head: int
+
+    def heads(self, width: int) -> int:
+        """The number of heads at a width. Raises ValueError where they don't fit."""
+        if width % self.d_head:
+            valid = [d for d in range(8, width + 1, 8) if width % d == 0]
+            raise ValueError(
+                f"width {width} is not a multiple of d_head {self.d_head}; values of d_head that "
+                f"divide it: {valid or 'none'}"
+            )
+        if self.d_head % 8:
+            raise ValueError(f"d_head must be a multiple of 8, for axial RoPE, got {self.d_head}")
+        return width // self.d_head
+
+
+@dataclass(frozen=True)
+class GlobalAttentionSpec(_Heads):
+    """Every token sees every token."""
+
     backend: str | None = None
     name: ClassVar[str] = "global"
 
-    def key(self) -> tuple[Any, ...]:
-        """All of it as constants, which compiled code can pass on."""
-        return self.name, self.d_head, self.backend
+    def describe(self) -> str:
+        """For people."""
+        return self.name
 
     def check(self, h: int, w: int) -> None:
         """Any grid will do."""
@@ -37,21 +54,20 @@ class GlobalAttentionSpec:
 
 
 @dataclass(frozen=True)
-class NeighborhoodAttentionSpec:
+class NeighborhoodAttentionSpec(_Heads):
     """Each token sees the kernel_size x kernel_size tokens around it (arXiv 2204.07143).
 
     At the borders the window shifts inward: along each axis of length L, query i sees exactly
     `kernel_size` keys from clamp(i - kernel_size // 2, 0, L - kernel_size) on.
     """
 
-    d_head: int
     kernel_size: int
     backend: str | None = None
     name: ClassVar[str] = "neighborhood"
 
-    def key(self) -> tuple[Any, ...]:
-        """All of it as constants, which compiled code can pass on."""
-        return self.name, self.d_head, self.kernel_size, self.backend
+    def describe(self) -> str:
+        """For people."""
+        return f"neighborhood {self.kernel_size} x {self.kernel_size}"
 
     def check(self, h: int, w: int) -> None:
         """Raises ValueError if the window is larger than the grid, or not of a size at all."""
@@ -59,9 +75,8 @@ class NeighborhoodAttentionSpec:
             raise ValueError(f"kernel_size must be at least 1, got {self.kernel_size}")
         if self.kernel_size > min(h, w):
             raise ValueError(
-                f"neighborhood attention with kernel_size {self.kernel_size} needs at least "
-                f"{self.kernel_size} x {self.kernel_size} tokens, got {h} x {w}; use a larger "
-                "image, a smaller kernel_size or global attention on this level"
+                f"kernel_size {self.kernel_size} is larger than the {h} x {w} tokens of this "
+                f"level; use at most {min(h, w)}, a larger image or global attention"
             )
 
     def record_flops(self, shape: torch.Size) -> None:
@@ -84,7 +99,7 @@ class NeighborhoodAttentionSpec:
 
 
 @dataclass(frozen=True)
-class ShiftedWindowAttentionSpec:
+class ShiftedWindowAttentionSpec(_Heads):
     """Tokens see each other within square windows (Swin, arXiv 2103.14030).
 
     `shift` moves the windows' borders by that many tokens up and left; the windows that this cuts
@@ -92,15 +107,14 @@ class ShiftedWindowAttentionSpec:
     window_size // 2.
     """
 
-    d_head: int
     window_size: int
     shift: int = 0
     backend: str | None = None
     name: ClassVar[str] = "shifted-window"
 
-    def key(self) -> tuple[Any, ...]:
-        """All of it as constants, which compiled code can pass on."""
-        return self.name, self.d_head, self.window_size, self.shift, self.backend
+    def describe(self) -> str:
+        """For people."""
+        return f"windows {self.window_size} x {self.window_size}"
 
     def check(self, h: int, w: int) -> None:
         """Raises ValueError if the windows don't tile the grid, or have no size at all."""
@@ -137,15 +151,3 @@ class NoAttentionSpec:
 
 
 Geometry = GlobalAttentionSpec | NeighborhoodAttentionSpec | ShiftedWindowAttentionSpec
-
-
-@cache
-def from_key(key: tuple[Any, ...]) -> Geometry:
-    """The geometry of a `key()`."""
-    return _GEOMETRIES[key[0]](*key[1:])
-
-
-_GEOMETRIES: dict[str, type[Geometry]] = {
-    cls.name: cls
-    for cls in (GlobalAttentionSpec, NeighborhoodAttentionSpec, ShiftedWindowAttentionSpec)
-}

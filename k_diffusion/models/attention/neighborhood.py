@@ -5,8 +5,9 @@ from operator import index
 
 import torch
 
+from .constants import cached_plan
 from .geometry import NeighborhoodAttentionSpec
-from .tiles import TilePlan, cached_plan, tiled_attention
+from .tiles import TilePlan, tiled_attention
 
 # Above so many tokens the mask of all tiles at once would weigh more than it saves.
 _MAX_TOKENS_IN_ONE_PLAN = 256 * 256

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..fused import by_formula, formula_gradient, gradient_by_formula
+from ..autograd import backward_needs_plain_ops, differentiate, needs_plain_ops
 from .geometry import Geometry
 
 
@@ -41,10 +41,10 @@ class _TwiceDifferentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        if not gradient_by_formula(grad):
+        if not backward_needs_plain_ops(grad):
             return grad, None, None, None, None
         needed = ctx.needs_input_grad[1:]
-        return None, *formula_gradient(formula, ctx.saved_tensors, grad, needed)
+        return None, *differentiate(formula, ctx.saved_tensors, grad, needed)
 
 
 def fused(
@@ -55,7 +55,7 @@ def fused(
     q, k, v: (n, heads, tokens, e). mask: broadcasts to (n, heads, queries, keys).
     """
     compiled = torch.compiler.is_compiling()
-    if by_formula() and not compiled:
+    if needs_plain_ops() and not compiled:
         return formula(q, k, v, mask)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     if compiled or not out.requires_grad:

@@ -4,8 +4,9 @@ from operator import index
 
 import torch
 
+from .constants import cached_plan
 from .geometry import ShiftedWindowAttentionSpec
-from .tiles import TilePlan, cached_plan, tiled_attention
+from .tiles import TilePlan, tiled_attention
 
 
 def sdpa(

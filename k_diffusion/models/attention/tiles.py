@@ -5,19 +5,11 @@ scaled_dot_product_attention runs with the tiles as its batch. Memory grows line
 of tokens.
 """
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, wraps
-from typing import Any, TypeVar
 
 import torch
 
-from .. import flags
-from .geometry import Geometry, from_key
 from .plain import dense, fused
-
-R = TypeVar("R")
 
 # So many numbers of q are worked on at once on the CPU: the gathered windows stay in the cache.
 _NUMBERS_AT_ONCE = 2**16
@@ -65,33 +57,6 @@ class TilePlan:
 def is_range(x: torch.Tensor) -> bool:
     """Whether x is 0, 1, 2, ..."""
     return torch.equal(x, torch.arange(len(x)))
-
-
-def cached_plan(make: Callable[..., R]) -> Callable[..., R]:
-    """Cache a function that makes a plan of a geometry, (geometry, *args), where shapes are numbers
-    that `operator.index` took.
-
-    A plan is made in a thread of its own, which the caller's inference mode, fake tensors and
-    default device don't reach: what they make could not be used in training later. Compiled code
-    holds it as a constant.
-    """
-
-    @lru_cache(maxsize=64)
-    def cached(key: tuple[Any, ...], *args: Any) -> R:
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(make, from_key(key), *args).result()
-
-    @wraps(cached)
-    def constant(*args: Any) -> R:
-        return cached(*args)
-
-    flags.constant_when_compiled(constant)
-
-    @wraps(make)
-    def plan(geometry: Geometry, *args: Any) -> R:
-        return constant(geometry.key(), *args)
-
-    return plan
 
 
 def take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

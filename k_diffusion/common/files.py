@@ -1,0 +1,152 @@
+"""Files: written whole or not at all, downloaded, appended to."""
+
+import csv
+import hashlib
+import os
+import tempfile
+import urllib.request
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+PathLike = str | os.PathLike[str]
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file under another name, flush it to disk and give it its name.
+
+    At any moment the name holds either the old file or the new one, whole. Raises OSError with the
+    path if the folder can't be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def writable(path: Path) -> Path:
+    """A path to write to, its folder made. Raises OSError before work is done for nothing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"can't make the folder of {path}: {error.strerror}") from error
+    if path.is_dir():
+        raise IsADirectoryError(f"can't write {path}: it is a folder; name a file")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise PermissionError(f"can't write {path}: permission denied; choose another folder")
+    return path
+
+
+def download_file(path: PathLike, url: str, digest: str | None = None) -> PathLike:
+    """Download `url` to `path` unless it is there already, and return `path`.
+
+    digest: the SHA-256 of the file in hexadecimal; a file at `path` that hasn't got it is replaced.
+    The file appears under its name only once it is complete and has the digest. Raises OSError
+    where it isn't, leaving nothing behind.
+    """
+    path = Path(path)
+    if path.exists() and (digest is None or _sha256(path) == digest.lower()):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url) as response:
+            size = response.headers.get("Content-Length")
+            total = None if size is None else int(size)
+            with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as progress:
+                while chunk := response.read(1 << 20):
+                    progress.update(file.write(chunk))
+            if total is not None and file.tell() != total:
+                raise OSError(f"{url}: got {file.tell()} of {total} bytes; try again")
+        if digest is not None and (got := _sha256(part)) != digest.lower():
+            raise OSError(f"{url} has SHA-256 {got}, not {digest.lower()}")
+        # mkstemp makes files private; a download is an ordinary file.
+        umask = os.umask(0)
+        os.umask(umask)
+        part.chmod(0o666 & ~umask)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _sha256(path: Path) -> str:
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def get_safetensors_metadata(path: PathLike) -> dict[str, str]:
+    """The metadata of a safetensors file, {} where it has none; no weights are read.
+
+    Raises ValueError for a file that is truncated or no safetensors file.
+    """
+    try:
+        with safe_open(os.fspath(path), "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as err:
+        raise ValueError(f"{path} is not a complete safetensors file ({err})") from err
+
+
+class CSVLogger:
+    """Appends rows to a CSV file and flushes each, so that a killed run loses none.
+
+    An existing file with the same columns is continued. One with other columns is kept under the
+    name `NAME.1.csv` (the first free number), with a warning, and a new one is started.
+    """
+
+    def __init__(self, filename: PathLike, columns: Sequence[str]):
+        self.filename = Path(filename)
+        self.columns = list(columns)
+        if self._existing_columns() not in ([], self.columns):
+            kept = self._free_name()
+            self.filename.rename(kept)
+            warnings.warn(
+                f"{self.filename} has other columns than this run; it was kept as {kept}",
+                stacklevel=2,
+            )
+        self.filename.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.filename.open("a+", newline="", encoding="utf-8")
+        self.writer = csv.writer(self.file)
+        if not self._existing_columns():
+            self._write(self.columns)
+        elif not self.filename.read_bytes().endswith(b"\n"):
+            # A row cut off in the middle must not swallow the next one.
+            self._write([])
+
+    def _existing_columns(self) -> list[str]:
+        if not self.filename.exists():
+            return []
+        with self.filename.open(newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), [])
+
+    def _free_name(self) -> Path:
+        n = 1
+        while (path := self.filename.with_suffix(f".{n}{self.filename.suffix}")).exists():
+            n += 1
+        return path
+
+    def _write(self, row: Sequence[Any]) -> None:
+        self.writer.writerow(row)
+        self.file.flush()
+
+    def write(self, *args: Any) -> None:
+        """Write one row, one value per column. Raises ValueError for another number of values."""
+        if len(args) != len(self.columns):
+            raise ValueError(
+                f"{self.filename} has {len(self.columns)} columns "
+                f"({', '.join(self.columns)}), got {len(args)} values"
+            )
+        self._write(args)

@@ -1,0 +1,256 @@
+"""The data sets that a config can name: a table of functions (section, transform, folder)."""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ..common.files import PathLike
+from ..common.images import CorruptImageError, open_image
+from ..common.text import need, unknown_name
+
+Transform = Callable[[Image.Image], Any]
+
+
+def hf_datasets_augs_helper(
+    examples: MutableMapping[str, Any],
+    transform: Callable[[Image.Image], Any],
+    image_key: str,
+    mode: str | None = "RGB",
+) -> dict[str, Any]:
+    """Apply `transform` to the images of a Hugging Face batch; its other columns stay as they are.
+
+    For `dataset.set_transform(functools.partial(...))`. mode: the PIL mode images are converted to
+    first, None to leave them as they are stored. Raises ValueError for an unknown image_key.
+    """
+    if image_key not in examples:
+        raise ValueError(f"no column {image_key!r} in the data set; it has {', '.join(examples)}")
+    images = (image.convert(mode) if mode else image for image in examples[image_key])
+    return {**examples, image_key: [transform(image) for image in images]}
+
+
+class FolderOfImages(Dataset[tuple[Any]]):
+    """The images in a folder and its subfolders, sorted by path; items are 1-tuples.
+
+    transform: a function of the PIL image (default: none). mode: the PIL mode images are converted
+    to first, None to leave them as they are stored. Raises ValueError for a missing folder or one
+    without images, `CorruptImageError` with the path when an image can't be read.
+    """
+
+    IMG_EXTENSIONS = frozenset(
+        (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+    )
+
+    def __init__(
+        self,
+        root: PathLike,
+        transform: Callable[[Image.Image], Any] | None = None,
+        mode: str | None = "RGB",
+    ):
+        self.root = Path(root)
+        self.transform = transform
+        self.mode = mode
+        if not self.root.is_dir():
+            raise ValueError(f"no image folder at {self.root}; check the data set's location")
+        self.paths = sorted(
+            path for path in self.root.rglob("*") if path.suffix.lower() in self.IMG_EXTENSIONS
+        )
+        if not self.paths:
+            extensions = " ".join(sorted(self.IMG_EXTENSIONS))
+            raise ValueError(f"no images below {self.root}; it needs files ending in {extensions}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(root={str(self.root)!r}, len={len(self)})"
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: int) -> tuple[Any]:
+        image = open_image(self.paths[key], self.mode)
+        return (image if self.transform is None else self.transform(image),)
+
+
+class Digits(Dataset[tuple[Any, int]]):
+    """scikit-learn's handwritten digits, 8 x 8 and greyscale: items (image, class).
+
+    split: "test" is every fifth digit of each class, "train" the others, "all" both.
+    """
+
+    in_memory = True
+
+    def __init__(self, transform: Transform, split: str = "all"):
+        digits = need("sklearn.datasets", "the digits data set").load_digits()
+        place = np.eye(10, dtype=int)[digits.target].cumsum(0)  # of each digit in its class, from 1
+        held_out = place[np.arange(len(place)), digits.target] % 5 == 0
+        splits = {"all": held_out | True, "train": ~held_out, "test": held_out}
+        if split not in splits:
+            raise unknown_name("dataset.split of the digits", split, splits)
+        kept = splits[split]
+        self.images = np.rint(digits.images[kept] * (255 / 16)).astype(np.uint8)
+        self.classes = digits.target[kept].tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.classes[index]
+
+
+class Custom(Dataset[Any]):
+    """A data set made by a function of a Python file: `get_dataset(config, transform=...)`.
+
+    Pickles as the way to make it, so that worker processes started by spawn load the file anew.
+    """
+
+    def __init__(self, file: Path, function: str, config: Mapping[str, Any], transform: Transform):
+        self.recipe = (file, function, config, transform)
+        if not file.is_file():
+            raise ValueError(f"no data set file {file}; dataset.location is relative to the config")
+        name = f"k_diffusion_custom_{file.stem}"
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"{file} is not a Python file")
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise ValueError(f"{file} has no function {function!r} (dataset.get_dataset)")
+        self.data = getattr(module, function)(dict(config), transform=transform)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Custom, self.recipe
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.data[index]
+
+
+def _imagefolder(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
+    return FolderOfImages(section["location"], transform, mode=None)
+
+
+def _imagefolder_class(
+    section: Mapping[str, Any], transform: Transform, folder: Path
+) -> Dataset[Any]:
+    if not Path(section["location"]).is_dir():
+        raise ValueError(f"no image folder at {section['location']}; check dataset.location")
+    try:
+        data = need("torchvision.datasets", "imagefolder-class").ImageFolder(
+            section["location"], transform, loader=partial(open_image, mode=None)
+        )
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{section['location']} needs one subfolder with images for each class: {error}"
+        ) from None
+    if 0 < section["num_classes"] < len(data.classes):
+        raise ValueError(
+            f"dataset.num_classes is {section['num_classes']}, but {section['location']} has "
+            f"{len(data.classes)} subfolders, each of them a class"
+        )
+    return data
+
+
+def _torchvision(name: str, section: Mapping[str, Any], transform: Transform) -> Dataset[Any]:
+    cls = getattr(need("torchvision.datasets", section["type"]), name)
+    try:
+        return cls(section["location"], train=True, download=True, transform=transform)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{section['type']} is not at {section['location']} (dataset.location), and can't be "
+            f"downloaded to it: {error}"
+        ) from error
+
+
+class HuggingFace(Dataset[dict[str, Any]]):
+    """A data set of that library: items are its rows, with the transformed image.
+
+    data: a `datasets.Dataset` with a column `image_key` of images.
+    """
+
+    def __init__(self, data: Any, image_key: str, transform: Transform):
+        image_type = need("datasets", "the huggingface data set").Image
+        columns = [k for k, v in data.features.items() if isinstance(v, image_type)]
+        if image_key not in columns:
+            raise ValueError(
+                f"dataset.image_key: no column {image_key!r} of images; there are "
+                f"{', '.join(columns) or 'none'} among {', '.join(data.features)}"
+            )
+        self.image_key, self.transform = image_key, transform
+        self.data, self.feature = data, data.features[image_key]
+        # decoded here, where a corrupt one can be told from other errors
+        for column in columns:
+            self.data = self.data.cast_column(column, image_type(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.data[index]
+        stored = row[self.image_key]
+        try:
+            image = self.feature.decode_example(stored)
+        except Exception as cause:  # PIL's decoders raise many kinds
+            name = f"{(stored or {}).get('path') or 'image'} (row {index} of the data set)"
+            error = CorruptImageError(f"can't read the image {name}: {cause}")
+            error.filename = name
+            raise error from cause
+        return {**row, self.image_key: self.transform(image)}
+
+
+def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
+    library = need("datasets", "the huggingface data set")
+    location, split = Path(section["location"]), section["split"]
+    try:
+        if (location / "dataset_info.json").is_file():
+            data = library.load_from_disk(str(location))
+        elif (location / "dataset_dict.json").is_file():
+            data = library.load_from_disk(str(location))[split]
+        else:
+            data = library.load_dataset(section["location"], split=split)
+    except KeyError:
+        raise ValueError(f"dataset.split: {location} has no split {split!r}") from None
+    return HuggingFace(data, section["image_key"], transform)
+
+
+def _custom(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
+    file = (folder / section["location"]).resolve()
+    return Custom(file, section["get_dataset"], section["config"], transform)
+
+
+DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]] = {
+    "digits": lambda section, transform, folder: Digits(transform, section["split"]),
+    "imagefolder": _imagefolder,
+    "imagefolder-class": _imagefolder_class,
+    "cifar10": lambda section, transform, folder: _torchvision("CIFAR10", section, transform),
+    "mnist": lambda section, transform, folder: _torchvision("MNIST", section, transform),
+    "huggingface": _huggingface,
+    "custom": _custom,
+}
+
+
+def make_dataset(
+    section: Mapping[str, Any], transform: Transform, folder: Path = Path()
+) -> Dataset[Any]:
+    """The data set of a config's `dataset` section.
+
+    transform: of a PIL image, applied to every image. folder: where a custom data set's file lies.
+    Items are tuples or dicts, whose image and class are at `image_key` and `class_key`. Raises
+    ValueError where there is nothing to read, ImportError where a library is missing.
+    """
+    if section["type"] not in DATASETS:
+        raise ValueError(
+            f"no data to train on: dataset.type is {section['type']!r}; "
+            f"there are {', '.join(DATASETS)}"
+        )
+    data = DATASETS[section["type"]](section, transform, Path(folder))
+    if not len(data):  # type: ignore[arg-type]
+        raise ValueError(f"the data set {section['type']!r} is empty")
+    return data

@@ -1,0 +1,95 @@
+"""From a data set to an endless, resumable stream of batches.
+
+The stream is a function of (seed, position): sample t is entry t mod N of the permutation of epoch
+t div N, and its augmentation draws from a generator seeded by (seed, t). So a run that resumes at
+position t goes on as if it had never stopped, whatever the number of workers.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from ..common.seeds import derive_seed
+from .training_data import TrainingData
+
+
+class Stream(Sampler[list[tuple[int, int]]]):
+    """Endless batches of (index, seed), this process's share of the global stream from `start` on.
+
+    Consecutive global batches of batch_size * processes samples; each process takes its slice.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        if length < batch_size * processes:
+            raise ValueError(
+                f"the data set has {length} images, fewer than one batch of {batch_size}"
+                + (f" on each of {processes} processes" if processes > 1 else "")
+                + f"; pass --batch-size {max(1, length // processes)} or less"
+            )
+        self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
+        self.process, self.processes = process, processes
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, torch.empty(0)
+        at = self.start + self.process * self.batch_size
+        while True:
+            batch = []
+            for t in range(at, at + self.batch_size):
+                if t // self.length != epoch:
+                    epoch = t // self.length
+                    generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
+                    order = torch.randperm(self.length, generator=generator)
+                batch.append((int(order[t % self.length]), derive_seed(self.seed, 1, t)))
+            yield batch
+            at += self.batch_size * self.processes
+
+
+def _own_session(worker: int) -> None:
+    # signals to the process group, such as Ctrl-C, are for the main process, which still needs data
+    if hasattr(os, "setsid"):
+        os.setsid()
+
+
+def make_loader(
+    data: TrainingData, stream: Stream, num_workers: int = 0, start_method: str = "spawn"
+) -> DataLoader[dict[str, Any]]:
+    """A DataLoader over the stream. Small data sets held in memory are read without workers."""
+    if getattr(data.data, "in_memory", False):
+        num_workers = 0
+    return DataLoader(
+        data,
+        batch_sampler=stream,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        multiprocessing_context=start_method if num_workers else None,
+        worker_init_fn=_own_session,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def checked(
+    batches: Iterable[dict[str, Any]], report: Callable[[dict[str, Any]], object]
+) -> Iterator[dict[str, Any]]:
+    """The batches, each first shown to `report`, which tells of corrupt images."""
+    try:
+        for batch in batches:
+            report(batch)
+            yield batch
+    except (ValueError, OSError) as error:
+        # a worker's error has its traceback as text; what it says comes last
+        said = re.findall(r"^[\w.]+Error: (.*)", str(error), re.MULTILINE)
+        if said and str(error).startswith("Caught "):
+            raise type(error)(said[-1]) from error
+        raise

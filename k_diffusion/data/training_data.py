@@ -1,0 +1,96 @@
+"""A data set as training sees it: items drawn by (index, seed)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ..common.images import CorruptImageError
+from .datasets import make_dataset
+from .transforms import ImageTransform
+
+_MAX_CORRUPT_IN_A_ROW = 1000
+
+
+class TrainingData(Dataset[dict[str, Any]]):
+    """A data set whose items are drawn by (index, seed) and come as dicts.
+
+    Of an item: `image`, `original`, `aug_cond`, with classes also `class`, and `skipped`, the paths
+    of corrupt images that the next image stood in for (an error with strict=True).
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any],
+        num_classes: int = 0,
+        image_key: int | str = 0,
+        class_key: int | str = 1,
+        strict: bool = False,
+    ):
+        self.data = data
+        self.num_classes = num_classes
+        self.image_key, self.class_key = image_key, class_key
+        self.strict = strict
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+        with torch.random.fork_rng(devices=[]):
+            return [self._draw(*draw) for draw in draws]
+
+    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
+        return self.__getitems__([draw])[0]
+
+    def _draw(self, index: int, seed: int) -> dict[str, Any]:
+        torch.default_generator.manual_seed(seed)
+        skipped: list[str] = []
+        while True:
+            try:
+                item = self.data[index]
+                break
+            except CorruptImageError as error:
+                if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
+                    raise
+                skipped.append(str(error.filename))
+                index = (index + 1) % len(self)
+        try:
+            image, original, aug_cond = item[self.image_key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(
+                f"item {index} of the data set has no image that `transform` was applied to at "
+                f"{self.image_key!r} (dataset.image_key)"
+            ) from None
+        out = {"image": image, "original": original, "aug_cond": aug_cond}
+        if self.num_classes:
+            out["class"] = self._class_of(item, index)
+        return {**out, "skipped": "\n".join(skipped)}
+
+    def _class_of(self, item: Any, index: int) -> int:
+        try:
+            label = int(item[self.class_key])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(
+                f"item {index} of the data set has no class id at {self.class_key!r}, but "
+                f"num_classes is {self.num_classes}; set dataset.class_key, or num_classes to 0"
+            ) from None
+        if not 0 <= label < self.num_classes:
+            raise ValueError(
+                f"item {index} of the data set has class {label}, outside of 0 to "
+                f"{self.num_classes - 1}; dataset.num_classes must be the number of classes"
+            )
+        return label
+
+
+def make_training_data(
+    config: Mapping[str, Any], folder: Any = ".", strict: bool = False
+) -> TrainingData:
+    """The training data of a config; `folder` holds a custom data set's file."""
+    model, section = config["model"], config["dataset"]
+    h, w = model["input_size"]
+    transform = ImageTransform((h, w), model["input_channels"], model["augment_prob"])
+    data = make_dataset(section, transform, folder)
+    return TrainingData(
+        data, section["num_classes"], section["image_key"], section["class_key"], strict
+    )

@@ -1,0 +1,72 @@
+"""Several processes: the Accelerator, their number, a seed for all, and their shares in order."""
+
+import math
+import os
+import re
+import secrets
+import sys
+from typing import Any
+
+import torch
+
+from .common.text import need
+
+# What torchrun and the usual kinds of mpirun tell each of their processes.
+LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def make_accelerator(find_unused_parameters: bool = False, **options: Any) -> Any:
+    """The Accelerator of this process; on the CPU where there is nothing faster.
+
+    find_unused_parameters: of DDP, for models not all of whose weights get a gradient. options:
+    the Accelerator's arguments. Raises ImportError without accelerate.
+    """
+    need("accelerate", "this script")
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    if processes := processes_missing():
+        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        os.execv(sys.executable, [sys.executable, *run, *sys.argv])
+    # without it, Accelerate takes the processes of torchrun for single ones where there's no GPU
+    on_cpu = options.pop("cpu", False) or not torch.accelerator.is_available()
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
+    return Accelerator(cpu=on_cpu, kwargs_handlers=[ddp], **options)
+
+
+def processes_missing() -> int:
+    """N under `accelerate launch --cpu --num_processes N`, which leaves starting them to mpirun.
+
+    Without mpirun it starts a single process and tells it nothing of N, but prepares an address for
+    the N to meet. 0 anywhere else.
+    """
+    meeting = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    if not meeting or any(name in os.environ for name in LAUNCHED):
+        return 0
+    import psutil  # comes with accelerate
+
+    parent = psutil.Process().parent()
+    words = " ".join(parent.cmdline()) if parent else ""
+    asked = re.search(r"\blaunch .*?--num[_-]processes[ =](\d+)", words)
+    machines = re.search(r"\blaunch .*?--num[_-]machines[ =](\d+)", words)
+    return int(asked[1]) if asked and (not machines or machines[1] == "1") else 0
+
+
+def agree_on_seed(seed: int | None) -> int:
+    """The given seed, or a new one, the same on all processes."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([secrets.randbits(31) if seed is None else seed])[0]
+
+
+def gather_shares(accelerator: Any, mine: torch.Tensor, n: int) -> torch.Tensor | None:
+    """Put rows i, i + processes, ... of each process i back in order, on the main process."""
+    processes = accelerator.num_processes
+    if processes == 1:
+        return mine
+    # every process sends as many rows: the last of a short share is padding
+    most = math.ceil(n / processes)
+    padded = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
+    everyone = accelerator.gather(padded)
+    if not accelerator.is_main_process:
+        return None
+    return everyone.unflatten(0, (processes, most)).transpose(0, 1).flatten(0, 1)[:n]

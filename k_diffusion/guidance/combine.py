@@ -1,0 +1,158 @@
+"""How guidance combines two estimates of the clean sample, and what its wrappers share."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..common.tensors import append_dims
+from ..schedules import Sigmas, read_sigmas
+from ..solvers.context import start_run
+
+Scale: TypeAlias = float | Callable[[Tensor], Tensor]
+# (given, without, scale, sigma) -> guided: two estimates and how far to go from one to the other.
+Combine: TypeAlias = Callable[[Tensor, Tensor, Any, Tensor], Tensor]
+
+
+def scale_at(scale: Scale, sigma: Tensor, like: Tensor) -> Any:
+    """A scale at a noise level, to be multiplied with a tensor (n, ...)."""
+    return append_dims(scale(sigma).to(like.dtype), like.ndim) if callable(scale) else scale
+
+
+def _dims(x: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, x.ndim))
+
+
+def _tiny(x: Tensor) -> float:
+    return torch.finfo(x.dtype).tiny
+
+
+class Guidance(nn.Module):
+    """What the wrappers share: they hand on what a sampler says of its run.
+
+    parts: the attributes that may be guidance themselves. Where the host knows the noise level, a
+    wrapper gets it as `host_sigma` beside the tensor sigma.
+    """
+
+    parts: tuple[str, ...] = ("model",)
+
+    def start_run(self) -> None:
+        """Samplers call it before their first step: memories of an earlier run are dropped."""
+        for name in self.parts:
+            start_run(getattr(self, name))
+
+    def at_level(self, sigma: float) -> Any:
+        """The denoiser to call at a noise level that the host knows."""
+        return partial(self, host_sigma=sigma)
+
+
+def linear(given: Tensor, without: Tensor, scale: Any, sigma: Tensor) -> Tensor:
+    """without + scale * (given - without)."""
+    return torch.lerp(without, given, scale)
+
+
+class Rescaled:
+    """Linear guidance that keeps the contrast of the estimate `given` (arXiv:2305.08891, eq. 15).
+
+    Each guided sample is scaled to the standard deviation of `given`, and the result mixed with the
+    plain one: phi of 0 is plain, 1 all rescaled; the paper takes 0.7. Here both are denoised
+    samples. Raises ValueError for phi outside [0, 1].
+    """
+
+    def __init__(self, phi: float = 0.7):
+        if not 0 <= phi <= 1:
+            raise ValueError(f"phi must lie between 0 and 1, got {phi}")
+        self.phi = phi
+
+    def __call__(self, given: Tensor, without: Tensor, scale: Any, sigma: Tensor) -> Tensor:
+        guided = linear(given, without, scale, sigma)
+        std, std_guided = (y.std(_dims(y), correction=0, keepdim=True) for y in (given, guided))
+        ratio = std / std_guided.clamp(min=_tiny(std))
+        # A guided estimate without contrast has none to restore.
+        ratio = torch.where(std_guided > 0, ratio, 1)
+        return torch.lerp(guided, guided * ratio, self.phi)
+
+
+class APG:
+    """Adaptive projected guidance (arXiv:2410.02416): strong guidance without oversaturation.
+
+    The difference of the two estimates is averaged with those of earlier steps, shortened to
+    max_norm, and its part parallel to `given`, which saturates, is multiplied by eta; eta 1 is
+    linear guidance. The paper takes a max_norm of 2.5 to 15, and a momentum of -0.5 to -0.75, which
+    pushes away from the steps before.
+
+    With momentum it has a memory, so one object guides one run at a time. The samplers of this
+    package clear it as they start; else `start_run()` does, or a call at more than twice the noise
+    level of the one before it. Raises ValueError for a max_norm that isn't positive or a momentum
+    outside (-1, 1).
+    """
+
+    def __init__(self, eta: float = 0.0, max_norm: float = math.inf, momentum: float = 0.0):
+        if not max_norm > 0:
+            raise ValueError(f"max_norm must be positive, got {max_norm}")
+        if not -1 < momentum < 1:
+            raise ValueError(f"momentum must lie between -1 and 1, got {momentum}")
+        self.eta, self.max_norm, self.momentum = eta, max_norm, momentum
+        self.start_run()
+
+    def start_run(self) -> None:
+        """Forget the steps before."""
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, given: Tensor, without: Tensor, scale: Any, sigma: Tensor) -> Tensor:
+        diff = given - without
+        if self.momentum:
+            diff = self._averaged(diff, sigma)
+        diff = diff * (self.max_norm / self._norm(diff)).clamp(max=1)
+        unit = given / self._norm(given)
+        parallel = (diff * unit).sum(_dims(diff), keepdim=True) * unit
+        return given + (scale - 1) * (diff + (self.eta - 1) * parallel)
+
+    @staticmethod
+    def _norm(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=_dims(x), keepdim=True).clamp(min=_tiny(x))
+
+    def _averaged(self, diff: Tensor, sigma: Tensor) -> Tensor:
+        if self._last is not None and self._last[0].shape == diff.shape:
+            average, last_sigma = self._last
+            goes_on = append_dims(sigma <= 2 * last_sigma, diff.ndim)
+            diff = diff + self.momentum * torch.where(goes_on, average, 0)
+        self._last = diff.detach(), sigma
+        return diff
+
+
+class CFGPlusPlus:
+    """The scale of CFG++ (arXiv:2406.08070): `CFGDenoiser(model, CFGPlusPlus(0.6, sigmas), ...)`.
+
+    CFG++ goes to the guided estimate, strength between 0 and 1 of the way from the unconditional to
+    the conditional one, but adds the unconditional noise again. In an Euler (DDIM) step from sigma
+    to sigma' that is
+
+        x' = D_u + strength (D_c - D_u) + sigma' (x - D_u) / sigma,
+
+    and so is a plain step with classifier-free guidance of scale strength / (1 - sigma' / sigma):
+    all that it asks of the sampler is the schedule. The identity is exact for samplers with Euler's
+    step (euler, ddim); for others this is the same scale, stronger where steps are shorter.
+
+    sigmas: the run's schedule. The scale at a noise level is that of the nearest one in it. Raises
+    ValueError for an ascending schedule.
+    """
+
+    def __init__(self, strength: float, sigmas: Sigmas):
+        _, host = read_sigmas(sigmas, torch.device("cpu"), False)
+        levels = sorted({0.0, *host})
+        if len(levels) < 2 or host[0] < host[-1]:
+            raise ValueError("CFG++ needs a descending schedule of at least one noise level")
+        scales = [strength * b / (b - a) for a, b in pairwise(levels)]
+        bounds = [math.sqrt(a * b) for a, b in pairwise(levels[1:])]
+        self._scales, self._bounds = torch.tensor(scales), torch.tensor(bounds)
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        if self._scales.device != sigma.device:
+            self._scales = self._scales.to(sigma.device, non_blocking=True)
+            self._bounds = self._bounds.to(sigma.device, non_blocking=True)
+        return self._scales[torch.searchsorted(self._bounds, sigma.to(self._bounds.dtype))]

@@ -1,0 +1,35 @@
+"""What a model says of its levels, for reports on what it would cost."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .attention import Geometry
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a model, from the finest.
+
+    h, w: its grid of tokens. depth: its blocks, on the way down + up. heads: 0 without attention.
+    geometries: of its blocks' attention, each once. attention: what it is called. backend: what
+    computes it, "" where that is yet to be chosen, "-" for nothing.
+    """
+
+    h: int
+    w: int
+    width: int
+    depth: str
+    heads: int
+    geometries: Sequence[Geometry]
+    attention: str
+    backend: str = ""
+
+
+def transformer_level(h: int, w: int, width: int, depth: str, blocks: Iterable[Any]) -> Level:
+    """The level of transformer blocks, which have their attention, or None, as `self_attn`."""
+    attns = [block.self_attn for block in blocks if block.self_attn is not None]
+    if not attns:
+        return Level(h, w, width, depth, 0, (), "none", "-")
+    geometries = tuple(dict.fromkeys(attn.geometry for attn in attns))
+    return Level(h, w, width, depth, attns[0].n_heads, geometries, geometries[0].describe())

@@ -1,0 +1,222 @@
+"""The sampling scripts: the flags that they share, and what they do with them."""
+
+import argparse
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import distributed, generation, guidance, sampling
+from ..common import options
+from ..common.files import writable
+from ..common.images import grid_columns, image_grid, to_pil_image
+from ..common.tensors import DTYPES
+from ..common.text import aligned
+from ..loading import load_denoiser
+
+# A sampler's own parameters, by the flag that sets them.
+OPTIONS = {"eta": "eta", "churn": "s_churn"}
+
+Guide = Callable[[nn.Module, torch.device], nn.Module]
+
+
+class ListSamplers(argparse.Action):
+    """A flag that prints the table of samplers and leaves."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        print(sampler_table())
+        parser.exit()
+
+
+def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> None:
+    """Adds the flags that all sampling scripts have. sampler, steps: the defaults."""
+    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+    number: dict[str, Any] = {"type": float, "metavar": "X"}
+    count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
+    add = p.add_argument
+    text = "an inference checkpoint (.safetensors) or a training checkpoint (.pth)"
+    add("--checkpoint", required=True, **file, help=text)
+    add("--config", **file, help="else the one in the checkpoint")
+    add("-n", default=64, **count, help="the number of images")
+    add("--batch-size", default=64, **count, help="images at a time")
+    add("--prefix", default="out", help="images are written to PREFIX_00000.png ...")
+    add("--grid", **file, help="write one picture of all of them instead")
+    text = "image i has seed N + i; else a new one, which is printed"
+    add("--seed", type=options.non_negative, metavar="N", help=text)
+    text = "class ids, dealt out to the images in turn, or 'all'"
+    add("--class", dest="classes", nargs="+", default=["all"], metavar="ID", help=text)
+    add("--size", type=options.size, metavar="HxW", help="of the images; else the config's")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="of the model's matrix products")
+    add("--device", help="cpu, cuda, ...; else the best there is")
+
+    add = p.add_argument_group("how to sample").add_argument
+    add("--sampler", default=sampler, metavar="NAME", help="see --list-samplers")
+    add("--list-samplers", action=ListSamplers, help="print a table of them and leave")
+    text = f"of noise levels: one of {', '.join(sampling.SCHEDULES)}"
+    add("--schedule", default="karras", metavar="NAME", help=text)
+    add("--steps", default=steps, **count, help="denoising steps")
+    add("--eta", **number, help="fresh noise in stochastic samplers; 0 is none")
+    add("--churn", **number, help="noise that euler, heun and dpm_2 add over the run")
+
+    add = p.add_argument_group("guidance").add_argument
+    text = "strength of classifier-free guidance; 1 is none"
+    add("--cfg-scale", default=1.0, **number, help=text)
+    text = "noise levels between which to use it; else everywhere"
+    add("--cfg-interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help=text)
+    text = "checkpoint of a weaker model to guide away from"
+    add("--autoguidance", **file, help=text)
+    add("--autoguidance-scale", default=2.0, **number, help="strength of that; 1 is none")
+
+
+def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
+    """Samples what the flags ask for, shared out over the processes, and writes it.
+
+    guide: puts further guidance around the denoiser. Raises ValueError, OSError or ImportError for
+    what can't be done.
+    """
+    accelerator = distributed.make_accelerator(cpu=args.device == "cpu")
+    device = torch.device(args.device) if args.device else accelerator.device
+    sampler_args = sampler_options(args)
+    writable(args.grid or image_path(args.prefix, 0))
+    denoiser, config = load_denoiser(args.checkpoint, args.config)
+    model, num_classes = config["model"], config["dataset"]["num_classes"]
+    guided = make_guidance(denoiser.to(device), config, args, device)
+    guided = guided if guide is None else guide(guided, device)
+
+    # image i has seed + i and the classes in turn, whoever samples it
+    seed = distributed.agree_on_seed(args.seed)
+    classes = parse_classes(args.classes, num_classes)
+    mine = range(accelerator.process_index, args.n, accelerator.num_processes)
+    shape = (model["input_channels"], *(args.size or model["input_size"]))
+    sigmas = sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"])
+    accelerator.print(
+        f"{args.n} images of {shape[1]} x {shape[2]} from {args.checkpoint}: {args.sampler}, "
+        f"{args.steps} steps, seed {seed}"
+    )
+    batches = generation.generate(
+        guided,
+        shape,
+        [seed + i for i in mine],
+        sigmas,
+        classes=classes and [classes[i % len(classes)] for i in mine],
+        num_classes=num_classes,
+        sampler=args.sampler,
+        sampler_args=sampler_args,
+        batch_size=args.batch_size,
+        device=device,
+        disable=not accelerator.is_main_process,
+    )
+    dtype = DTYPES[args.dtype]
+    with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
+        if args.grid:
+            images = torch.cat([torch.empty(0, *shape, device=device), *batches])
+        else:
+            write_images(batches, mine, args.prefix)
+
+    if args.grid:
+        everyone = distributed.gather_shares(accelerator, images, args.n)
+        if everyone is not None:
+            columns = grid_columns(len(classes or ()), args.n)
+            image_grid(everyone, columns).save(args.grid)
+        accelerator.print(f"wrote {args.grid}")
+    else:
+        first, last = (image_path(args.prefix, i) for i in (0, args.n - 1))
+        accelerator.print(f"wrote {first} to {last}")
+    accelerator.end_training()
+
+
+def sampler_options(args: argparse.Namespace) -> dict[str, float]:
+    """What --eta and --churn set. Raises ValueError for a sampler that doesn't have it."""
+    given = {flag: value for flag in OPTIONS if (value := getattr(args, flag)) is not None}
+    for flag in given:
+        rows = [
+            name
+            for name, row in sampling.SAMPLERS.items()
+            if row.takes_sigmas and OPTIONS[flag] in inspect.signature(row.function).parameters
+        ]
+        if sampling.get_sampler(args.sampler).name not in rows:
+            raise ValueError(
+                f"sampler {args.sampler!r} takes no --{flag}; these do: {', '.join(rows)}"
+            )
+    return {OPTIONS[flag]: value for flag, value in given.items()}
+
+
+def make_guidance(
+    denoiser: nn.Module, config: dict[str, Any], args: argparse.Namespace, device: torch.device
+) -> nn.Module:
+    """A denoiser with the guidance that the flags ask for.
+
+    Raises ValueError where the model has no classes to guide by, the checkpoint of the weaker model
+    is one of other images or classes, or flags don't go together.
+    """
+    if args.autoguidance is not None:
+        weak, other = load_denoiser(args.autoguidance)
+        for part, key in (
+            ("model", "input_channels"),
+            ("model", "input_size"),
+            ("dataset", "num_classes"),
+        ):
+            if other[part][key] != config[part][key]:
+                raise ValueError(
+                    f"{args.autoguidance} has {key} {other[part][key]}, but the model it is to "
+                    f"guide has {config[part][key]}"
+                )
+        scale = args.autoguidance_scale
+        denoiser = guidance.AutoguidedDenoiser(denoiser, weak.to(device), scale)
+    if args.cfg_scale == 1:
+        if args.cfg_interval:
+            raise ValueError("--cfg-interval needs a --cfg-scale other than 1")
+        return denoiser
+    num_classes = config["dataset"]["num_classes"]
+    if not num_classes:
+        raise ValueError("--cfg-scale needs a class-conditional model; this one has no classes")
+    null = torch.tensor([num_classes], device=device)
+    guided = guidance.CFGDenoiser(denoiser, args.cfg_scale, class_cond=null)
+    return guidance.IntervalDenoiser(guided, *args.cfg_interval) if args.cfg_interval else guided
+
+
+def image_path(prefix: str, i: int) -> Path:
+    """The file of image i."""
+    return Path(f"{prefix}_{i:05}.png")
+
+
+def write_images(batches: Iterator[torch.Tensor], indices: range, prefix: str) -> None:
+    """Writes each image of the batches to its file, as soon as it's there."""
+    left = iter(indices)
+    for batch in batches:
+        for image, i in zip(batch, left):
+            to_pil_image(image).save(image_path(prefix, i))
+
+
+def sampler_table() -> str:
+    """SAMPLERS as text, a row a line: first those that need no noise."""
+    rows = [("sampler", "order", "evaluations", "stochastic", "paper")]
+    for info in sorted(sampling.SAMPLERS.values(), key=lambda info: (info.stochastic, info.name)):
+        stochastic = "yes" if info.stochastic else "no"
+        rows.append((info.name, str(info.order), str(info.evaluations), stochastic, info.paper))
+    return "\n".join(aligned(rows))
+
+
+def parse_classes(names: Sequence[str], num_classes: int) -> list[int] | None:
+    """Class ids from the command line, where "all" stands for each of them; None without classes.
+
+    Raises ValueError for what is no id of the model.
+    """
+    if not num_classes:
+        if list(names) != ["all"]:
+            raise ValueError("this model is unconditional: it has no classes to choose from")
+        return None
+    classes: list[int] = []
+    for name in names:
+        if not name.isdecimal() and name != "all":
+            raise ValueError(f"a class is a number or 'all', got {name!r}")
+        classes += range(num_classes) if name == "all" else [int(name)]
+    generation.check_classes(classes, num_classes)
+    return classes

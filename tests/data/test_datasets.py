@@ -1,0 +1,301 @@
+import hashlib
+import pickle
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from k_diffusion import utils
+from k_diffusion.data import datasets, stream, training_data, transforms
+
+
+def section(kind, location="x", **more):
+    return {"type": kind, "location": str(location), "num_classes": 0, **more}
+
+
+def as_array(image):
+    return np.asarray(image)
+
+
+def images(n=3, size=(4, 6), channels=3, seed=0):
+    shape = (n, *size, channels) if channels > 1 else (n, *size)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save_images(folder, pixels, start=0, suffix="png"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, pixel in enumerate(pixels, start):
+        Image.fromarray(pixel).save(folder / f"{i}.{suffix}")
+
+
+def test_digits():
+    digits = datasets.make_dataset(section("digits", split="all"), as_array)
+    assert len(digits) == 1797
+    image, label = digits[0]
+    assert (image.shape, image.dtype, label) == ((8, 8), np.uint8, 0)
+    assert {digits[i][1] for i in range(50)} == set(range(10))
+    values = np.stack([digits[i][0] for i in range(50)])
+    assert (values.min(), values.max()) == (0, 255)
+    assert len(np.unique(values)) == 17
+
+
+def test_the_splits_of_the_digits():
+    def items(split):
+        made = datasets.make_dataset(section("digits", split=split), as_array)
+        return [(made[i][0].tobytes(), made[i][1]) for i in range(len(made))]
+
+    every, train, test = items("all"), items("train"), items("test")
+    assert sorted(train + test) == sorted(every)
+    assert not {image for image, _ in train} & {image for image, _ in test}  # and no copies
+    counts = [np.bincount([label for _, label in part], minlength=10) for part in (every, test)]
+    assert counts[1].tolist() == (counts[0] // 5).tolist()
+    with pytest.raises(
+        ValueError,
+        match=r"unknown dataset.split of the digits 'valid'.*; there are all, train, test",
+    ):
+        items("valid")
+
+
+# ------------------------------------------------------------------------- folders
+
+
+def test_imagefolder_is_recursive_and_keeps_grey(tmp_path):
+    pixels = images(3, channels=1)
+    save_images(tmp_path / "a", pixels[:1])
+    save_images(tmp_path / "a" / "b", pixels[1:], 1)
+    folder = datasets.make_dataset(section("imagefolder", tmp_path), as_array)
+    assert [folder[i][0].tolist() for i in range(3)] == pixels.tolist()
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "imagefolder-class"])
+def test_missing_and_empty_folders(tmp_path, kind):
+    with pytest.raises(ValueError, match=r"no image folder at .*gone"):
+        datasets.make_dataset(section(kind, tmp_path / "gone"), as_array)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        datasets.make_dataset(section(kind, tmp_path), as_array)
+
+
+def test_imagefolder_class(tmp_path):
+    pixels = images(4)
+    save_images(tmp_path / "cat", pixels[:2])
+    save_images(tmp_path / "dog", pixels[2:], 2)
+    made = section("imagefolder-class", tmp_path, num_classes=2)
+    folder = datasets.make_dataset(made, as_array)
+    assert [folder[i][1] for i in range(4)] == [0, 0, 1, 1]
+    assert [folder[i][0].tolist() for i in range(4)] == pixels.tolist()
+    with pytest.raises(ValueError, match=r"num_classes is 1, but .* has 2 subfolders"):
+        datasets.make_dataset({**made, "num_classes": 1}, as_array)
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "imagefolder-class"])
+def test_corrupt_and_truncated_images_are_named(tmp_path, kind):
+    save_images(tmp_path / "cat", images(3, size=(40, 40)), suffix="jpg")
+    (tmp_path / "cat/0.jpg").write_bytes(b"no image")
+    whole = (tmp_path / "cat/1.jpg").read_bytes()
+    (tmp_path / "cat/1.jpg").write_bytes(whole[: len(whole) // 2])
+    folder = datasets.make_dataset(section(kind, tmp_path), transforms.ImageTransform((8, 8), 3))
+    for i in range(2):
+        with pytest.raises(utils.CorruptImageError, match=f"cat/{i}.jpg"):
+            folder[i]
+    assert training_data.TrainingData(folder)[0, 0]["skipped"].count("cat/") == 2
+
+
+# ------------------------------------------------------------------------- torchvision's
+
+
+def write_mnist(root, pixels, labels):
+    """The files as their authors describe them: big-endian sizes, then bytes."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in ("train", len(pixels)), ("t10k", 1):
+        head = struct.pack(">4I", 0x803, count, *pixels.shape[1:])
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(head + pixels[:count].tobytes())
+        head = struct.pack(">2I", 0x801, count)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(head + bytes(labels[:count]))
+
+
+def test_mnist(tmp_path):
+    pixels = images(5, (28, 28), 1)
+    write_mnist(tmp_path, pixels, [3, 1, 4, 1, 5])
+    mnist = datasets.make_dataset(section("mnist", tmp_path), as_array)
+    assert [mnist[i][1] for i in range(5)] == [3, 1, 4, 1, 5]
+    assert [mnist[i][0].tolist() for i in range(5)] == pixels.tolist()
+
+
+def write_cifar10(root, pixels, labels, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = root / CIFAR10.base_folder
+    folder.mkdir(parents=True)
+
+    def write(name, content):
+        text = pickle.dumps(content)
+        (folder / name).write_bytes(text)
+        return name, hashlib.md5(text).hexdigest()
+
+    batch = {"data": pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1), "labels": labels}
+    meta = write("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", batch)])
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch)])
+    monkeypatch.setattr(
+        CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]}
+    )
+
+
+def test_cifar10(tmp_path, monkeypatch):
+    pixels = images(4, (32, 32))
+    write_cifar10(tmp_path, pixels, [9, 0, 2, 9], monkeypatch)
+    cifar = datasets.make_dataset(section("cifar10", tmp_path), as_array)
+    assert [cifar[i][1] for i in range(4)] == [9, 0, 2, 9]
+    assert [cifar[i][0].tolist() for i in range(4)] == pixels.tolist()
+
+
+@pytest.mark.parametrize("kind", ["mnist", "cifar10"])
+def test_a_download_that_fails_says_where_the_data_was_sought(tmp_path, kind, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(ValueError, match=f"{kind} is not at .* and can't be downloaded to it"):
+        datasets.make_dataset(section(kind, tmp_path / "data"), as_array)
+
+
+# ------------------------------------------------------------------------- Hugging Face's
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The library, offline, with its cache in the test's folder."""
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    library.disable_progress_bars()
+    return library
+
+
+def hf_section(location, **more):
+    return section("huggingface", location, split="train", image_key="img", class_key="y") | more
+
+
+def make_rows(hub, pixels, labels):
+    features = hub.Features(
+        {"img": hub.Image(), "y": hub.ClassLabel(10), "note": hub.Value("string")}
+    )
+    rows = {"img": [Image.fromarray(p) for p in pixels], "y": labels, "note": ["n"] * len(labels)}
+    return hub.Dataset.from_dict(rows, features=features)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_saved_hugging_face_data_set(hub, tmp_path, split):
+    pixels = images(3, channels=1)
+    rows = make_rows(hub, pixels, [5, 0, 7])
+    (hub.DatasetDict({"train": rows}) if split else rows).save_to_disk(str(tmp_path / "d"))
+    made = datasets.make_dataset(hf_section(tmp_path / "d"), as_array)
+    assert len(made) == 3
+    items = [made[i] for i in range(3)]
+    assert [item["y"] for item in items] == [5, 0, 7]
+    assert [item["img"].tolist() for item in items] == pixels.tolist()  # grey stays grey
+    assert pickle.loads(pickle.dumps(made))[1]["y"] == 0
+    with pytest.raises(ValueError, match="no column 'image' of images; there are img among"):
+        datasets.make_dataset(hf_section(tmp_path / "d", image_key="image"), as_array)
+    if split:
+        with pytest.raises(ValueError, match="has no split 'test'"):
+            datasets.make_dataset(hf_section(tmp_path / "d", split="test"), as_array)
+
+
+def test_a_folder_of_parquet_files(hub, tmp_path):
+    pixels = images(3)
+    (tmp_path / "d").mkdir()
+    make_rows(hub, pixels, [5, 0, 7]).to_parquet(str(tmp_path / "d" / "train.parquet"))
+    made = datasets.make_dataset(hf_section(tmp_path / "d"), as_array)
+    assert [made[i]["y"] for i in range(3)] == [5, 0, 7]
+    assert [made[i]["img"].tolist() for i in range(3)] == pixels.tolist()
+
+
+def test_corrupt_images_of_a_hugging_face_data_set(hub, tmp_path):
+    png = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + bytes(13)
+    png += struct.pack(">I", zlib.crc32(png[12:]))
+    features = hub.Features({"img": hub.Image(), "y": hub.ClassLabel(10)})
+    whole = {"bytes": None, "path": str(tmp_path / "i" / "0.png")}
+    save_images(tmp_path / "i", images(1))
+    rows = {"img": [{"bytes": png, "path": "bad.png"}, whole], "y": [1, 2]}
+    hub.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "d"))
+    transform = transforms.ImageTransform((4, 4), 3)
+    made = datasets.make_dataset(hf_section(tmp_path / "d"), transform)
+    training = training_data.TrainingData(made, 10, "img", "y")
+    item = training[0, 0]
+    assert item["skipped"] == "bad.png (row 0 of the data set)"
+    assert item["class"] == 2
+    with pytest.raises(utils.CorruptImageError, match=r"bad.png"):
+        training_data.TrainingData(made, 10, "img", "y", strict=True)[0, 0]
+
+
+# ------------------------------------------------------------------------- custom ones
+
+CUSTOM = """
+import torch
+from PIL import Image
+
+class Colours(torch.utils.data.Dataset):
+    def __init__(self, n, transform):
+        self.n, self.transform = n, transform
+    def __len__(self):
+        return self.n
+    def __getitem__(self, i):
+        return {"picture": self.transform(Image.new("RGB", (8, 8), (i, 2 * i, 0))), "kind": i % 2}
+
+def get_dataset(config, transform):
+    return Colours(config["n"], transform)
+"""
+
+
+def custom(tmp_path, **more):
+    (tmp_path / "mine.py").write_text(CUSTOM)
+    made = section("custom", "mine.py", get_dataset="get_dataset", config={"n": 12}) | more
+    return datasets.make_dataset(made, transforms.ImageTransform((8, 8), 3), tmp_path)
+
+
+def test_a_custom_data_set_reaches_spawned_workers(tmp_path):
+    training = training_data.TrainingData(custom(tmp_path), 2, "picture", "kind")
+    loaders = (stream.make_loader(training, stream.Stream(12, 5, 0), n, "spawn") for n in (0, 1))
+    batches = [next(iter(loader)) for loader in loaders]
+    assert torch.equal(batches[0]["image"], batches[1]["image"])
+    assert torch.equal(batches[0]["class"], batches[1]["class"])
+
+
+def test_custom_data_sets_that_are_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"no data set file .*other.py"):
+        custom(tmp_path, location="other.py")
+    with pytest.raises(ValueError, match=r"mine.py has no function 'nope'"):
+        custom(tmp_path, get_dataset="nope")
+    with pytest.raises(ValueError, match="'custom' is empty"):
+        custom(tmp_path, config={"n": 0})
+
+
+# ------------------------------------------------------------------------- the table
+
+
+def test_no_data_to_train_on():
+    with pytest.raises(ValueError, match=r"no data to train on: .* there are digits, imagefolder"):
+        datasets.make_dataset(section("none"), as_array)
+
+
+@pytest.mark.parametrize(
+    ("kind", "module"),
+    [
+        ("digits", "sklearn.datasets"),
+        ("mnist", "torchvision.datasets"),
+        ("cifar10", "torchvision.datasets"),
+        ("huggingface", "datasets"),
+    ],
+)
+def test_missing_packages(kind, module, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        ImportError, match=rf'{module.split(".")[0]}; install it with: pip install "'
+    ):
+        datasets.make_dataset(hf_section(tmp_path) | {"type": kind}, as_array)

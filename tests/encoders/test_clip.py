@@ -1,0 +1,141 @@
+import sys
+
+import pytest
+import torch
+from problems import normal
+from torch import nn
+
+from k_diffusion import sampling
+from k_diffusion.encoders import clip
+from k_diffusion.guidance import GradientGuidedDenoiser
+
+
+class TinyCLIP(nn.Module):
+    """Sees 6 x 6 images through a random projection; texts are embedded by their length."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = nn.Linear(108, 5)
+        self.visual.image_size = 6
+        with torch.no_grad():
+            self.visual.weight.copy_(normal(0, 5, 108, std=108**-0.5))
+            self.visual.bias.zero_()
+
+    def encode_image(self, images):
+        self.seen = images
+        return self.visual(images.flatten(1))
+
+    def encode_text(self, tokens):
+        return torch.stack([normal(int(n), 5) for n in tokens])
+
+
+def tiny():
+    return clip.CLIPEncoder(TinyCLIP(), lambda texts: torch.tensor([len(t) for t in texts]))
+
+
+def unit(*shape, seed=0):
+    return nn.functional.normalize(normal(seed, *shape, dtype=torch.float64), dim=-1)
+
+
+# --------------------------------------------------------------------------------------- the loss
+
+
+def test_distance_is_half_the_squared_angle():
+    angles = torch.tensor([0.0, 1e-6, 0.4, 1.5, 3.0, torch.pi], dtype=torch.float64)
+    x = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    y = torch.stack([angles.cos(), angles.sin()], -1)
+    torch.testing.assert_close(clip.squared_spherical_distance(x, y), angles**2 / 2)
+
+
+def test_distance_has_a_finite_gradient_at_both_ends():
+    x = unit(3, 4)
+    y = torch.stack([x[0], -x[1], x[2]]).requires_grad_()
+    clip.squared_spherical_distance(x, y).sum().backward()
+    assert y.grad.isfinite().all()
+
+
+def test_gradient_of_the_distance():
+    x, y = unit(3, 4), unit(3, 4, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(clip.squared_spherical_distance, (x, y))
+
+
+# ------------------------------------------------------------------------------------ the encoder
+
+
+@pytest.mark.parametrize("size", [(6, 6), (24, 24), (5, 13)])
+def test_images_are_resized_and_normalized(size):
+    """A grey image stays one, whatever its size."""
+    encoder = tiny()
+    y = encoder.encode_images(torch.full((2, 3, *size), 0.2))
+    want = (torch.tensor([0.6, 0.6, 0.6]) - encoder.mean.flatten()) / encoder.std.flatten()
+    torch.testing.assert_close(encoder.model.seen, want[:, None, None].expand(2, 3, 6, 6))
+    torch.testing.assert_close(y.norm(dim=-1), torch.ones(2))
+
+
+def test_greyscale_images_are_seen_in_grey():
+    grey, encoder = normal(0, 2, 1, 8, 8), tiny()
+    torch.testing.assert_close(
+        encoder.encode_images(grey), encoder.encode_images(grey.repeat(1, 3, 1, 1))
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (3, 8, 8)])
+def test_other_images_are_errors(shape):
+    with pytest.raises(ValueError, match="3 channels, or 1 for greyscale; got shape"):
+        tiny().encode_images(torch.zeros(shape))
+
+
+def test_texts_are_unit_vectors_without_gradients():
+    y = tiny().encode_texts(["a", "bcd"])
+    torch.testing.assert_close(y.norm(dim=-1), torch.ones(2))
+    assert not y.requires_grad
+
+
+def test_sampling_by_a_prompt_brings_images_nearer_to_it():
+    loss = clip.prompt_loss(tiny(), "a digit")
+    shrink = nn.Module()
+    shrink.forward = lambda x, sigma: x / (1 + sigma[:, None, None, None] ** 2)
+    sigmas = sampling.get_sigmas_karras(10, 0.02, 10)
+    x = normal(3, 4, 3, 8, 8, std=10)
+    plain = sampling.sample_dpmpp_2m(shrink, x, sigmas, disable=True)
+    guided = GradientGuidedDenoiser(shrink, loss, 50.0)
+    near = sampling.sample_dpmpp_2m(guided, x, sigmas, disable=True)
+    assert (loss(near) < 0.7 * loss(plain)).all()
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def test_a_real_architecture_takes_a_step_towards_a_prompt():
+    """With random weights: half a step down the gradient lowers the loss of each image."""
+    pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    encoder = clip.load_clip("ViT-B/32", pretrained=None)
+    assert encoder.size == (224, 224)
+    assert not any(p.requires_grad for p in encoder.parameters())
+    loss = clip.prompt_loss(encoder, "a lighthouse")
+    x = normal(0, 2, 3, 32, 32, std=0.3).requires_grad_()
+    before = loss(x)
+    (grad,) = torch.autograd.grad(before.sum(), x)
+    assert (grad.flatten(1).norm(dim=1) > 0).all()
+    step = 1e-3 / grad.flatten(1).norm(dim=1)[:, None, None, None]
+    assert (loss(x - step * grad) < before).all()
+
+
+def test_every_name_is_one_of_open_clips_with_openai_weights():
+    open_clip = pytest.importorskip("open_clip")
+    known = open_clip.list_pretrained()
+    assert [name for name in clip.MODELS.values() if (name, "openai") not in known] == []
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(
+        ValueError, match="unknown CLIP model 'ViT-B/61' \\(did you mean 'ViT-B/16'"
+    ):
+        clip.load_clip("ViT-B/61")
+
+
+def test_without_open_clip_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match=r'pip install "k-diffusion\[clip\]"'):
+        clip.load_clip()

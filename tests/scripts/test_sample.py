@@ -1,0 +1,205 @@
+"""The sampling scripts' shared flags, through sample_clip_guided.py, in this process."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from problems import normal
+from torch import nn
+
+from k_diffusion import checkpoints, config, guidance
+from k_diffusion.encoders import clip
+from k_diffusion.scripts import sample
+
+pytest.importorskip("accelerate")
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_model(path, num_classes=0, channels=3):
+    """A model of 8 x 8 images; as it begins, with an output of 0, it denoises N(0, 0.5^2)."""
+    loaded = config.load_config(
+        {
+            "model": {
+                "type": "image_transformer_v2",
+                "input_channels": channels,
+                "input_size": [8, 8],
+                "patch_size": [4, 4],
+                "depths": [1],
+                "widths": [16],
+                "d_ffs": [16],
+                "self_attns": [{"type": "global", "d_head": 8}],
+                "mapping_depth": 1,
+                "mapping_width": 16,
+                "mapping_d_ff": 16,
+                "sigma_data": 0.5,
+                "sigma_min": 0.02,
+                "sigma_max": 10,
+                "sigma_sample_density": {"type": "lognormal", "mean": 0, "std": 1},
+            },
+            "dataset": {"type": "imagefolder", "location": "x", "num_classes": num_classes},
+        }
+    )
+    torch.manual_seed(0)
+    model = config.make_model(loaded)
+    checkpoints.write_inference(path, loaded, model.state_dict(), "fp32")
+    return path
+
+
+class TinyCLIP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Parameter(normal(0, 4 * 3 * 16, 5, std=0.1))
+
+    def encode_image(self, images):
+        return nn.functional.avg_pool2d(images, 28).flatten(1) @ self.projection
+
+    def encode_text(self, tokens):
+        return normal(int(tokens), 1, 5)
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Runs sample_clip_guided.py with flags, where loading CLIP gives a stand-in."""
+    spec = importlib.util.spec_from_file_location("script", ROOT / "sample_clip_guided.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    encoder = clip.CLIPEncoder(TinyCLIP(), lambda texts: torch.tensor([len(t) for t in texts]))
+    loads = []
+    monkeypatch.setattr(
+        clip, "load_clip", lambda name, device: (loads.append(name), encoder.to(device))[1]
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("K_DIFFUSION_DEBUG", "1")
+
+    def run(*flags):
+        argv = ["sample_clip_guided.py", *map(str, flags), "--device", "cpu"]
+        monkeypatch.setattr("sys.argv", argv)
+        module.main()
+
+    run.module, run.encoder, run.loads = module, encoder, loads
+    return run
+
+
+def pixels(path):
+    return torch.tensor(np.asarray(Image.open(path)), dtype=torch.float32)
+
+
+def images(prefix, n):
+    return torch.stack([pixels(f"{prefix}_{i:05}.png") for i in range(n)])
+
+
+# ------------------------------------------------------------------------------------- the script
+
+
+def test_published_flags_and_defaults(script, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "a cat", "--checkpoint", "m.safetensors", "-cgs", "3"])
+    args = vars(script.module.parse_args())
+    published = {
+        "prompt": "a cat",
+        "batch_size": 64,
+        "checkpoint": Path("m.safetensors"),
+        "clip_guidance_scale": 3.0,
+        "clip_model": "ViT-B/16",
+        "config": None,
+        "n": 64,
+        "prefix": "out",
+        "steps": 100,
+    }
+    assert {name: args[name] for name in published} == published
+
+
+def test_images_come_nearer_to_the_prompt_the_stronger_the_guidance(script, capsys):
+    model = write_model(Path("m.safetensors"))
+    flags = ("a digit", "--checkpoint", model, "-n", 3, "--steps", 6, "--seed", 4)
+    losses = []
+    for scale in (0, 1, 10):
+        script(*flags, "-cgs", scale, "--prefix", f"s{scale}", "--clip-model", "ViT-L/14")
+        x = images(f"s{scale}", 3).movedim(-1, 1) / 127.5 - 1
+        losses.append(clip.prompt_loss(script.encoder, "a digit")(x))
+    assert (losses[1] < losses[0]).all()
+    assert (losses[2] < losses[1]).all()
+    assert script.loads == ["ViT-L/14"] * 3
+    assert "wrote s10_00000.png to s10_00002.png" in capsys.readouterr().out
+
+
+def test_image_i_of_a_seed_is_the_same_in_any_batch(script):
+    model = write_model(Path("m.safetensors"))
+    flags = ("a", "--checkpoint", model, "-n", 4, "--steps", 4, "--seed", 4, "-cgs", 20)
+    for size in (1, 3, 64):
+        script(*flags, "--batch-size", size, "--prefix", f"b{size}")
+    assert (images("b1", 4) - images("b64", 4)).abs().max() <= 1
+    assert (images("b3", 4) - images("b64", 4)).abs().max() <= 1
+    assert (images("b64", 4)[0] - images("b64", 4)[1]).abs().max() > 50
+
+
+def test_a_grid_of_a_class_conditional_model(script):
+    model = write_model(Path("m.safetensors"), num_classes=3)
+    script(
+        *("a", "--checkpoint", model, "-n", 6, "--steps", 2, "--grid", "new/grid.png"),
+        *("--cfg-scale", 2, "--cfg-interval", 0.1, 5, "--sampler", "euler", "--churn", 3),
+        *("--size", "8x12", "--dtype", "bf16"),
+    )
+    width, height = Image.open("new/grid.png").size
+    assert width / height == pytest.approx(3 * 12 / (2 * 8), rel=0.1)
+
+
+def test_errors_are_sentences_and_come_before_the_work(script, monkeypatch):
+    monkeypatch.setenv("K_DIFFUSION_DEBUG", "0")
+    model = write_model(Path("m.safetensors"))
+    Path("file").touch()
+    for flags, message in [
+        (("--sampler", "dpmpp_2m", "--churn", "1"), "takes no --churn; these do: .*euler"),
+        (("--sampler", "dpmpp_2n"), r"unknown sampler 'dpmpp_2n' \(did you mean"),
+        (("--grid", "file/grid.png"), "can't make the folder"),
+        (("--cfg-scale", "2"), "needs a class-conditional model"),
+        (("--cfg-interval", "1", "2"), "needs a --cfg-scale"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            script("a", "--checkpoint", model, "-n", 2, "--steps", 2, *flags)
+    assert list(Path().glob("*.png")) == []
+
+
+def test_list_samplers(script, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        script("--list-samplers")
+    assert leaving.value.code == 0
+    assert "dpmpp_2m" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- guidance
+
+
+def build(model_config, **flags):
+    class Flags:
+        cfg_scale, cfg_interval, autoguidance, autoguidance_scale = 1.0, None, None, 2.0
+
+    for name, value in flags.items():
+        setattr(Flags, name, value)
+    return sample.make_guidance(nn.Identity(), model_config, Flags, torch.device("cpu"))
+
+
+def test_guidance_by_flags(tmp_path):
+    weak = write_model(tmp_path / "weak.safetensors", num_classes=3)
+    loaded = config.load_config(weak)
+    assert isinstance(build(loaded), nn.Identity)
+    assert isinstance(build(loaded, cfg_scale=2.0), guidance.CFGDenoiser)
+    guided = build(loaded, cfg_scale=3.0, cfg_interval=(0.1, 5.0), autoguidance=weak)
+    assert isinstance(guided, guidance.IntervalDenoiser)
+    assert (guided.sigma_min, guided.sigma_max) == (0.1, 5.0)
+    assert (guided.guided.scale, guided.guided.uncond["class_cond"].tolist()) == (3.0, [3])
+    assert isinstance(guided.guided.model, guidance.AutoguidedDenoiser)
+    assert guided.guided.model.scale == 2.0
+
+
+@pytest.mark.parametrize(
+    ("other", "key"), [({"num_classes": 2}, "num_classes"), ({"channels": 1}, "input_channels")]
+)
+def test_a_weaker_model_of_something_else_is_an_error(tmp_path, other, key):
+    loaded = config.load_config(write_model(tmp_path / "m.safetensors", num_classes=3))
+    weak = write_model(tmp_path / "weak.safetensors", **{"num_classes": 3, **other})
+    with pytest.raises(ValueError, match=f"weak.safetensors has {key}"):
+        build(loaded, autoguidance=weak)

@@ -1,0 +1,169 @@
+import json
+import os
+import pickle
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import k_diffusion as K
+from k_diffusion import checkpoints
+from k_diffusion.checkpoints import CheckpointError
+from k_diffusion.common import files
+from k_diffusion.common.tensors import DTYPES
+from k_diffusion.training import run_files
+
+
+def save(folder, *steps, name="run"):
+    state = {"config": {}, "model": {}}
+    return [run_files.save_checkpoint(str(folder / name), step, state) for step in steps]
+
+
+@pytest.mark.parametrize("at", [0, 1, 5000])
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, at):
+    path = tmp_path / "x.pth"
+    files.write_atomically(path, lambda file: file.write(b"old"))
+
+    def crash(file):
+        file.write(b"n" * at)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        files.write_atomically(path, crash)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pth"]
+
+
+def test_a_kill_while_writing_leaves_the_old_file(tmp_path):
+    (path,) = save(tmp_path, 1)
+    child = os.fork()
+    if child == 0:
+        files.write_atomically(path, lambda file: (file.write(b"n"), file.flush(), os._exit(9)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert checkpoints.read_checkpoint(path) == {"config": {}, "model": {}}
+    assert run_files.find_checkpoints(str(tmp_path / "run")) == [path]
+    (again,) = save(tmp_path, 1)
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".part")] == []
+    assert again == path
+
+
+def test_unwritable(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        run_files.save_checkpoint(str(tmp_path / "file" / "run"), 1, {})
+
+
+def test_reading_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .*gone.pth"):
+        checkpoints.read_checkpoint(tmp_path / "gone.pth")
+    (path,) = save(tmp_path, 3)
+    whole = path.read_bytes()
+    for n in 0, 1, 100, len(whole) - 1:
+        path.write_bytes(whole[:n])
+        with pytest.raises(CheckpointError, match=r"run_00000003.pth is damaged or truncated"):
+            checkpoints.read_checkpoint(path)
+    for other in [1, 2], {"model": {}}:
+        torch.save(other, path)
+        with pytest.raises(CheckpointError, match="no training checkpoint"):
+            checkpoints.read_checkpoint(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("made_by_a_checkpoint",)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"config": {}, "model": Evil()}, "evil.pth")
+    with pytest.raises(CheckpointError, match=r"evil.pth"):
+        checkpoints.read_checkpoint("evil.pth")
+    (tmp_path / "evil2.pth").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match=r"evil2.pth"):
+        checkpoints.read_checkpoint("evil2.pth")
+    assert not (tmp_path / "made_by_a_checkpoint").exists()
+
+
+def test_the_state_file_holds_a_name_alone(tmp_path):
+    (path,) = save(tmp_path, 12, name="runs/a")
+    assert path == tmp_path / "runs/a_00000012.pth"
+    text = (tmp_path / "runs/a_state.json").read_text()
+    assert json.loads(text) == {"latest_checkpoint": "a_00000012.pth"}
+
+
+def test_which_checkpoints_are_tried(tmp_path):
+    name = str(tmp_path / "run")
+    assert run_files.find_checkpoints(name) == []
+    one, two, three = save(tmp_path, 1, 200000000, 3)
+    save(tmp_path, 2, name="run_b")
+    # the state file names 3: what came after it was left for it
+    assert run_files.find_checkpoints(name) == [three, one]
+    three.unlink()
+    assert run_files.find_checkpoints(name) == [two, one]
+    # a path from the working directory, as other versions wrote it
+    state = tmp_path / "run_state.json"
+    state.write_text(json.dumps({"latest_checkpoint": str(one)}))
+    assert run_files.find_checkpoints(name) == [one]
+    for text in "", "{}", "[1]":
+        state.write_text(text)
+        assert run_files.find_checkpoints(name) == [two, one]
+    one.unlink(), two.unlink()
+    with pytest.raises(CheckpointError, match="names a checkpoint that is gone"):
+        run_files.find_checkpoints(name)
+    state.unlink()
+    assert run_files.find_checkpoints(name) == []
+
+
+def test_a_moved_run_is_found(tmp_path):
+    save(tmp_path / "a", 1, 2)
+    (tmp_path / "a").rename(tmp_path / "b")
+    found = run_files.find_checkpoints(str(tmp_path / "b" / "run"))
+    assert [p.name for p in found] == ["run_00000002.pth", "run_00000001.pth"]
+
+
+def test_weights_of_another_architecture():
+    model = nn.Linear(3, 2)
+    checkpoints.load_weights(model, nn.Linear(3, 2).state_dict(), "x")
+    before = model.weight.clone()
+    wrong = {"weight": torch.zeros(2, 4), **{f"more.{i}": torch.zeros(1) for i in range(6)}}
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.load_weights(model, wrong, "x.pth")
+    text = str(error.value)
+    assert text.startswith("x.pth is of another architecture")
+    assert "missing from it: bias" in text
+    assert "not in this model: more.0, more.1, more.2, more.3 and 2 more" in text
+    assert "of another shape: weight (2, 4) instead of (2, 3)" in text
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_inference_checkpoints(tmp_path, dtype):
+    config = runs.tiny_config()
+    weights = K.config.make_model(config).state_dict()
+    path = tmp_path / "x.safetensors"
+    checkpoints.write_inference(path, config, weights, dtype)
+    assert json.loads(K.utils.get_safetensors_metadata(path)["config"]) == config
+    assert K.config.load_config(path) == config
+    read = load_file(path)
+    assert read.keys() == weights.keys()
+    kept = [k for k in weights if read[k].dtype == torch.float32]
+    if dtype == "fp32":
+        assert runs.differences(read, dict(weights)) == []
+    else:
+        # frequencies are constants that angles of thousands of radians come from
+        assert {k.rpartition(".")[2] for k in kept} <= {"freqs", "weight"}
+        assert {"time_emb.weight", "aug_emb.weight"} <= set(kept)
+        want = {k: v if k in kept else v.to(DTYPES[dtype]) for k, v in weights.items()}
+        assert runs.differences(read, want) == []
+
+
+def test_damaged_inference_checkpoints(tmp_path):
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoints.read_weights(path)
+    checkpoints.write_inference(path, {}, {"a": torch.zeros(100)}, "fp32")
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"x.safetensors is damaged"):
+        checkpoints.read_weights(path)

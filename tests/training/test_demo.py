@@ -1,0 +1,97 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+from torch import nn
+
+from k_diffusion import generation
+from k_diffusion.common.images import grid_columns, image_grid
+from k_diffusion.training import demo
+
+
+def test_grids_show_each_image_in_its_place():
+    images = torch.linspace(-1, 0.6, 5)[:, None, None, None].expand(5, 1, 50, 60)
+    grid = np.asarray(image_grid(images, columns=3, border=4))
+    assert grid.shape == (2 * 54 + 4, 3 * 64 + 4)
+    for i in range(5):
+        y, x = i // 3 * 54 + 4, i % 3 * 64 + 4
+        cell = grid[y : y + 50, x : x + 60]
+        assert np.unique(cell).tolist() == [51 * i]
+        assert grid[y - 4 : y, x : x + 60].max() == grid[y : y + 50, x - 4 : x].max() == 0
+    assert grid[-54:, 2 * 64 + 4 :].max() == 0  # no images there
+    assert grid[:, -4:].max() == 0
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_small_images_are_enlarged_pixel_by_pixel(channels, mode):
+    images = torch.rand(4, channels, 8, 6) * 2 - 1
+    grid = image_grid(images, border=0)
+    assert grid.mode == mode
+    assert grid.size == (2 * 36, 2 * 48)
+    pixels = np.asarray(grid).reshape(96, 72, -1)
+    assert (pixels[::6, ::6].repeat(6, 0).repeat(6, 1) == pixels).all()
+
+
+def test_columns():
+    assert grid_columns(10, 64) == 10
+    assert grid_columns(10, 9) is None
+    assert grid_columns(1000, 2000) is None
+    assert grid_columns(0, 64) is None
+    image = image_grid(torch.zeros(10, 1, 48, 48), border=0)
+    assert image.size == (4 * 48, 3 * 48)
+
+
+class ClassAsLevel(nn.Module):
+    """Denoises to the image whose pixels are all class / 10."""
+
+    def forward(self, x, sigma, class_cond):
+        return torch.ones_like(x) * class_cond[:, None, None, None] / 10
+
+
+def one_process():
+    from contextlib import nullcontext
+
+    return SimpleNamespace(
+        num_processes=1,
+        process_index=0,
+        is_main_process=True,
+        device=torch.device("cpu"),
+        autocast=nullcontext,
+    )
+
+
+def test_samples_have_the_classes_in_turn():
+    images = generation.sample_share(
+        one_process(), ClassAsLevel(), runs.tiny_config(), range(23), batch_size=4
+    )
+    assert images.shape == (23, 1, 8, 8)
+    torch.testing.assert_close(images[:, 0, 0, 0], torch.arange(23) % 10 / 10)
+
+
+def test_all_demos_of_a_run_start_from_the_same_noise(tmp_path, monkeypatch):
+    seeds = []
+
+    def sample(accelerator, denoiser, config, chosen):
+        seeds.append(list(chosen))
+        return torch.zeros(len(chosen), 1, 8, 8)
+
+    monkeypatch.setattr(demo, "sample_share", sample)
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    args = one_process(), None, runs.tiny_config()
+    for n in 5, 5, 12:
+        path = demo.write_demo(*args, tmp_path / "x.png", n, generator)
+        assert Image.open(path).size[0] > 0
+    assert torch.equal(generator.get_state(), before)
+    assert seeds[0] == seeds[1] == seeds[2][:5]
+    assert len(set(seeds[2])) == 12
+
+
+def test_other_processes_write_no_grid(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "sample_share", lambda *args: None)
+    args = one_process(), None, runs.tiny_config(), tmp_path / "x.png", 3, torch.Generator()
+    assert demo.write_demo(*args) is None
+    assert list(tmp_path.iterdir()) == []
