@@ -332,5 +332,5 @@ def test_conditions_that_a_model_does_not_take_are_named():
 def test_wrong_heads_are_named():
     with pytest.raises(ValueError, match="width 32 is not a multiple of d_head 24"):
         hourglass([1], [32], [GlobalAttentionSpec(24)])
-    with pytest.raises(ValueError, match=r"d_head must be a multiple of 8 .*, got 4"):
+    with pytest.raises(ValueError, match=r"d_head must be a multiple of 8, .*, got 4"):
         hourglass([1], [32], [GlobalAttentionSpec(4)])

@@ -306,7 +306,7 @@ def test_impossible_restarts(restart):
 
 def test_bad_options():
     model, x, sigmas = problems.Gaussian(), torch.ones(1, 2), [4.0, 1.0, 0.0]
-    with pytest.raises(ValueError, match="unknown noise_scale 'er'; "):
+    with pytest.raises(ValueError, match="unknown noise_scale 'er' "):
         sampler("er_sde", noise_scale="er")(model, x, sigmas)
     with pytest.raises(ValueError, match=r"fractions between 0 and 1, got \(1.0,\)"):
         sampler("seeds_2", r=1.0)(model, x, sigmas)
