@@ -2,8 +2,9 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import AliasChoices, Field
 from torch import Tensor
@@ -11,8 +12,18 @@ from torch import Tensor
 from .. import densities
 from .base import NonNegativeFloat, PositiveFloat, Section
 
-if TYPE_CHECKING:
-    from .model_schema import Model
+
+class Model(Protocol):
+    """What a density takes from the model's section where its own leaves it open."""
+
+    @property
+    def input_size(self) -> Sequence[int]: ...
+    @property
+    def sigma_data(self) -> float: ...
+    @property
+    def sigma_min(self) -> float: ...
+    @property
+    def sigma_max(self) -> float: ...
 
 
 def _or(value: float | None, default: float) -> float:
@@ -23,7 +34,7 @@ class SampleDensity(Section):
     """The density of the noise levels of training."""
 
     @abstractmethod
-    def build(self, model: "Model") -> partial[Tensor]:
+    def build(self, model: Model) -> partial[Tensor]:
         """A function of (shape, device=, dtype=). model: fills in what the section leaves open."""
 
 
@@ -34,7 +45,7 @@ class LogNormal(SampleDensity):
     mean: float = Field(validation_alias=AliasChoices("mean", "loc"))
     std: PositiveFloat = Field(validation_alias=AliasChoices("std", "scale"))
 
-    def build(self, model: "Model") -> partial[Tensor]:
+    def build(self, model: Model) -> partial[Tensor]:
         return partial(
             densities.rand_log_normal,
             loc=self.mean,
@@ -51,7 +62,7 @@ class LogLogistic(SampleDensity):
     min_value: NonNegativeFloat = 0.0
     max_value: PositiveFloat | None = None
 
-    def build(self, model: "Model") -> partial[Tensor]:
+    def build(self, model: Model) -> partial[Tensor]:
         return partial(
             densities.rand_log_logistic,
             loc=_or(self.loc, math.log(model.sigma_data)),
@@ -68,7 +79,7 @@ class LogUniform(SampleDensity):
     min_value: PositiveFloat | None = None
     max_value: PositiveFloat | None = None
 
-    def build(self, model: "Model") -> partial[Tensor]:
+    def build(self, model: Model) -> partial[Tensor]:
         return partial(
             densities.rand_log_uniform,
             min_value=_or(self.min_value, model.sigma_min),
@@ -83,7 +94,7 @@ class VDiffusion(SampleDensity):
     min_value: NonNegativeFloat = 1e-3
     max_value: PositiveFloat = 1e3
 
-    def build(self, model: "Model") -> partial[Tensor]:
+    def build(self, model: Model) -> partial[Tensor]:
         return partial(
             densities.rand_v_diffusion,
             sigma_data=model.sigma_data,
@@ -100,7 +111,7 @@ class SplitLogNormal(SampleDensity):
     std_1: PositiveFloat = Field(validation_alias=AliasChoices("std_1", "scale_1"))
     std_2: PositiveFloat = Field(validation_alias=AliasChoices("std_2", "scale_2"))
 
-    def build(self, model: "Model") -> partial[Tensor]:
+    def build(self, model: Model) -> partial[Tensor]:
         return partial(
             densities.rand_split_log_normal,
             loc=self.mean,
@@ -121,7 +132,7 @@ class CosineInterpolated(SampleDensity):
     min_value: PositiveFloat | None = None
     max_value: PositiveFloat | None = None
 
-    def build(self, model: "Model") -> partial[Tensor]:
+    def build(self, model: Model) -> partial[Tensor]:
         return partial(
             densities.rand_cosine_interpolated,
             image_d=max(model.input_size),
