@@ -27,7 +27,7 @@ def test_dropout_of_attention(make, width, cond):
     # half of it: the mean over many draws is the whole
     block = fill(make(0.5)).train()
     torch.manual_seed(0)
-    draws = torch.stack([block(x, pos, cond) - x for _ in range(400)])
-    error = draws.std(0) / 20
+    draws = torch.stack([block(x, pos, cond) - x for _ in range(100)])
+    error = draws.std(0) / 10
     assert (draws.std(0) > 0).all()
     assert ((draws.mean(0) - (plain - x)).abs() < 6 * error).all()

@@ -260,6 +260,7 @@ def assert_compiled_is_the_same(model, compiled, n, size):
         torch.testing.assert_close(got[f"_orig_mod.{name}"], grad, rtol=1e-4, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("attention", [*ATTENTION, "tiles"])
@@ -280,6 +281,7 @@ def test_compiles_as_one_graph_forward_and_backward(attention, backend):
     assert len(graphs) == (1 if backend == "aot_eager" else 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("dynamo")
 def test_an_hourglass_compiles_with_checkpointing():
     model = make()

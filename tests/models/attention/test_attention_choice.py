@@ -364,6 +364,7 @@ def rows_of(text):
     return [line.split(maxsplit=3) for line in text.splitlines() if line]
 
 
+@pytest.mark.slow
 def test_the_table_of_a_command(monkeypatch):
     env = {k: v for k, v in os.environ.items() if k not in (attention.ENV_VAR, "CXX")}
     command = [sys.executable, "-m", "k_diffusion.models.attention", "--device", "cpu"]
