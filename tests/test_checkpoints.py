@@ -167,3 +167,10 @@ def test_damaged_inference_checkpoints(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=r"x.safetensors is damaged"):
         checkpoints.read_weights(path)
+
+
+def test_a_transposed_weight_is_of_another_shape():
+    model = nn.Linear(3, 2)
+    wrong = {"weight": model.weight.detach().T, "bias": model.bias.detach()}
+    with pytest.raises(CheckpointError, match=r"shape: weight \(3, 2\) instead of \(2, 3\)"):
+        checkpoints.check_weights(model, wrong, "x.pth")

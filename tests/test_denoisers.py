@@ -261,3 +261,14 @@ def test_float16_holds_at_high_noise():
         torch.testing.assert_close(
             model._target(x, noise, level).double(), model._target(*wide), rtol=2e-3, atol=1e-3
         )
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_the_estimated_variance_is_that_of_the_error_whatever_the_weighting(weighting):
+    """A weight on the error alone would have the network estimate the weighted one."""
+    x, noise = data(), data(1)
+    logvar = Denoiser(NETWORK, 0.5).loss(x, noise, SIGMA).log().requires_grad_()
+    network = Fn(lambda x, sigma, return_variance: (NETWORK(x, sigma), logvar))
+    loss = DenoiserWithVariance(network, 0.5, weighting).loss(x, noise, SIGMA)
+    (slope,) = torch.autograd.grad(loss.sum(), logvar)
+    torch.testing.assert_close(slope, torch.zeros_like(slope))

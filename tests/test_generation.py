@@ -1,4 +1,6 @@
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -155,3 +157,46 @@ def test_a_class_conditional_model_with_fewer_images_of_other_sizes(files):
     assert batch.isfinite().all()
     with pytest.raises(ValueError, match=r"multiples of 4 and 4 .* got 10 x 16"):
         next(generation.generate(denoiser, (1, 10, 16), [0, 1], SIGMAS, **kwargs))
+
+
+def test_images_start_from_noise_at_the_schedules_first_level():
+    """Pure noise stays pure noise where nothing is denoised: Euler's step divides it by as much."""
+    seen = []
+
+    class Nothing(nn.Module):
+        def forward(self, x, sigma):
+            seen.append((x, sigma))
+            return torch.zeros_like(x)
+
+    sigmas = torch.tensor([8.0, 3.0, 0.5])
+    (got,) = generation.generate(
+        Nothing(), (1, 4, 3), [5, 6], sigmas, sampler="euler", disable=True
+    )
+    noise = K.sampling.randn_per_seed([5, 6], (1, 4, 3))
+    assert torch.equal(seen[0][0], 8 * noise)
+    assert seen[0][1].tolist() == [8.0, 8.0]
+    torch.testing.assert_close(got, 0.5 * noise)
+
+
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_processes_share_seeds_and_classes_out_in_turn(num_classes, monkeypatch):
+    """Image i is the same on any number of processes."""
+
+    def share(index, processes):
+        accelerator = SimpleNamespace(
+            process_index=index,
+            num_processes=processes,
+            is_main_process=index == 0,
+            device=torch.device("cpu"),
+            autocast=nullcontext,
+        )
+        return generation.sample_share(accelerator, Elementwise(), config, seeds, batch_size=4)
+
+    monkeypatch.setattr(generation, "gather_shares", lambda accelerator, mine, n: mine)
+    monkeypatch.setattr(generation, "STEPS", 3)
+    config = runs.tiny_config(dataset={"num_classes": num_classes})
+    seeds = [3, 1, 4, 15, 9, 2, 6]
+    whole = share(0, 1)
+    assert len(whole.unique(dim=0)) == 7
+    for i in range(3):
+        assert torch.equal(share(i, 3), whole[i::3])

@@ -3,6 +3,7 @@
 import golden
 import pytest
 import torch
+from golden import options
 from golden.cases import CASES
 
 LATER = {"fid_kid", "gns"}  # in the file, but of parts that this version doesn't have
@@ -33,3 +34,20 @@ def test_facts_are_compared_by_value():
     assert golden.same_facts({"a": [1, 2.000001], "b": None, "c": 3}, want)
     for wrong in ({"a": [1, 2.1], "b": None}, {"a": [1, 2.0]}, {"a": [1], "b": None}):
         assert not golden.same_facts(wrong, want)
+
+
+def test_every_case_of_options_is_run_or_known_to_differ():
+    assert set(options.CASES) | options.DIFFERENT == golden.names(golden.OPTIONS)
+    assert not set(options.CASES) & options.DIFFERENT
+
+
+@pytest.mark.parametrize("name", options.CASES)
+def test_case_of_options(name):
+    torch.manual_seed(0)
+    got = options.CASES[name]()
+    want, facts = golden.load(name, golden.OPTIONS)
+    if not want:
+        assert golden.same_facts(got, facts)
+    else:
+        assert got.shape == want["v"].shape
+        assert golden.error(got.double(), want["v"].double()) <= 2e-3

@@ -4,6 +4,7 @@ import golden
 import problems
 import pytest
 import torch
+from scipy import stats
 
 from k_diffusion import guidance, likelihood, sampling as S
 
@@ -209,3 +210,19 @@ def test_bits_per_dim_of_a_density_equal_to_8_bits():
     want = 0.5 * math.log2(2 * math.pi * (100.0**2 + 0.01**2)) + 7
     assert bits.item() == pytest.approx(want, abs=1e-3)
     assert math.isnan(info["standard_error"])
+
+
+@pytest.mark.parametrize("bins", [2, 256])
+def test_a_level_spreads_evenly_over_its_bin(bins, monkeypatch):
+    seen = []
+
+    def record(model, x, *args, **kwargs):
+        seen.append(x)
+        return torch.zeros(len(x)), {}
+
+    monkeypatch.setattr(likelihood, "log_likelihood", record)
+    torch.manual_seed(0)
+    level = torch.randint(bins, (4, 2000)).double()
+    likelihood.bits_per_dim(None, 2 * level / (bins - 1) - 1, 0.01, 1.0, bins=bins)
+    place = (seen[0] + 1) * bins / 2 - level
+    assert stats.kstest(place.flatten().numpy(), "uniform").pvalue > 0.01

@@ -294,3 +294,13 @@ def test_others_noise_samplers_get_tensors_ours_get_floats():
     noise.ask(theirs, 2.0, 1.0, torch.zeros(1, dtype=torch.float64))
     assert all(s.shape == () and s.dtype == torch.float64 for s in seen[0])
     assert noise.SeededNoiseSampler.accepts_floats
+
+
+def test_noise_beyond_the_interval_has_unit_variance():
+    """It is that of the part within, over that part's length."""
+    x = torch.zeros(4000)
+    sampler = BrownianTreeNoiseSampler(x, 1.0, 4.0, seed=0)
+    for outside, inside in (((9.0, 2.0), (4.0, 2.0)), ((2.0, 0.1), (2.0, 1.0))):
+        z = sampler(*outside)
+        assert torch.equal(z, sampler(*inside))
+        assert z.std().item() == pytest.approx(1, abs=0.05)

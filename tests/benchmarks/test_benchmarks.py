@@ -270,6 +270,7 @@ def test_masks_that_are_kept_count_as_memory():
 # ---------------------------------------------------------------- the scripts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "name", "options", "sections"),
     [

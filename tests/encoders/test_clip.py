@@ -106,6 +106,7 @@ def test_sampling_by_a_prompt_brings_images_nearer_to_it():
 # ---------------------------------------------------------------------------------------- loading
 
 
+@pytest.mark.slow
 def test_a_real_architecture_takes_a_step_towards_a_prompt():
     """With random weights: half a step down the gradient lowers the loss of each image."""
     pytest.importorskip("open_clip")

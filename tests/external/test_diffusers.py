@@ -254,3 +254,17 @@ def test_losses_are_of_the_schedulers_targets(prediction):
 def test_other_schedulers_are_errors(config, match):
     with pytest.raises(ValueError, match=match):
         make_diffusers_denoiser(nn.Identity(), config)
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_the_last_entry_of_a_table(beta_schedule):
+    """In ratio: it is near 0, and the highest noise level follows from it."""
+    scheduler = diffusers.DDPMScheduler(beta_schedule=beta_schedule)
+    got = alphas_cumprod(scheduler.config)[-1]
+    torch.testing.assert_close(got, scheduler.alphas_cumprod[-1], rtol=1e-3, atol=0)
+
+
+def test_the_cosine_tables_variances_are_at_most_0_999():
+    """Improved DDPM (arXiv:2102.09672), section 3.2."""
+    table = alphas_cumprod(diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").config)
+    assert 1 - (table[1:] / table[:-1]).min().item() == pytest.approx(0.999, abs=1e-5)

@@ -14,6 +14,8 @@ from k_diffusion.models import (
     image_transformer_v2 as v2,
 )
 
+pytestmark = pytest.mark.slow
+
 WINDOW = v2.ShiftedWindowAttentionSpec(8, 4)
 NEAR = v2.NeighborhoodAttentionSpec(8, 3)
 
@@ -37,8 +39,8 @@ def hourglass(depth=1, attns=(WINDOW, NEAR)):
 
 
 MODELS = {
-    "image_transformer_v2": hourglass,
-    "image_transformer_v1": lambda: ImageTransformerDenoiserModelV1(2, 64, 32, 3, 3, (2, 2)),
+    "image_transformer_v2": lambda: hourglass(attns=(WINDOW,)),
+    "image_transformer_v1": lambda: ImageTransformerDenoiserModelV1(1, 64, 32, 3, 3, (2, 2)),
     "image_v1": lambda: ImageDenoiserModelV1(3, 16, [1, 1], [8, 64], [False, True]),
 }
 
@@ -78,21 +80,21 @@ def test_blocks_of_a_level_share_their_code_whatever_the_depth():
     for depth in (2, 6):
         torch._dynamo.reset()
         graphs = CompileCounterWithBackend("eager")
-        gradients(compile_model(hourglass(depth), "block", backend=graphs))
+        gradients(compile_model(hourglass(depth, (WINDOW,)), "block", backend=graphs))
         counted.append(graphs.frame_count)
-    # the windows of every other block are shifted: two graphs; one each for the other levels
-    assert counted == [4, 4]
+    # the windows of every other block are shifted: two graphs; one for the other level
+    assert counted == [3, 3]
 
 
 def test_every_block_is_compiled_of_more_levels_than_torch_allows_by_itself():
     torch._dynamo.config.recompile_limit = 2
-    model = hourglass(1, [NEAR, WINDOW, NEAR])
+    model = hourglass(1, [NEAR, WINDOW])
     graphs = CompileCounterWithBackend("eager")
     compile_model(model, "block", backend=graphs)
-    for n in (1, 2, 3, 5):  # other batch sizes
+    for n in (1, 2, 3):  # other batch sizes
         gradients(model, n)
     # a graph for a batch of 1 and one for all others
-    assert counters["frames"]["ok"] == counters["frames"]["total"] == graphs.frame_count == 8
+    assert counters["frames"]["ok"] == counters["frames"]["total"] == graphs.frame_count == 6
 
 
 @pytest.mark.parametrize(

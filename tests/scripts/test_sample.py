@@ -1,7 +1,9 @@
 """The sampling scripts' shared flags, through sample_clip_guided.py, in this process."""
 
+import argparse
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,3 +205,37 @@ def test_a_weaker_model_of_something_else_is_an_error(tmp_path, other, key):
     weak = write_model(tmp_path / "weak.safetensors", **{"num_classes": 3, **other})
     with pytest.raises(ValueError, match=f"weak.safetensors has {key}"):
         build(loaded, autoguidance=weak)
+
+
+class ClassAsLevel(nn.Module):
+    """Denoises to the image whose pixels are all class / 10."""
+
+    def forward(self, x, sigma, class_cond):
+        return torch.ones_like(x) * class_cond[:, None, None, None] / 10
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_image_i_has_its_class_on_whichever_process(script, monkeypatch, processes):
+    loaded = config.load_config(write_model(Path("m.safetensors"), num_classes=10))
+    monkeypatch.setattr(sample, "load_denoiser", lambda *args: (ClassAsLevel(), loaded))
+    monkeypatch.setattr(sample.distributed, "agree_on_seed", lambda seed: seed)
+    flags = ["--checkpoint", "m.safetensors", "-n", "7", "--steps", "2", "--seed", "4"]
+    flags += ["--class", "3", "9", "0", "--device", "cpu"]
+    for index in range(processes):
+        accelerator = SimpleNamespace(
+            process_index=index,
+            num_processes=processes,
+            is_main_process=index == 0,
+            print=lambda text: None,
+            end_training=lambda: None,
+        )
+        monkeypatch.setattr(
+            "k_diffusion.distributed.make_accelerator",
+            lambda accelerator=accelerator, **kw: accelerator,
+        )
+        parser = argparse.ArgumentParser()
+        sample.add_arguments(parser, sampler="euler", steps=2)
+        sample.run(parser.parse_args(flags))
+    got = images("out", 7)[:, 0, 0, 0] / 127.5 - 1
+    want = torch.tensor([3, 9, 0, 3, 9, 0, 3]) / 10
+    torch.testing.assert_close(got, want, rtol=0, atol=1 / 127)

@@ -305,3 +305,17 @@ def test_uneven_shares_are_gathered_in_order(two):
 
 def test_all_processes_stop_at_the_same_step(two):
     assert two[0]["answers"] == two[1]["answers"] == [False, False, True, True]
+
+
+def test_batches_of_a_step_have_noise_of_their_own(monkeypatch):
+    state, accelerator, denoiser, opt = make(**FULL)
+    loss, noises = denoiser.loss, []
+
+    def record(image, noise, sigma, **cond):
+        noises.append(noise)
+        return loss(image, noise, sigma, **cond)
+
+    monkeypatch.setattr(denoiser, "loss", record)
+    train(accelerator, state, denoiser, opt, [images(3)] * 3, accumulate=3)
+    train(accelerator, state, denoiser, opt, [images(3)] * 3, accumulate=3)
+    assert len(torch.stack(noises).flatten(0, 1).unique(dim=0)) == 6 * 3

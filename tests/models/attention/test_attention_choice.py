@@ -375,6 +375,7 @@ def rows_of(text):
     return [line.split(maxsplit=3) for line in text.splitlines() if line]
 
 
+@pytest.mark.slow
 def test_the_table_of_a_command(monkeypatch):
     env = {k: v for k, v in os.environ.items() if k not in (attention.ENV_VAR, "CXX")}
     command = [sys.executable, "-m", "k_diffusion.models.attention", "--device", "cpu"]
@@ -443,3 +444,18 @@ def test_the_tables_wrong_arguments(capsys, args, code, message):
         __main__.main(args)
     assert error.value.code == code
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+@pytest.mark.parametrize(
+    "geometry", [GlobalAttentionSpec(64), NeighborhoodAttentionSpec(64, 7)], ids=lambda g: g.name
+)
+def test_cuda_kernels_are_for_cuda_alone(gpu, geometry, device):
+    """Of a dtype and a head that they take, with everything installed."""
+    gpu(9, [*ALL, "natten 0.21"])
+    assert choose_backend(on("cuda", geometry, torch.bfloat16)) in ("flash4", "natten")
+    found = reasons(on(device, geometry, torch.bfloat16))
+    for name in {"flash4", "flash3", "flash2"} & found.keys():
+        assert found[name] == f"needs a CUDA device, got {device}"
+    chosen = choose_backend(on(device, geometry, torch.bfloat16))
+    assert chosen == {"global": "sdpa", "neighborhood": "tiled"}[geometry.name]
