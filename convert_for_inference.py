@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Turn a training checkpoint into a slim inference checkpoint with its config inside."""
 
+import k_diffusion.common.threads  # noqa: F401  (before torch, which reads it when loaded)
+
+# isort: split
 import argparse
 from pathlib import Path
 

@@ -6,6 +6,9 @@ docs/images/convergence.png. In float64 on the CPU, one core, under a minute.
     python benchmarks/convergence.py [--write]
 """
 
+import k_diffusion.common.threads  # noqa: F401  (before torch, which reads it when loaded)
+
+# isort: split
 import argparse
 import math
 import sys

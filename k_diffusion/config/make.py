@@ -15,6 +15,11 @@ from .load import ConfigError, parse
 def make_model(config: Mapping[str, Any]) -> nn.Module:
     """The inner model, (x, sigma, **cond) -> F, of a config; weights at their initial values."""
     typed = parse(config, lenient=True)
+    if typed.dataset.num_classes is None:
+        raise ConfigError(
+            "dataset.num_classes: the subfolders that a training run counts aren't read here; "
+            "pass --set dataset.num_classes=N"
+        )
     return MODELS[type(typed.model)](typed.model, typed.dataset.num_classes)
 
 
