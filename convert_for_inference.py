@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turn a training checkpoint into a slim inference checkpoint with its config inside."""
 
-import k_diffusion.common.threads  # noqa: F401  (before torch, which reads it when loaded)
+import k_diffusion.common.threads  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Train a diffusion model from a config file. For several processes: accelerate launch train.py"""
 
-import k_diffusion.common.threads  # noqa: F401  (before torch, which reads it when loaded)
+import k_diffusion.common.threads  # before torch, which loads OpenMP
 
 # isort: split
 import copy

@@ -8,7 +8,7 @@ torch's fused attention over all tokens with an N x N mask; the reference, where
     python benchmarks/attention.py [--device cuda] [--dtype bf16] [--kernel-size 7] [--write]
 """
 
-import k_diffusion.common.threads  # noqa: F401  (before torch, which reads it when loaded)
+import k_diffusion.common.threads  # noqa: F401  (before torch, which loads OpenMP)
 
 # isort: split
 from collections.abc import Callable, Sequence

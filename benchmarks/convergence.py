@@ -6,7 +6,7 @@ docs/images/convergence.png. In float64 on the CPU, one core, under a minute.
     python benchmarks/convergence.py [--write]
 """
 
-import k_diffusion.common.threads  # noqa: F401  (before torch, which reads it when loaded)
+import k_diffusion.common.threads  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

@@ -9,7 +9,7 @@ minutes on two free cores, after the model's training:
     python benchmarks/digits_samplers.py digits_split_00002000.pth [--write]
 """
 
-import k_diffusion.common.threads  # noqa: F401  (before torch, which reads it when loaded)
+import k_diffusion.common.threads  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

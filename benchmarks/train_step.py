@@ -11,7 +11,7 @@ averaged weights and the optimizer's state: activations, gradients, temporaries.
     python benchmarks/train_step.py --profile          # where the time of a step goes
 """
 
-import k_diffusion.common.threads  # noqa: F401  (before torch, which reads it when loaded)
+import k_diffusion.common.threads  # before torch, which loads OpenMP
 
 # isort: split
 import copy

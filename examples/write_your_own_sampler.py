@@ -8,6 +8,8 @@ probability flow ODE dx/dsigma = (x - D(x; sigma)) / sigma: second order, with a
 thirds of the step. CONTRIBUTING.md says how one becomes part of the library.
 """
 
+from itertools import pairwise
+
 import torch
 
 import k_diffusion as K
@@ -29,7 +31,7 @@ def sample_ralston(model, x, sigmas, extra_args=None):
     def slope(x, sigma):
         return K.sampling.to_d(x, sigma, model(x, sigma * ones, **extra_args))
 
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
+    for sigma, sigma_next in pairwise(sigmas):
         d, dt = slope(x, sigma), sigma_next - sigma
         d_2 = slope(x + d * dt * 2 / 3, sigma + dt * 2 / 3)
         x = x + (d + 3 * d_2) / 4 * dt

@@ -22,7 +22,7 @@ def refuse_metrics(args: argparse.Namespace, say: Callable[[str], object]) -> No
 
 
 def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any:
-    """The Accelerator, with the trackers that the arguments ask for, which `start_trackers` starts."""
+    """The Accelerator; the trackers that the arguments ask for are started by `start_trackers`."""
     trackers: list[Any] = []
     if args.wandb_project:
         need("wandb", "--wandb-project", '"k-diffusion[wandb]"')
@@ -42,10 +42,10 @@ def _tensorboard(folder: Path) -> Any:
     need("accelerate", "this script")
     from accelerate.tracking import TensorBoardTracker, on_main_process
 
-    class Tracker(TensorBoardTracker):  # type: ignore[misc]
+    class Tracker(TensorBoardTracker):
         """Accelerate's, but it writes to the folder itself, and its config may have sections."""
 
-        @on_main_process  # type: ignore[untyped-decorator]
+        @on_main_process
         def store_init_configuration(self, values: dict[str, Any]) -> None:
             self.writer.add_text("config", f"```json\n{json.dumps(values, indent=2)}\n```")
             self.writer.flush()
