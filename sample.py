@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Sample images of a trained model. For several processes: accelerate launch sample.py"""
 
+import k_diffusion.common.threads  # noqa: F401  (before torch, which loads OpenMP)
+
+# isort: split
 import argparse
 
 from k_diffusion.common import options

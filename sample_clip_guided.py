@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Sample images that CLIP finds to match a text. For several processes: accelerate launch ..."""
 
+import k_diffusion.common.threads  # before torch, which loads OpenMP
+
+# isort: split
 import argparse
 
 import torch

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Train a diffusion model from a config file. For several processes: accelerate launch train.py"""
 
+import k_diffusion.common.threads  # before torch, which loads OpenMP
+
+# isort: split
 import copy
 import math
 import sys
@@ -45,6 +48,7 @@ def main() -> None:
     torch.manual_seed(seed)
     with accelerator.local_main_process_first():  # one process downloads
         train_data = training_data.make_training_data(config, args.config.parent, args.strict_data)
+    config["dataset"]["num_classes"] = train_data.num_classes
     inner = K.config.make_model(config)
     opt = optim.make_optimizer(config, inner, fused=accelerator.scaler is None)
     state = TrainState(
@@ -86,7 +90,8 @@ def main() -> None:
         process=accelerator.process_index,
         processes=accelerator.num_processes,
     )
-    accelerator.print(setup.describe(args, state, accelerator))
+    setup.start_trackers(accelerator, args, state)
+    accelerator.print(setup.describe(args, state, accelerator, train_data))
 
     # loop
     logger = log.Log(accelerator, args.name, state, args.end_step, args.log_every)

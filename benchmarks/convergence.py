@@ -6,6 +6,9 @@ docs/images/convergence.png. In float64 on the CPU, one core, under a minute.
     python benchmarks/convergence.py [--write]
 """
 
+import k_diffusion.common.threads  # before torch, which loads OpenMP
+
+# isort: split
 import argparse
 import math
 import sys

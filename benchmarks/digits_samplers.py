@@ -5,10 +5,13 @@ Prints the tables and, with --write, puts them between their markers in docs/sam
 minutes on two free cores, after the model's training:
 
     python train.py --config configs/config_digits_transformer.json --set dataset.split=train \\
-        --name digits --end-step 2000 --seed 0
-    python benchmarks/digits_samplers.py digits_00002000.pth [--write]
+        --name digits_split --end-step 2000 --seed 0
+    python benchmarks/digits_samplers.py digits_split_00002000.pth [--write]
 """
 
+import k_diffusion.common.threads  # before torch, which loads OpenMP
+
+# isort: split
 import argparse
 import math
 import os

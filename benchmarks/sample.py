@@ -7,6 +7,9 @@ the batch.
     python benchmarks/sample.py [--device cuda] [--dtype bf16] [--config flowers] [--write]
 """
 
+import k_diffusion.common.threads  # before torch, which loads OpenMP
+
+# isort: split
 import copy
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -33,6 +33,22 @@ def make_accelerator(find_unused_parameters: bool = False, **options: Any) -> An
     return Accelerator(cpu=on_cpu, kwargs_handlers=[ddp], **options)
 
 
+def check_device(name: str) -> torch.device:
+    """The device of that name. Raises ValueError where this machine or PyTorch hasn't got it."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).add_(1).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = ["cpu"]
+        if torch.accelerator.is_available():
+            found.append(str(torch.accelerator.current_accelerator()))
+        raise ValueError(
+            f"--device {name}: this machine, or its PyTorch, has no such device; there are "
+            f"{', '.join(found)}"
+        ) from error
+    return device
+
+
 def processes_missing() -> int:
     """N under `accelerate launch --cpu --num_processes N`, which leaves starting them to mpirun.
 

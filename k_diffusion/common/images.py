@@ -2,12 +2,12 @@
 
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from .files import PathLike
 
@@ -15,7 +15,10 @@ from .files import PathLike
 _PIL_MAX = {"L": 255, "LA": 255, "RGB": 255, "RGBA": 255, "I;16": 65535}
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _MIN_SIDE = 48
-_MAX_CLASS_COLUMNS = 20
+# Of grids: the level of gaps and labels' background, and how much longer than wide classes in
+# columns may make them.
+_LIGHT = 0.8
+_LONGEST = 2.0
 
 
 def from_pil_image(x: Image.Image) -> torch.Tensor:
@@ -53,34 +56,81 @@ class CorruptImageError(OSError):
         return str(self.args[0])  # an OSError with a filename would tell of errno instead
 
 
+def convert_mode(image: Image.Image, mode: str, background: str = "white") -> Image.Image:
+    """An image in another PIL mode; where that has no alpha, transparent pixels show `background`.
+
+    background: a colour that PIL knows, "white" or "#f0f0f0". Pixels beneath full transparency are
+    arbitrary, so that dropping alpha would show what nobody has seen.
+    """
+    if image.has_transparency_data and "A" not in mode:
+        below = Image.new("RGBA", image.size, ImageColor.getrgb(background))
+        image = Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
+    return image.convert(mode)
+
+
 def open_image(path: PathLike, mode: str | None = "RGB") -> Image.Image:
-    """A decoded image, in PIL mode `mode` (None: as stored). Raises `CorruptImageError`."""
+    """A decoded image, in PIL mode `mode` (None: as stored), over white where that has no alpha.
+
+    Raises `CorruptImageError`.
+    """
     try:
         with Image.open(path) as image:
             image.load()
-            return image.copy() if mode is None else image.convert(mode)
+            return image.copy() if mode is None else convert_mode(image, mode)
     except Exception as err:  # PIL's decoders raise many kinds
         error = CorruptImageError(f"can't read the image {path}: {err}")
         error.filename = os.fspath(path)
         raise error from err
 
 
-def image_grid(images: torch.Tensor, columns: int | None = None, border: int = 2) -> Image.Image:
-    """Images, (n, c, h, w) in [-1, 1], as one picture; small ones are enlarged pixel by pixel.
+def image_grid(
+    images: torch.Tensor,
+    columns: int | None = None,
+    border: int = 2,
+    labels: Sequence[object] | None = None,
+) -> Image.Image:
+    """Images as one picture, row by row; small ones are enlarged pixel by pixel.
 
-    columns: by default those of a square. border: of black, around each image, in pixels.
+    images: (n, c, h, w) in [-1, 1]. columns: by default those of the picture that is nearest to a
+    square. border: the light gap around each image, in pixels. labels: n of them, written above the
+    images.
     """
     n, c, h, w = images.shape
     scale = max(1, math.ceil(_MIN_SIDE / max(h, w)))
-    columns = columns or math.ceil(math.sqrt(n))
+    h, w = h * scale, w * scale
+    columns = columns or grid_columns(0, n, h, w)
     rows = math.ceil(n / columns)
-    cells = images.new_full((rows * columns, c, h * scale + border, w * scale + border), -1.0)
+    font_size = max(12, h // 10)
+    above = border + (0 if labels is None else font_size + 4)
+    light = images.new_full((c, 1, 1), _LIGHT)
+    if "A" in PIL_MODES.get(c, ""):
+        light[-1] = 1.0  # opaque
+    cells = light.repeat(rows * columns, 1, h + above, w + border)
     enlarged = repeat(images, "n c h w -> n c (h a) (w b)", a=scale, b=scale)
-    cells[:n, :, border:, border:] = enlarged
+    cells[:n, :, above:, border:] = enlarged
     grid = rearrange(cells, "(r k) c h w -> c (r h) (k w)", r=rows)
-    return to_pil_image(F.pad(grid, (0, border, 0, border), value=-1.0))
+    right = light.expand(c, grid.shape[1], border)
+    grid = torch.cat([grid, right], 2)
+    picture = to_pil_image(torch.cat([grid, light.expand(c, border, grid.shape[2])], 1))
+    if labels is not None:
+        draw, font = ImageDraw.Draw(picture), ImageFont.load_default(font_size)
+        for i, label in enumerate(labels):
+            y, x = i // columns * (h + above) + above / 2, i % columns * (w + border) + border
+            draw.text((x + w / 2, y), str(label), fill="black", font=font, anchor="mm")
+    return picture
 
 
-def grid_columns(num_classes: int, n: int) -> int | None:
-    """Of a grid whose image i has class i mod num_classes: a column a class, if they are few."""
-    return num_classes if 2 <= num_classes <= min(n, _MAX_CLASS_COLUMNS) else None
+def grid_columns(num_classes: int, n: int, h: int = 1, w: int = 1) -> int:
+    """The columns of a grid of n images of (h, w) whose image i has class i mod num_classes.
+
+    Each column has one class where that leaves the grid nearly a square; else it is as near to a
+    square as can be.
+    """
+    square = math.sqrt(n * h / w)
+    columns = max(1, min(n, round(square)))
+    if 2 <= num_classes <= n:
+        by_class = num_classes * max(1, round(square / num_classes))
+        sides = by_class * w, math.ceil(n / by_class) * h
+        if max(sides) <= _LONGEST * min(sides):
+            return by_class
+    return columns

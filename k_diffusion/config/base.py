@@ -3,7 +3,9 @@
 import warnings
 from typing import Annotated, Any
 
+from PIL import ImageColor
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     BaseModel,
     BeforeValidator,
@@ -59,6 +61,14 @@ def _pair(value: Any) -> Any:
     return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _colour(text: str) -> str:
+    try:
+        ImageColor.getrgb(text)
+    except ValueError:
+        raise fail(f"needs a colour such as 'white' or '#ff8000', got {text!r}") from None
+    return text
+
+
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -66,3 +76,4 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Size = Annotated[list[Positive], Field(min_length=2, max_length=2), BeforeValidator(_pair)]
+Colour = Annotated[str, AfterValidator(_colour)]

@@ -9,12 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .base import ConfigError
 from .load import parse
 
 
 def make_model(config: Mapping[str, Any]) -> nn.Module:
     """The inner model, (x, sigma, **cond) -> F, of a config; weights at their initial values."""
     typed = parse(config, lenient=True)
+    if typed.dataset.num_classes is None:
+        raise ConfigError(
+            "dataset.num_classes: the subfolders that a training run counts aren't read here; "
+            "pass --set dataset.num_classes=N"
+        )
     return typed.model.build(typed.dataset.num_classes)
 
 

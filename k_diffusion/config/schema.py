@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .base import Count, NonNegativeFloat, PositiveFloat, Probability, Rate, Section
+from .base import Colour, Count, NonNegativeFloat, PositiveFloat, Probability, Rate, Section
 from .model_schema import AnyModel
 
 # ---------------------------------------------------------------- data sets
@@ -18,13 +18,15 @@ class Dataset(Section):
     """What every data set has. num_classes 0: unconditional.
 
     cond_dropout_rate: how often training replaces a class by "no class". image_key, class_key:
-    where an item of the data set holds its image and class.
+    where an item of the data set holds its image and class. background: the colour that shows
+    through transparent images.
     """
 
     num_classes: Count = 0
     cond_dropout_rate: Probability = 0.1
     image_key: int | str = 0
     class_key: int | str = 1
+    background: Colour = "white"
 
 
 class NoDataset(Dataset):
@@ -45,11 +47,19 @@ class Digits(Dataset):
 
 
 class LocatedDataset(Dataset):
-    """imagefolder: all images below a folder. imagefolder-class: one subfolder a class. cifar10,
-    mnist: downloaded to `location` where they are missing."""
+    """imagefolder: all images below a folder. cifar10, mnist: downloaded to `location` where they
+    are missing."""
 
-    type: Literal["imagefolder", "imagefolder-class", "cifar10", "mnist"]
+    type: Literal["imagefolder", "cifar10", "mnist"]
     location: str
+
+
+class ImageFolderClassDataset(Dataset):
+    """One subfolder for each class. num_classes null: as many as have images."""
+
+    type: Literal["imagefolder-class"]
+    location: str
+    num_classes: Count | None = None  # type: ignore[assignment]
 
 
 class HuggingFaceDataset(Dataset):
@@ -72,7 +82,12 @@ class CustomDataset(Dataset):
 
 
 AnyDataset = Annotated[
-    NoDataset | Digits | LocatedDataset | HuggingFaceDataset | CustomDataset,
+    NoDataset
+    | Digits
+    | LocatedDataset
+    | ImageFolderClassDataset
+    | HuggingFaceDataset
+    | CustomDataset,
     Field(discriminator="type"),
 ]
 

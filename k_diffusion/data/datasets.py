@@ -1,9 +1,9 @@
 """The data sets that a config can name: a table of functions (section, transform, folder)."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..common.files import PathLike
-from ..common.images import CorruptImageError, open_image
+from ..common.images import CorruptImageError, convert_mode, open_image
 from ..common.text import need, unknown_name
 
 Transform = Callable[[Image.Image], Any]
+_INSTALL = '"k-diffusion[datasets]"'
 
 
 def hf_datasets_augs_helper(
@@ -27,20 +28,29 @@ def hf_datasets_augs_helper(
     """Apply `transform` to the images of a Hugging Face batch; its other columns stay as they are.
 
     For `dataset.set_transform(functools.partial(...))`. mode: the PIL mode images are converted to
-    first, None to leave them as they are stored. Raises ValueError for an unknown image_key.
+    first, over white where they are transparent, None to leave them as they are stored. Raises
+    ValueError for an unknown image_key.
     """
     if image_key not in examples:
         raise ValueError(f"no column {image_key!r} in the data set; it has {', '.join(examples)}")
-    images = (image.convert(mode) if mode else image for image in examples[image_key])
+    images = (convert_mode(image, mode) if mode else image for image in examples[image_key])
     return {**examples, image_key: [transform(image) for image in images]}
+
+
+def _image_folder(root: PathLike) -> Path:
+    """The folder as a path. Raises ValueError where there is none."""
+    if not (path := Path(root)).is_dir():
+        raise ValueError(f"no image folder at {path}; check the data set's location")
+    return path
 
 
 class FolderOfImages(Dataset[tuple[Any]]):
     """The images in a folder and its subfolders, sorted by path; items are 1-tuples.
 
     transform: a function of the PIL image (default: none). mode: the PIL mode images are converted
-    to first, None to leave them as they are stored. Raises ValueError for a missing folder or one
-    without images, `CorruptImageError` with the path when an image can't be read.
+    to first, over white where they are transparent, None to leave them as they are stored. Raises
+    ValueError for a missing folder or one without images, `CorruptImageError` with the path when an
+    image can't be read.
     """
 
     IMG_EXTENSIONS = frozenset(
@@ -53,11 +63,9 @@ class FolderOfImages(Dataset[tuple[Any]]):
         transform: Callable[[Image.Image], Any] | None = None,
         mode: str | None = "RGB",
     ):
-        self.root = Path(root)
+        self.root = _image_folder(root)
         self.transform = transform
         self.mode = mode
-        if not self.root.is_dir():
-            raise ValueError(f"no image folder at {self.root}; check the data set's location")
         self.paths = sorted(
             path for path in self.root.rglob("*") if path.suffix.lower() in self.IMG_EXTENSIONS
         )
@@ -137,29 +145,65 @@ def _imagefolder(section: Mapping[str, Any], transform: Transform, folder: Path)
     return FolderOfImages(section["location"], transform, mode=None)
 
 
+class FolderOfClasses(Dataset[tuple[Any, int]]):
+    """The images of a folder with one subfolder for each class: items (image, class id).
+
+    Class ids count the subfolders that have images, in the order of their names; `counts` maps
+    those names to numbers of images, `empty` names the others. Raises ValueError for a missing
+    folder or one without images in subfolders, `CorruptImageError` when an image can't be read.
+    """
+
+    def __init__(self, root: PathLike, transform: Transform | None = None):
+        self.root, self.transform = _image_folder(root), transform
+        folders = sorted(path for path in self.root.iterdir() if path.is_dir())
+        images = {folder.name: _images_below(folder) for folder in folders}
+        self.empty = [name for name, paths in images.items() if not paths]
+        self.counts = {name: len(paths) for name, paths in images.items() if paths}
+        self.paths = [path for paths in images.values() for path in paths]
+        if not self.paths:
+            raise ValueError(f"{self.root} needs one subfolder with images for each class")
+        self.classes = [i for i, count in enumerate(self.counts.values()) for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = open_image(self.paths[index], mode=None)
+        return image if self.transform is None else self.transform(image), self.classes[index]
+
+    def describe(self) -> str:
+        """The classes with their numbers of images, and a notice of the subfolders without any."""
+        lines = [f"{name} {count:,}" for name, count in self.counts.items()]
+        text = f"{len(lines)} classes, with images: {', '.join(lines)}"
+        if self.empty:
+            text += f"\nskipped without images: {', '.join(self.empty)}"
+        return text
+
+
+def _images_below(folder: Path) -> list[Path]:
+    # links to folders are followed, a folder's own images come before those of its subfolders
+    return [
+        Path(parent, name)
+        for parent, _, names in sorted(os.walk(folder, followlinks=True))
+        for name in sorted(names)
+        if Path(name).suffix.lower() in FolderOfImages.IMG_EXTENSIONS
+    ]
+
+
 def _imagefolder_class(
     section: Mapping[str, Any], transform: Transform, folder: Path
 ) -> Dataset[Any]:
-    if not Path(section["location"]).is_dir():
-        raise ValueError(f"no image folder at {section['location']}; check dataset.location")
-    try:
-        data = need("torchvision.datasets", "imagefolder-class").ImageFolder(
-            section["location"], transform, loader=partial(open_image, mode=None)
-        )
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{section['location']} needs one subfolder with images for each class: {error}"
-        ) from None
-    if 0 < section["num_classes"] < len(data.classes):
+    data = FolderOfClasses(section["location"], transform)
+    if 0 < (section["num_classes"] or 0) < len(data.counts):
         raise ValueError(
             f"dataset.num_classes is {section['num_classes']}, but {section['location']} has "
-            f"{len(data.classes)} subfolders, each of them a class"
+            f"{len(data.counts)} subfolders with images, each of them a class"
         )
     return data
 
 
 def _torchvision(name: str, section: Mapping[str, Any], transform: Transform) -> Dataset[Any]:
-    cls = getattr(need("torchvision.datasets", section["type"]), name)
+    cls = getattr(need("torchvision.datasets", section["type"], _INSTALL), name)
     try:
         return cls(section["location"], train=True, download=True, transform=transform)
     except (RuntimeError, OSError) as error:
@@ -176,7 +220,7 @@ class HuggingFace(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, data: Any, image_key: str, transform: Transform):
-        image_type = need("datasets", "the huggingface data set").Image
+        image_type = need("datasets", "the huggingface data set", _INSTALL).Image
         columns = [k for k, v in data.features.items() if isinstance(v, image_type)]
         if image_key not in columns:
             raise ValueError(
@@ -206,7 +250,7 @@ class HuggingFace(Dataset[dict[str, Any]]):
 
 
 def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
-    library = need("datasets", "the huggingface data set")
+    library = need("datasets", "the huggingface data set", _INSTALL)
     location, split = Path(section["location"]), section["split"]
     try:
         if (location / "dataset_info.json").is_file():

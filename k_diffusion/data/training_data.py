@@ -36,6 +36,10 @@ class TrainingData(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]
 
+    def describe(self) -> str:
+        """What the data set has to say of itself beyond its size, such as images by class."""
+        return self.data.describe() if hasattr(self.data, "describe") else ""
+
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
             return [self._draw(*draw) for draw in draws]
@@ -86,11 +90,17 @@ class TrainingData(Dataset[dict[str, Any]]):
 def make_training_data(
     config: Mapping[str, Any], folder: Any = ".", strict: bool = False
 ) -> TrainingData:
-    """The training data of a config; `folder` holds a custom data set's file."""
+    """The training data of a config; `folder` holds a custom data set's file.
+
+    Its num_classes are the config's or, where that has none, those of the subfolders.
+    """
     model, section = config["model"], config["dataset"]
     h, w = model["input_size"]
-    transform = ImageTransform((h, w), model["input_channels"], model["augment_prob"])
-    data = make_dataset(section, transform, folder)
-    return TrainingData(
-        data, section["num_classes"], section["image_key"], section["class_key"], strict
+    transform = ImageTransform(
+        (h, w), model["input_channels"], model["augment_prob"], section["background"]
     )
+    data = make_dataset(section, transform, folder)
+    num_classes = section["num_classes"]
+    if num_classes is None:
+        num_classes = len(data.counts)  # type: ignore[attr-defined]
+    return TrainingData(data, num_classes, section["image_key"], section["class_key"], strict)

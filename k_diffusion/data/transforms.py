@@ -5,30 +5,37 @@ import torch
 from PIL import Image, ImageOps
 
 from ..augmentation import KarrasAugmentationPipeline
-from ..common.images import PIL_MODES
+from ..common.images import PIL_MODES, convert_mode
 
 
 class ImageTransform:
     """PIL image to (augmented image, image, augmentation condition), as float tensors.
 
-    The image is scaled to cover size (h, w), cropped around its centre and converted to the mode
-    of its number of channels. Images are (c, h, w) in [-1, 1], the condition is (9,).
+    The image is converted to the mode of its number of channels, over `background` where it is
+    transparent and the mode isn't, scaled to cover size (h, w) and cropped around its centre.
+    Images are (c, h, w) in [-1, 1], the condition is (9,).
     """
 
-    def __init__(self, size: tuple[int, int], channels: int, augment_prob: float = 0.0):
+    def __init__(
+        self,
+        size: tuple[int, int],
+        channels: int,
+        augment_prob: float = 0.0,
+        background: str = "white",
+    ):
         if channels not in PIL_MODES:
             raise ValueError(
                 f"model.input_channels is {channels}, but images have "
                 f"{', '.join(map(str, PIL_MODES))} channels"
             )
-        self.size, self.mode = size, PIL_MODES[channels]
+        self.size, self.mode, self.background = size, PIL_MODES[channels], background
         self.augment = KarrasAugmentationPipeline(augment_prob, disable_all=augment_prob == 0)
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         h, w = self.size
         if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to 8 bits
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-        image = image.convert(self.mode)
+        image = convert_mode(image, self.mode, self.background)
         if image.size != (w, h):
             image = ImageOps.fit(image, (w, h), Image.Resampling.LANCZOS)
         return self.augment(image)

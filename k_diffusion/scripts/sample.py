@@ -48,6 +48,7 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
     add("--batch-size", default=64, **count, help="images at a time")
     add("--prefix", default="out", help="images are written to PREFIX_00000.png ...")
     add("--grid", **file, help="write one picture of all of them instead")
+    add("--grid-labels", action="store_true", help="with each image's class above it")
     text = "image i has seed N + i; else a new one, which is printed"
     add("--seed", type=options.non_negative, metavar="N", help=text)
     text = "class ids, dealt out to the images in turn, or 'all'"
@@ -81,9 +82,12 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     guide: puts further guidance around the denoiser. Raises ValueError, OSError or ImportError for
     what can't be done.
     """
+    device = distributed.check_device(args.device) if args.device else None
     accelerator = distributed.make_accelerator(cpu=args.device == "cpu")
-    device = torch.device(args.device) if args.device else accelerator.device
+    device = device or accelerator.device
     sampler_args = sampler_options(args)
+    if args.grid_labels and not args.grid:
+        raise ValueError("--grid-labels are written on a grid: pass --grid FILE, too")
     writable(args.grid or image_path(args.prefix, 0))
     denoiser, config = load_denoiser(args.checkpoint, args.config)
     model, num_classes = config["model"], config["dataset"]["num_classes"]
@@ -93,6 +97,8 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     # image i has seed + i and the classes in turn, whoever samples it
     seed = distributed.agree_on_seed(args.seed)
     classes = parse_classes(args.classes, num_classes)
+    if args.grid_labels and classes is None:
+        raise ValueError("--grid-labels: this model is unconditional, its images have no classes")
     mine = range(accelerator.process_index, args.n, accelerator.num_processes)
     shape = (model["input_channels"], *(args.size or model["input_size"]))
     sigmas = sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"])
@@ -100,6 +106,9 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
         f"{args.n} images of {shape[1]} x {shape[2]} from {args.checkpoint}: {args.sampler}, "
         f"{args.steps} steps, seed {seed}"
     )
+    if list(shape[1:]) != model["input_size"]:
+        h, w = model["input_size"]
+        accelerator.print(f"the model was trained on {h} x {w}; other sizes can look worse")
     batches = generation.generate(
         guided,
         shape,
@@ -123,8 +132,10 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     if args.grid:
         everyone = distributed.gather_shares(accelerator, images, args.n)
         if everyone is not None:
-            columns = grid_columns(len(classes or ()), args.n)
-            image_grid(everyone, columns).save(args.grid)
+            columns = grid_columns(len(classes or ()), args.n, *shape[1:])
+            labels = [classes[i % len(classes)] for i in range(args.n)] if classes else None
+            labels = labels if args.grid_labels else None
+            image_grid(everyone, columns, labels=labels).save(args.grid)
         accelerator.print(f"wrote {args.grid}")
     else:
         first, last = (image_path(args.prefix, i) for i in (0, args.n - 1))

@@ -29,6 +29,7 @@ def write_demo(
     images = sample_share(accelerator, denoiser, config, seeds)
     if images is None:
         return None
-    grid = image_grid(images, grid_columns(config["dataset"]["num_classes"], n))
+    columns = grid_columns(config["dataset"]["num_classes"], n, *images.shape[2:])
+    grid = image_grid(images, columns)
     write_atomically(path, lambda file: grid.save(file, format="png"))
     return path

@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -18,6 +18,23 @@ from .state import TrainState
 
 COLUMNS = ["step", "epoch", "time", "loss", "loss_avg", "lr", "ema_decay", "grad_norm"]
 _AVERAGE_DECAY = 0.98
+
+
+class Progress(NamedTuple):
+    """How far a run is: the time in seconds, steps done, images seen."""
+
+    time: float
+    step: int
+    samples: int
+
+    def since(self, before: "Progress", end_step: int | None) -> str:
+        """Images a second since another moment, and at that rate the time that is left."""
+        seconds = max(self.time - before.time, 1e-9)
+        rate = f"{(self.samples - before.samples) / seconds:.3g} images/s"
+        if end_step is None or self.step == before.step:
+            return rate
+        left = (end_step - self.step) * seconds / (self.step - before.step)
+        return f"{rate}, {tqdm.format_interval(left)} left"
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -38,7 +55,11 @@ class Log:
         self.pending: list[torch.Tensor] = []
         self.norm: torch.Tensor | None = None
         self.skipped: set[str] = set()
-        self.started = time.monotonic() - state.elapsed
+        self.said = False  # a line of the loss
+        self.end_step = end_step
+        now = time.monotonic()
+        self.started = now - state.elapsed
+        self.last = Progress(now, state.step, state.samples)
         main = accelerator.is_main_process
         self.csv = CSVLogger(f"{name}_metrics.csv", COLUMNS) if main else None
         # a file gets a line every `every` steps instead of a bar
@@ -71,6 +92,9 @@ class Log:
         self.bar.update()
         if state.step % self.every == 0:
             self.write(state)
+        elif not self.said:  # that it runs is known after one step, not after `every`
+            self.read(state)
+            self.show(state, state.losses[-1])
 
     def read(self, state: TrainState, together: bool = True) -> None:
         """Bring the losses from the device into the state.
@@ -112,14 +136,22 @@ class Log:
             "grad_norm": "" if self.norm is None else float(self.norm),
         }
         self.accelerator.log({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
-        self.bar.set_postfix(epoch=state.epoch, loss=f"{row['loss_avg']:.4g}")
         if self.csv is not None:
             self.csv.write(*row.values())
-            if self.bar.disable:
-                self.say(
-                    f"step {state.step}, epoch {state.epoch}, {state.elapsed:.0f} s: loss "
-                    f"{loss:.4g}, on average {row['loss_avg']:.4g}"
-                )
+        self.show(state, loss)
+
+    def show(self, state: TrainState, loss: float) -> None:
+        """Show the progress in the bar, or as a line where there's no terminal."""
+        now = Progress(self.started + state.elapsed, state.step, state.samples)
+        speed = now.since(self.last, self.end_step)
+        self.last, self.said = now, True
+        average = f"{state.ema_stats['loss']:.4g}"
+        self.bar.set_postfix(epoch=state.epoch, loss=average, speed=speed.split(",")[0])
+        if self.bar.disable:
+            self.say(
+                f"step {state.step}, epoch {state.epoch}, {state.elapsed:.0f} s, {speed}: loss "
+                f"{loss:.4g}, on average {average}"
+            )
 
     def image(self, path: Path | None, step: int) -> None:
         """Send a demo grid to the trackers that take pictures, and redraw the loss curve."""

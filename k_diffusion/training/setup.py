@@ -1,6 +1,7 @@
 """What train.py does before and around its loop: the accelerator, the seed, messages."""
 
 import argparse
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from .. import distributed
 from ..common.modules import n_params
 from ..common.text import need
+from ..data.training_data import TrainingData
 from .state import TrainState
 
 
@@ -20,42 +22,66 @@ def refuse_metrics(args: argparse.Namespace, say: Callable[[str], object]) -> No
 
 
 def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any:
-    """The Accelerator, with the trackers that the arguments ask for started."""
-    trackers = []
+    """The Accelerator; the trackers that the arguments ask for are started by `start_trackers`."""
+    trackers: list[Any] = []
     if args.wandb_project:
+        need("wandb", "--wandb-project", '"k-diffusion[wandb]"')
         trackers.append("wandb")
-        need("wandb", "--wandb-project")
     if args.tensorboard:
-        trackers.append("tensorboard")
-        need("tensorboard", "--tensorboard")
-    accelerator = distributed.make_accelerator(
+        need("tensorboard", "--tensorboard", '"k-diffusion[tensorboard]"')
+        trackers.append(_tensorboard(args.tensorboard))
+    return distributed.make_accelerator(
         mixed_precision=args.mixed_precision,
         log_with=trackers or None,
-        project_dir=args.tensorboard,
         # layers of skipped stages are there and get no gradient
         find_unused_parameters=config["model"]["skip_stages"] > 0,
     )
-    if trackers:
-        options = {"entity": args.wandb_entity, "group": args.wandb_group}
-        accelerator.init_trackers(
-            args.wandb_project or args.name,
-            config={k: str(v) for k, v in vars(args).items()},
-            init_kwargs={"wandb": {k: v for k, v in options.items() if v}},
-        )
-    return accelerator
 
 
-def describe(args: argparse.Namespace, state: TrainState, accelerator: Any) -> str:
-    """A line or two on what is about to run."""
+def _tensorboard(folder: Path) -> Any:
+    need("accelerate", "this script")
+    from accelerate.tracking import TensorBoardTracker, on_main_process
+
+    class Tracker(TensorBoardTracker):
+        """Accelerate's, but it writes to the folder itself, and its config may have sections."""
+
+        @on_main_process
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            self.writer.add_text("config", f"```json\n{json.dumps(values, indent=2)}\n```")
+            self.writer.flush()
+
+    return Tracker("", folder)
+
+
+def start_trackers(accelerator: Any, args: argparse.Namespace, state: TrainState) -> None:
+    """Start the accelerator's trackers, and tell them the flags, the run's seed and its config."""
+    if not accelerator.log_with:
+        return
+    flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    flags |= {"seed": state.seed, "config_file": flags.pop("config")}
+    options = {"entity": args.wandb_entity, "group": args.wandb_group}
+    accelerator.init_trackers(
+        args.wandb_project or args.name,
+        config={**flags, "parameters": n_params(state.model), "config": state.config},
+        init_kwargs={"wandb": {k: v for k, v in options.items() if v}},
+    )
+
+
+def describe(
+    args: argparse.Namespace, state: TrainState, accelerator: Any, data: TrainingData
+) -> str:
+    """A few lines on what is about to run."""
     per_step = args.batch_size * args.grad_accum_steps * accelerator.num_processes
     section = state.config["dataset"]
     classes = f", {section['num_classes']} classes" if section["num_classes"] else ""
-    return (
+    lines = [
         f"{args.name}: {state.config['model']['type']}, {n_params(state.model):,} parameters"
-        f"; {section['type']}, {state.dataset_length:,} images{classes}\n"
+        f"; {section['type']}, {state.dataset_length:,} images{classes}",
+        data.describe(),
         f"{accelerator.num_processes} process(es) on {accelerator.device}, {per_step} images a "
-        f"step, precision {accelerator.mixed_precision}, seed {state.seed}"
-    )
+        f"step, precision {accelerator.mixed_precision}, seed {state.seed}",
+    ]
+    return "\n".join(filter(None, lines))
 
 
 def save_to_wandb(path: Path) -> None:

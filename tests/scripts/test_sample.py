@@ -146,7 +146,7 @@ def test_a_grid_of_a_class_conditional_model(script):
         *("--size", "8x12", "--dtype", "bf16"),
     )
     width, height = Image.open("new/grid.png").size
-    assert width / height == pytest.approx(3 * 12 / (2 * 8), rel=0.1)
+    assert width / height == pytest.approx(2 * 12 / (3 * 8), rel=0.1)
 
 
 def test_errors_are_sentences_and_come_before_the_work(script, monkeypatch):

@@ -20,9 +20,10 @@ def test_grids_show_each_image_in_its_place():
         y, x = i // 3 * 54 + 4, i % 3 * 64 + 4
         cell = grid[y : y + 50, x : x + 60]
         assert np.unique(cell).tolist() == [51 * i]
-        assert grid[y - 4 : y, x : x + 60].max() == grid[y : y + 50, x - 4 : x].max() == 0
-    assert grid[-54:, 2 * 64 + 4 :].max() == 0  # no images there
-    assert grid[:, -4:].max() == 0
+        gaps = grid[y - 4 : y, x : x + 60], grid[y : y + 50, x - 4 : x]
+        assert {level for gap in gaps for level in gap.flat} == {230}
+    assert set(grid[-54:, 2 * 64 + 4 :].flat) == {230}  # no images there
+    assert set(grid[:, -4:].flat) == set(grid[-4:].flat) == {230}
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
@@ -36,12 +37,48 @@ def test_small_images_are_enlarged_pixel_by_pixel(channels, mode):
 
 
 def test_columns():
-    assert grid_columns(10, 64) == 10
-    assert grid_columns(10, 9) is None
-    assert grid_columns(1000, 2000) is None
-    assert grid_columns(0, 64) is None
+    """One class to a column, if the grid is nearly square then; else nearly square without."""
+    assert [grid_columns(10, n) for n in (9, 11, 20, 64, 100, 400, 1000)] == [
+        3,
+        3,
+        4,
+        10,
+        10,
+        20,
+        30,
+    ]
+    assert grid_columns(1000, 2000) == 45
+    assert grid_columns(0, 64) == grid_columns(1, 64) == 8
+    assert grid_columns(0, 64, h=16, w=64) == 4
+    assert grid_columns(0, 1) == grid_columns(0, 1, h=1, w=100) == 1
     image = image_grid(torch.zeros(10, 1, 48, 48), border=0)
-    assert image.size == (4 * 48, 3 * 48)
+    assert image.size == (3 * 48, 4 * 48)
+
+
+def test_gaps_of_transparent_images_are_opaque():
+    pixels = np.asarray(image_grid(torch.full((1, 4, 48, 48), -1.0), border=1))
+    assert pixels[0, 0].tolist() == [230, 230, 230, 255]
+    assert pixels[1, 1].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_labels_stand_above_their_images(channels):
+    images = torch.full((3, channels, 48, 60), 0.0)
+    plain = image_grid(images, columns=2)
+    labelled = image_grid(images, columns=2, labels=[7, "", 3])
+    above = (labelled.height - plain.height) // 2
+    assert labelled.width == plain.width
+    assert above >= 12
+    pixels = np.asarray(labelled.convert("L"))
+
+    def ink(i):
+        y, x = i // 2 * (50 + above) + 2, i % 2 * 62 + 2
+        assert (pixels[y + above : y + above + 48, x : x + 60] == 128).all()
+        return (pixels[y : y + above, x : x + 60] < 100).sum()
+
+    assert ink(0) > 5
+    assert ink(1) == 0
+    assert ink(2) > 5
 
 
 class ClassAsLevel(nn.Module):

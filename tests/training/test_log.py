@@ -1,5 +1,6 @@
 import csv
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,6 +37,7 @@ def make_state():
     return SimpleNamespace(
         step=0,
         epoch=0,
+        samples=0,
         elapsed=0.0,
         losses=[],
         ema_stats={},
@@ -48,6 +50,7 @@ def make_state():
 def steps(logger, state, losses, norm=None):
     for loss in losses:
         state.step += 1
+        state.samples += 4
         logger.step(state, torch.tensor(float(loss)), None if norm is None else torch.tensor(norm))
 
 
@@ -73,11 +76,31 @@ def test_rows(folder, capsys):
     assert (rows[1]["lr"], rows[1]["ema_decay"], rows[1]["grad_norm"]) == ("0.1", "0.9", "0.5")
     assert [step for step, _ in accelerator.logged] == [3, 5]
     assert accelerator.logged[0][1]["loss"] == 3
-    # no bar where there's no terminal, but a line a row
+    # no bar where there's no terminal, but a line for the first step and for each row
     text = capsys.readouterr()
     assert text.err == ""
-    assert text.out.count("\n") == 2
-    assert "step 3, epoch 0, 0 s: loss 3, on average" in text.out
+    lines = text.out.splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step 1", "step 3", "step 5"]
+    assert re.fullmatch(
+        r"step 3, epoch 0, 0 s, [\d.e+]+ images/s, 00:00 left: loss 3, on average .*", lines[1]
+    )
+
+
+def test_the_rate_and_the_time_that_is_left():
+    before, now = log.Progress(100.0, 10, 640), log.Progress(120.0, 20, 1280)
+    assert now.since(before, 50) == "32 images/s, 01:00 left"
+    assert now.since(before, None) == "32 images/s"
+    assert now.since(before, 20 + 1800) == "32 images/s, 1:00:00 left"
+
+
+def test_a_resumed_run_says_at_once_that_it_runs(folder, capsys):
+    state = make_state()
+    state.step, state.samples = 40, 160
+    logger = log.Log(Accelerator(), "a", state, 100, every=25)
+    steps(logger, state, [2, 4])
+    assert capsys.readouterr().out.startswith("step 41, epoch 0, 0 s, ")
+    assert not log.read_rows(folder / "a_metrics.csv")
+    assert state.losses == [2]  # which the row of step 50 counts
 
 
 def test_losses_are_means_over_processes(folder):

@@ -52,7 +52,7 @@ why_not_flash2 = custom_kernel(
     half_precision,
     _head_of_at_most(256),
     _architecture("an Ampere GPU or a later one", range(8, 100)),
-    _package("flash_attn", 'pip install "k-diffusion[flash]"'),
+    _package("flash_attn", "pip install flash-attn --no-build-isolation"),
 )
 why_not_flash3 = custom_kernel(
     half_precision,

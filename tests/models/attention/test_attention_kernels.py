@@ -300,7 +300,7 @@ FLASH_REASONS = [
     ("flash2", {"d_head": 12}, "needs d_head to be a multiple of 8, at most 256, got 12"),
     ("flash2", {"d_head": 264}, "needs d_head to be a multiple of 8, at most 256, got 264"),
     ("flash2", {"capability": 7}, "needs an Ampere GPU or a later one"),
-    ("flash2", {}, 'flash_attn is not installed (pip install "k-diffusion[flash]")'),
+    ("flash2", {}, "flash_attn is not installed (pip install flash-attn --no-build-isolation)"),
     ("flash3", {"dtype": torch.float64}, "needs float16 or bfloat16, got float64"),
     ("flash3", {"capability": 10}, "needs a Hopper GPU"),
     ("flash3", {}, "flash_attn_interface is not installed (the hopper folder of "
