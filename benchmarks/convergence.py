@@ -31,6 +31,8 @@ import problems
 SIGMA_MIN, SIGMA_MAX = 0.03, 40.0
 MIXTURE = problems.mixture()
 SCHEDULES = [n for n in K.sampling.SCHEDULES if n != "polyexponential"]
+DASHES = ["-", "--", "-.", ":"]
+MARKERS = "osD^v<>pP*Xhdx"  # one for each line of a panel
 sample = partial(budgets.sample, MIXTURE, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
 
 
@@ -55,7 +57,7 @@ def distance(samples: torch.Tensor, directions: int = 8) -> float:
 
 
 def data(n: int, seed: int) -> torch.Tensor:
-    """Exact samples of the mixture: what even the best sampler's distance is limited to."""
+    """Exact samples of the mixture: their distance is the least that a sampler can reach."""
     g = torch.Generator().manual_seed(seed)
     k = torch.multinomial(MIXTURE.log_weights.exp(), n, replacement=True, generator=g)
     noise = torch.randn(n, 2, generator=g, dtype=torch.float64)
@@ -94,6 +96,29 @@ def table(head: str, rows: Rows, floor: float = 0.0) -> str:
     return page.table(head, rows, bold)
 
 
+def merge_equal(rows: Rows) -> Rows:
+    """Rows from the largest to the smallest last figure; equal ones, such as those of `euler` and
+    `ddim`, as one row with both names."""
+    merged: dict[tuple[str, ...], tuple[str, list[float]]] = {}
+    for name, row in sorted(rows.items(), key=lambda item: -item[1][-1]):
+        key = tuple(f"{value:.4g}" for value in row)
+        names = f"{merged[key][0]} = {name}" if key in merged else name
+        merged[key] = names, row
+    return dict(merged.values())
+
+
+def spread(positions: list[float], gap: float) -> list[float]:
+    """Descending positions moved as little as keeps them `gap` apart, for labels."""
+    # Neighbours that are too close form a block around their mean (isotonic regression).
+    blocks: list[list[float]] = []
+    for i, position in enumerate(positions):
+        blocks.append([position + i * gap])
+        while len(blocks) > 1 and np.mean(blocks[-2]) < np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    flat = [float(np.mean(block)) for block in blocks for _ in block]
+    return [position - i * gap for i, position in enumerate(flat)]
+
+
 def plot(errors: Rows, distances: Rows, floor: float, path: Path) -> None:
     """Both tables as curves."""
     try:
@@ -106,21 +131,26 @@ def plot(errors: Rows, distances: Rows, floor: float, path: Path) -> None:
         (errors, "ODE samplers", "RMS error against the exact solution"),
         (noisy, "Samplers that add noise", "sliced Wasserstein distance to the data"),
     )
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.2), layout="constrained")
-    styles = ["-", "--", ":"]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     for ax, (rows, title, label) in zip(axes, panels):
-        # In the order of the curves' right ends, so that the legend reads like the plot.
-        for i, (name, row) in enumerate(sorted(rows.items(), key=lambda item: -item[1][-1])):
-            style, colour = styles[i // 10], plt.cm.tab10(i % 10)
-            ax.loglog(BUDGETS, row, style, color=colour, marker="o", markersize=3, label=name)
+        curves = merge_equal(rows)
+        logs = np.log10(list(curves.values()))
+        ends = spread(logs[:, -1].tolist(), gap=0.034 * (logs.max() - logs.min()))
+        for i, ((name, row), end) in enumerate(zip(curves.items(), ends)):
+            colour, dashes, marker = plt.cm.tab10(i % 10), DASHES[i % 4], MARKERS[i]
+            ax.loglog(BUDGETS, row, dashes, color=colour, marker=marker, markersize=5, lw=1.4)
+            # A leader to the label, which shows the marker again.
+            at = [BUDGETS[-1], 1.3 * BUDGETS[-1]]
+            ax.plot(at, [row[-1], 10**end], color=colour, lw=0.6, clip_on=False)
+            ax.plot(at[1], 10**end, marker, color=colour, markersize=5, clip_on=False)
+            ax.text(1.08 * at[1], 10**end, name, color=colour, fontsize=9, va="center")
         ax.set(title=title, xlabel="model evaluations", ylabel=label, xticks=BUDGETS)
+        ax.set_xlim(0.9 * BUDGETS[0], 1.05 * BUDGETS[-1])
         ax.set_xticks([], minor=True)
         ax.set_xticklabels(BUDGETS)
         ax.grid(alpha=0.3)
     axes[1].axhline(floor, color="k", linewidth=0.8)
-    axes[1].text(BUDGETS[0], floor, "exact samples", va="bottom", fontsize=8)
-    for ax in axes:
-        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes[1].text(BUDGETS[0], floor, "exact samples", va="bottom", fontsize=9)
     figure.savefig(path, dpi=110)
 
 

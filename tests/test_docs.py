@@ -1,16 +1,17 @@
-"""The documents keep their word: links resolve, commands are the ones that are run, no key is left
-out."""
+"""The docs: links resolve, every page runs, every config key is described, the site builds."""
 
+import json
 import re
 import shlex
+import shutil
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
-from torch import nn
 
-from k_diffusion import external, guidance
+from k_diffusion import external, generation, guidance
 from k_diffusion.config.schema import json_schema
 
 ROOT = Path(__file__).parent.parent
@@ -75,100 +76,100 @@ def test_readme_flags_exist(script, parser):
     assert not [flag for flag in flags if f'"{flag}"' not in source]
 
 
-# ------------------------------------------------------------------------------ examples that run
+# ------------------------------------------------------------------------------ pages that run
+
+NOT_RUN = "<!-- not run by the tests:"  # the line before a block of shell, with the reason
+# Of train.py and sample.py, appended to the command that a page shows.
+SMALL = {
+    "train": ["--end-step=1", "--sample-n=2", "--batch-size=4", "--num-workers=0"],
+    "sample": ["-n=2", "--steps=2", "--device=cpu"],
+}
 
 
-def run_examples(page: str, **names) -> dict:
-    """Runs a page's Python blocks one after the other, with these names given."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
-    assert blocks
-    for i, block in enumerate(blocks):
-        exec(compile(block, f"{page}, block {i + 1}", "exec"), names)
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """The blocks of Python and shell that the tests run, in order."""
+    found = re.findall(r"^([^\n]*)\n```(python|sh)\n(.*?)^```$", page.read_text(), re.S | re.M)
+    return [(language, code) for before, language, code in found if not before.startswith(NOT_RUN)]
+
+
+def run_command(words: list[str], folder: Path, monkeypatch) -> None:
+    """Run a command of a page: the scripts in this process, with few steps and images."""
+    script = words[1].removesuffix(".py")
+    if not words[1].endswith(".py"):
+        code, output = runs.run(sys.executable, *words[1:], folder=folder, PYTHONPATH=str(ROOT))
+        assert code == 0, output
+        return
+    runs.call(script, *words[2:], *SMALL.get(script, []), folder=folder, monkeypatch=monkeypatch)
+    if script == "train" and "--dry-run" not in words:
+        # The page goes on with the files of the last step that it asked for.
+        name, end = (words[words.index(flag) + 1] for flag in ("--name", "--end-step"))
+        (folder / f"{name}_00000001.pth").rename(folder / f"{name}_{int(end):08}.pth")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small class-conditional model of 8 x 8 digits: what pages call digits_00002000.pth."""
+    folder = tmp_path_factory.mktemp("digits")
+    config = folder / "tiny.json"
+    config.write_text(json.dumps(runs.TINY))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "STEPS", 1)
+        words = ["--config", config, "--name", "digits", "--seed", 0, *SMALL["train"]]
+        runs.call("train", *words, folder=folder, monkeypatch=patch)
+    return folder / "digits_00000001.pth"
+
+
+PAGES_THAT_RUN = [
+    page
+    for page in PAGES
+    if page.name not in ("CONTRIBUTING.md", "performance.md")  # their commands take minutes
+    and blocks(page)
+]
+
+
+@pytest.mark.parametrize("page", PAGES_THAT_RUN, ids=lambda p: p.name)
+def test_page_runs_from_top_to_bottom(page, checkpoint, tmp_path, monkeypatch):
+    if page.name == "wrappers.md":
+        pytest.importorskip("diffusers")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for step in (500, 2000):
+        shutil.copy(checkpoint, tmp_path / f"digits_{step:08}.pth")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(generation, "STEPS", 1)
+    torch.manual_seed(0)
+    names = {"__name__": "page"}
+    for i, (language, code) in enumerate(blocks(page)):
+        if language == "sh":
+            for line in code.replace("\\\n", " ").splitlines():
+                run_command(shlex.split(line, comments=True), tmp_path, monkeypatch)
+            continue
+        exec(compile(code, f"{page.name}, block {i + 1}", "exec"), names)
         for name in ("images", "latents"):
-            assert name not in names or names[name].isfinite().all(), block
-    return names
+            assert name not in names or names[name].isfinite().all(), code
 
 
-class Digits(nn.Module):
-    """A stand-in for a class-conditional denoiser: its estimate is nearly its class."""
-
-    def __init__(self, strength: float):
-        super().__init__()
-        self.strength = strength
-
-    def forward(self, x, sigma, class_cond):
-        assert class_cond.shape == sigma.shape == x.shape[:1]
-        sigma2 = sigma[:, None, None, None] ** 2
-        mean = self.strength * (class_cond[:, None, None, None] / 10 - 0.5)
-        return (0.04 * x + sigma2 * mean) / (0.04 + sigma2)
+def test_new_pages_are_found():
+    names = {page.name for page in PAGES_THAT_RUN}
+    assert {"README.md", "ten_minutes.md", "samplers.md", "extending.md", "sample.md"} <= names
 
 
-def test_examples_of_guidance():
-    torch.manual_seed(0)
-    names = run_examples(
-        "guidance.md", model=Digits(0.5), weak=Digits(0.3), classes=torch.tensor([3, 7])
-    )
-    public = {
-        name
-        for name, kind in vars(guidance).items()
-        if isinstance(kind, type) and kind.__module__ == guidance.__name__
-    }
-    text = (ROOT / "docs" / "guidance.md").read_text()
-    assert not [name for name in public - {"Guidance"} if f"{name}(" not in text]
-    assert names["images"].abs().max() <= 1  # the last one is thresholded
-
-
-class Network(nn.Module):
-    """A stand-in for a network of x and t, which checks what it gets."""
-
-    alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
-
-    def __init__(self, channels: int = 1, **conditions: tuple[int, ...]):
-        super().__init__()
-        self.channels, self.conditions = channels, conditions
-
-    def forward(self, x, t, **kwargs):
-        assert t.shape == x.shape[:1]
-        got = {name: tuple(value.shape[1:]) for name, value in kwargs.items()}
-        assert got == self.conditions
-        return torch.tanh(x).repeat(1, self.channels, 1, 1)
-
-    def apply_model(self, x, t, cond):
-        return self(x, t, cond=cond)
-
-
-def test_examples_of_wrappers():
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=10,
-    ).eval()
-    embeddings = {"encoder_hidden_states": (7, 12)}
-    names = run_examples(
-        "wrappers.md",
-        net=Network(),
-        alphas_cumprod=Network.alphas_cumprod,
-        ldm=Network(cond=(7, 12)),
-        text=torch.randn(2, 7, 12),
-        no_text=torch.zeros(1, 7, 12),
-        guided_net=Network(2, y=()),
-        diffusion=SimpleNamespace(alphas_cumprod=Network.alphas_cumprod.numpy()),
-        labels=torch.tensor([3, 7]),
-        unet=unet,
-        scheduler=diffusers.DDPMScheduler(),
-        text_model=external.DiscreteEpsDDPMDenoiser(
-            Network(**embeddings), Network.alphas_cumprod, quantize=False
-        ),
-        karras_net=Network(),
-    )
-    text = (ROOT / "docs" / "wrappers.md").read_text()
-    public = [name for name in vars(external) if name.lower().endswith("denoiser")]
-    assert len(public) > 8
+@pytest.mark.parametrize(("module", "page"), [(guidance, "guidance.md"), (external, "wrappers.md")])
+def test_every_wrapper_has_an_example(module, page):
+    text = (ROOT / "docs" / page).read_text()
+    public = [name for name in vars(module) if name.endswith("enoiser")]
+    assert len(public) > 3
     assert not [name for name in public if f"{name}(" not in text]
-    assert names["images"].shape == (2, 4, 8, 8)
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert not [p.name for p in (ROOT / "docs").glob("*.md") if f": {p.name}\n" not in navigation]
+
+
+def test_site_builds(tmp_path):
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings_handlers.python")
+    command = "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"
+    code, output = runs.run(sys.executable, *command, folder=ROOT, PYTHONPATH=str(ROOT))
+    assert code == 0, output
+    assert "sample_dpmpp_2m" in (tmp_path / "site" / "api.html").read_text()
