@@ -1,4 +1,4 @@
-"""End the files of the command line in one newline and their lines in no space; 1 if any changed."""
+"""End files in one newline and their lines in no space; exits with 1 if any changed."""
 
 import re
 import sys
