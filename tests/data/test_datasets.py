@@ -341,7 +341,7 @@ HIDDEN = (255, 0, 0)  # beneath the transparent pixels
 
 
 def transparent(mode):
-    """Transparent on the left, of an arbitrary colour; blue (28 as grey), or black, on the right."""
+    """Transparent on the left, of an arbitrary colour; blue (29 as grey) on the right."""
     image = Image.new("RGBA", (8, 8), (*HIDDEN, 0))
     image.paste((0, 0, 255, 255), (4, 0, 8, 8))
     if mode == "tRNS":  # one colour of an RGB image is transparent
