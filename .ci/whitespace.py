@@ -1,4 +1,4 @@
-"""End the given files in one newline and their lines in no space; exit 1 if any changed."""
+"""End files in one newline and their lines in no space; exits with 1 if any changed."""
 
 import re
 import sys

@@ -1,5 +1,6 @@
 """The docs: links resolve, every page runs, every config key is described, the site builds."""
 
+import itertools
 import json
 import re
 import shlex
@@ -74,6 +75,24 @@ def test_readme_flags_exist(script, parser):
     assert commands
     flags = [w for c in commands for w in shlex.split(c, comments=True) if w.startswith("-")]
     assert not [flag for flag in flags if f'"{flag}"' not in source]
+
+
+def test_runs_that_differ_have_names_that_differ():
+    """Else the second would resume the first."""
+    pages = [*PAGES, *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "benchmarks").glob("*.md")]
+    runs: dict[str, dict[tuple[str, ...], str]] = {}
+    for page in pages:
+        text = re.sub(r"\\+\n\s*", " ", page.read_text())  # lines that go on
+        for command in re.findall(r"train\.py (--config .*?)(?:`|#|$)", text, re.M):
+            words = shlex.split(command)
+            flags = dict(itertools.pairwise(words))
+            if flags["--config"] == "..." or "--dry-run" in words:
+                continue
+            sets = sorted(b for a, b in itertools.pairwise(words) if a == "--set")
+            name = flags.get("--name", "model")
+            runs.setdefault(name, {})[(flags["--config"], *sets)] = f"{page.name}: {command}"
+    assert len(runs) > 2
+    assert not [list(made.values()) for made in runs.values() if len(made) > 1]
 
 
 # ------------------------------------------------------------------------------ pages that run

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import tiny_config
 
 from k_diffusion import utils
+from k_diffusion.config import load_config, make_model
 from k_diffusion.data import datasets, stream, training_data, transforms
 
 
@@ -89,6 +91,41 @@ def test_imagefolder_class(tmp_path):
     assert [folder[i][0].tolist() for i in range(4)] == pixels.tolist()
     with pytest.raises(ValueError, match=r"num_classes is 1, but .* has 2 subfolders"):
         datasets.make_dataset({**made, "num_classes": 1}, as_array)
+
+
+def test_classes_are_the_subfolders_with_images(tmp_path):
+    save_images(tmp_path / "dog" / "big", images(1), 1)
+    save_images(tmp_path / "dog", images(1))
+    (tmp_path / "bird").mkdir()
+    (tmp_path / "bird/notes.txt").write_text("none yet")
+    save_images(tmp_path / "cat", images(3))
+    folder = datasets.make_dataset(section("imagefolder-class", tmp_path), as_array)
+    assert [folder[i][1] for i in range(5)] == [0, 0, 0, 1, 1]
+    assert [str(p.relative_to(tmp_path)) for p in folder.paths[3:]] == [
+        "dog/0.png",
+        "dog/big/1.png",
+    ]
+    assert folder.describe() == (
+        "2 classes, with images: cat 3, dog 2\nskipped without images: bird"
+    )
+
+
+def test_the_number_of_classes_is_that_of_the_subfolders(tmp_path):
+    for name in "ant", "bee", "cat":
+        save_images(tmp_path / name, images(2))
+    made = {"type": "imagefolder-class", "location": str(tmp_path)}
+    config = load_config(
+        {"model": tiny_config(model={"input_channels": 3})["model"], "dataset": made}
+    )
+    assert config["dataset"]["num_classes"] is None
+    data = training_data.make_training_data(config)
+    assert data.num_classes == 3
+    assert data[5, 0]["class"] == 2
+    assert data.describe().startswith("3 classes, with images: ant 2, bee 2, cat 2")
+    with pytest.raises(ValueError, match=r"dataset.num_classes: .* --set dataset.num_classes=N"):
+        make_model(config)
+    unconditional = {**config, "dataset": {**config["dataset"], "num_classes": 0}}
+    assert "class" not in training_data.make_training_data(unconditional)[0, 0]
 
 
 @pytest.mark.parametrize("kind", ["imagefolder", "imagefolder-class"])
@@ -299,3 +336,70 @@ def test_missing_packages(kind, module, monkeypatch, tmp_path):
         ImportError, match=rf'{module.split(".")[0]}; install it with: pip install "'
     ):
         datasets.make_dataset(hf_section(tmp_path) | {"type": kind}, as_array)
+
+
+# ------------------------------------------------------------------------- transparency
+
+HIDDEN = (255, 0, 0)  # beneath the transparent pixels
+
+
+def transparent(mode):
+    """Transparent on the left, of an arbitrary colour; blue (29 as grey) on the right."""
+    image = Image.new("RGBA", (8, 8), (*HIDDEN, 0))
+    image.paste((0, 0, 255, 255), (4, 0, 8, 8))
+    if mode == "tRNS":  # one colour of an RGB image is transparent
+        image = image.convert("RGB")
+        image.info["transparency"] = HIDDEN
+    elif mode == "P":
+        image = image.convert("RGB").quantize(2)
+        image.info["transparency"] = image.getpixel((0, 0))
+    elif mode == "LA":
+        image = image.convert("LA")
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "tRNS"])
+@pytest.mark.parametrize(
+    ("background", "level"), [("white", (255, 255, 255)), ("#008040", (0, 128, 64))]
+)
+def test_transparent_images_show_the_background(mode, background, level):
+    transform = transforms.ImageTransform((8, 8), 3, background=background)
+    image = transform(transparent(mode))[1]
+    pixels = ((image + 1) * 127.5).round().int()
+    assert pixels[:, 3, 0].tolist() == list(level)
+    assert pixels[:, 3, 7].tolist() == ([29] * 3 if mode == "LA" else [0, 0, 255])
+
+
+def test_half_transparency_is_blended_before_scaling():
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 51))  # a fifth of black over white
+    grey = transforms.ImageTransform((8, 8), 1)(image)[1]
+    assert ((grey + 1) * 127.5).round().unique().tolist() == [204]
+
+
+def test_models_with_alpha_keep_it_and_opaque_images_stay_bit_by_bit():
+    image = transforms.ImageTransform((8, 8), 4)(transparent("RGBA"))[1]
+    assert image[3, 0].tolist() == [-1] * 4 + [1] * 4
+    pixels = images(1, size=(8, 8))[0]
+    opaque = Image.fromarray(pixels).convert("RGBA")
+    for channels, mode in (3, "RGB"), (1, "L"):
+        transform = transforms.ImageTransform((8, 8), channels, background="red")
+        plain = transform(Image.fromarray(pixels).convert(mode))[1]
+        assert torch.equal(transform(opaque)[1], plain)
+
+
+def test_files_and_columns_show_white(tmp_path):
+    transparent("RGBA").save(tmp_path / "0.png")
+    folder = utils.FolderOfImages(tmp_path)
+    assert folder[0][0].getpixel((0, 0)) == (255, 255, 255)
+    rows = {"image": [transparent("RGBA")]}
+    (image,) = utils.hf_datasets_augs_helper(rows, lambda x: x, "image")["image"]
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_background_of_a_config(tmp_path):
+    transparent("RGBA").save(tmp_path / "0.png")
+    made = {"type": "imagefolder", "location": str(tmp_path), "background": "black"}
+    config = load_config({"model": tiny_config()["model"], "dataset": made})
+    assert training_data.make_training_data(config)[0, 0]["original"][0, 0, 0] == -1
+    with pytest.raises(ValueError, match=r"dataset.background: needs a colour .* got 'blakc'"):
+        load_config({"model": config["model"], "dataset": {**made, "background": "blakc"}})

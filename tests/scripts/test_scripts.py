@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -106,8 +107,8 @@ def test_what_a_run_writes(trained):
     rows = log.read_rows(trained / "runs/a_metrics.csv")
     assert [row["step"] for row in rows] == ["2", "4", "6", "7"]
     assert all(0 < float(row["loss"]) < 10 for row in rows)
-    # a column for each of ten classes, of images of 8 x 8 enlarged to 48 x 48
-    assert Image.open(trained / "runs/a_demo_00000007.png").size == (10 * 50 + 2, 2 * 50 + 2)
+    # eleven images of 8 x 8 enlarged to 48 x 48
+    assert Image.open(trained / "runs/a_demo_00000007.png").size == (3 * 50 + 2, 4 * 50 + 2)
     last = runs.read(trained / "runs/a_00000007.pth")
     assert (last["step"], last["samples"], last["epoch"], last["seed"]) == (7, 42, 0, 1)
     assert last["config"] == runs.tiny_config()
@@ -117,8 +118,14 @@ def test_what_a_run_says_without_a_terminal(trained):
     text = (trained / "output.txt").read_text()
     assert "1,797 images, 10 classes" in text
     assert "1 process(es) on cpu, 6 images a step, precision no, seed 1" in text
-    for line in "step 2, epoch 0", "saved runs/a_00000003.pth", "wrote runs/a_demo_00000004.png":
+    for line in (
+        "step 1, epoch 0",
+        "step 2, epoch 0",
+        "saved runs/a_00000003.pth",
+        "wrote runs/a_demo_00000004.png",
+    ):
         assert line in text
+    assert re.search(r"^step 4, epoch 0, \d+ s, [\d.]+ images/s, 00:\d\d left: loss ", text, re.M)
     assert "\r" not in text
     assert "Traceback" not in text
 
@@ -127,17 +134,20 @@ def test_what_a_run_says_without_a_terminal(trained):
 def test_tensorboard_gets_numbers_and_pictures(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = {}
-    for path in (trained / "tb").rglob("events.*"):
-        events = EventAccumulator(str(path.parent)).Reload()
-        found |= {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-        found |= {tag: events.Images(tag) for tag in events.Tags()["images"]}
+    (path,) = (trained / "tb").rglob("*")  # one file, in the folder itself
+    events = EventAccumulator(str(path.parent)).Reload()
+    found = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    found |= {tag: events.Images(tag) for tag in events.Tags()["images"]}
     rows = log.read_rows(trained / "runs/a_metrics.csv")
     assert [event.step for event in found["loss"]] == [2, 4, 6, 7]
     assert [event.value for event in found["loss"]] == pytest.approx(
         [float(row["loss"]) for row in rows]
     )
     assert [event.step for event in found["demo_grid"]] == [4, 7]
+    (text,) = events.Tensors("config/text_summary")[0].tensor_proto.string_val
+    told = json.loads(text.decode().removeprefix("```json\n").removesuffix("\n```"))
+    assert told["config"] == runs.tiny_config()
+    assert (told["seed"], told["batch_size"], told["config_file"]) == (1, 6, "tiny.json")
 
 
 def test_conversion_and_sampling(trained, tmp_path):
@@ -151,12 +161,26 @@ def test_conversion_and_sampling(trained, tmp_path):
     averaged = runs.read(source)["model_ema"]
     assert runs.differences(checkpoints.read_weights(path), dict(averaged)) == []
     assert K.config.load_config(path) == runs.tiny_config()
-    args = "--checkpoint", path, "-n", 20, "--seed", 0, "--steps", 3, "--grid", "grids/g.png"
+    args = "--checkpoint", path, "-n", 60, "--seed", 0, "--steps", 3, "--grid", "grids/g.png"
     code, text = runs.run(*runs.python("sample", *args), folder=tmp_path)
     assert code == 0, text
     assert "3/3" in text  # the progress bar
     assert "wrote grids/g.png" in text
-    assert Image.open(tmp_path / "grids/g.png").size == (10 * 50 + 2, 2 * 50 + 2)
+    # a column for each of ten classes
+    assert Image.open(tmp_path / "grids/g.png").size == (10 * 50 + 2, 6 * 50 + 2)
+
+
+def test_the_config_of_a_checkpoint_is_printed(trained, tmp_path):
+    for name in "a_00000007.pth", "gone.pth":
+        command = sys.executable, "-m", "k_diffusion.config", trained / "runs" / name
+        code, text = runs.run(*command, folder=tmp_path)
+        if name == "gone.pth":
+            assert code == 1
+            assert "error: no checkpoint" in text
+            assert "Traceback" not in text
+        else:
+            assert code == 0, text
+            assert json.loads(text) == runs.tiny_config()
 
 
 def test_conversion_to_half_precision_beside_the_checkpoint(trained, call, folder):
@@ -193,7 +217,7 @@ def test_an_image_is_the_same_in_any_batch_and_on_any_process(trained, call, fol
     assert np.abs(pixels(folder, "new/two", 9).astype(int) - one).max() <= 1
 
 
-def test_classes_guidance_and_sizes(trained, call, folder):
+def test_classes_guidance_and_sizes(trained, call, folder, capsys):
     state = runs.read(trained / "runs/a_00000007.pth")
     torch.manual_seed(0)  # so short a training has taught it little of classes
     for weight in state["model_ema"].values():
@@ -208,10 +232,19 @@ def test_classes_guidance_and_sizes(trained, call, folder):
     assert not np.array_equal(some, guided)
     call("sample", *args, "--size", "12x16", "--prefix", "size")
     assert pixels(folder, "size", 3).shape == (3, 12, 16)
+    assert "was trained on 8 x 8; other sizes can look worse" in capsys.readouterr().out
+    call("sample", *args, "--size", 8, "--grid", "g.png")
+    assert "was trained on" not in capsys.readouterr().out
+    call("sample", *args, "--grid", "labels.png", "--grid-labels")
+    heights = [Image.open(folder / name).height for name in ("g.png", "labels.png")]
+    assert heights[1] - heights[0] >= 2 * 12  # two rows, each with a line of text
     for wrong, message in (
         (("--class", 10), "class 10 is out of range; classes are 0 to 9"),
         (("--class", "cat"), "a class is a number or 'all'"),
         (("--size", "10x16"), "multiples of 4"),
+        (("--grid-labels",), "pass --grid FILE, too"),
+        (("--device", "cuda:99"), "--device cuda:99: .* no such device; there are cpu"),
+        (("--device", "gpu"), "--device gpu: .* no such device"),
         (("--sampler", "eular"), "did you mean 'euler'"),
         (("--schedule", "carras"), "did you mean 'karras'"),
         (("--prefix", "tiny.json/x"), "can't make the folder"),
@@ -355,19 +388,40 @@ def test_weights_and_biases_offline(folder):
 
 
 @pytest.mark.parametrize(
-    ("args", "module"),
+    ("args", "module", "extra"),
     [
-        (("--tensorboard", "tb"), "tensorboard"),
-        (("--wandb-project", "p"), "wandb"),
-        ((), "accelerate"),
-        ((), "sklearn.datasets"),
+        (("--tensorboard", "tb"), "tensorboard", "tensorboard"),
+        (("--wandb-project", "p"), "wandb", "wandb"),
+        ((), "accelerate", "train"),
+        ((), "sklearn.datasets", "train"),
+        (("--set", 'dataset={"type":"mnist","location":"x"}'), "torchvision.datasets", "datasets"),
+        (("--set", 'dataset={"type":"huggingface","location":"x"}'), "datasets", "datasets"),
     ],
 )
-def test_missing_packages(call, monkeypatch, args, module):
+def test_missing_packages(call, monkeypatch, args, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
-    message = rf'needs {module.split(".")[0]}; install it with: pip install "k-diffusion\[train\]"'
+    name = module.split(".")[0]
+    message = rf'needs {name}; install it with: pip install "k-diffusion\[{extra}\]"'
     with pytest.raises((SystemExit, ImportError), match=message):
         call("train", *tiny("--end-step", 2, *args))
+
+
+def test_a_run_counts_the_classes_of_its_folders(call, folder, capsys):
+    for name, count in ("ant", 5), ("bee", 0), ("cat", 7):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.linear_gradient("L").rotate(30 * i).save(folder / f"images/{name}/{i}.png")
+    config = {**runs.TINY, "dataset": {"type": "imagefolder-class", "location": "images"}}
+    (folder / "c.json").write_text(json.dumps(config))
+    call("train", "--config", "c.json", *FAST, "--end-step", 2, "--name", "c")
+    text = capsys.readouterr().out
+    assert "12 images, 2 classes\n2 classes, with images: ant 5, cat 7\n" in text
+    assert "skipped without images: bee\n" in text
+    state = runs.read(folder / "c_00000002.pth")
+    assert state["config"]["dataset"]["num_classes"] == 2
+    call("sample", "--checkpoint", "c_00000002.pth", "-n", 2, "--steps", 2, "--class", 1)
+    with pytest.raises(SystemExit, match="classes are 0 to 1"):
+        call("sample", "--checkpoint", "c_00000002.pth", "-n", 2, "--steps", 2, "--class", 2)
 
 
 def test_metrics_are_for_a_later_version(call, capsys):
