@@ -32,8 +32,8 @@ def from_pil_image(x: Image.Image) -> torch.Tensor:
 def to_pil_image(x: torch.Tensor) -> Image.Image:
     """A tensor in [-1, 1], (c, h, w) or (1, c, h, w), as an 8-bit PIL image.
 
-    Values are clamped, then rounded to the nearest level. c is 1 (greyscale), 3 (RGB) or, with
-    alpha, 2 or 4. Raises ValueError for other shapes.
+    x: (c, h, w) or (1, c, h, w). Values are clamped, then rounded to the nearest level. c is 1
+    (greyscale), 3 (RGB) or, with alpha, 2 or 4. Raises ValueError for other shapes.
     """
     image = x[0] if x.ndim == 4 and x.shape[0] == 1 else x
     if image.ndim != 3 or image.shape[0] not in PIL_MODES:
@@ -68,7 +68,8 @@ def open_image(path: PathLike, mode: str | None = "RGB") -> Image.Image:
 def image_grid(images: torch.Tensor, columns: int | None = None, border: int = 2) -> Image.Image:
     """Images, (n, c, h, w) in [-1, 1], as one picture; small ones are enlarged pixel by pixel.
 
-    columns: by default those of a square. border: of black, around each image, in pixels.
+    images: (n, c, h, w). columns: by default those of a square. border: of black, around each
+    image, in pixels.
     """
     n, c, h, w = images.shape
     scale = max(1, math.ceil(_MIN_SIDE / max(h, w)))
@@ -82,5 +83,5 @@ def image_grid(images: torch.Tensor, columns: int | None = None, border: int = 2
 
 
 def grid_columns(num_classes: int, n: int) -> int | None:
-    """Of a grid whose image i has class i mod num_classes: a column a class, if they are few."""
+    """The columns of a grid whose image i has class i mod num_classes: one per class, if few."""
     return num_classes if 2 <= num_classes <= min(n, _MAX_CLASS_COLUMNS) else None

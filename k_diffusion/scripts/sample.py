@@ -188,7 +188,10 @@ def image_path(prefix: str, i: int) -> Path:
 
 
 def write_images(batches: Iterator[torch.Tensor], indices: range, prefix: str) -> None:
-    """Writes each image of the batches to its file, as soon as it's there."""
+    """Writes each image of the batches to its file, as soon as it's there.
+
+    batches: tensors of (n, c, h, w) in [-1, 1].
+    """
     left = iter(indices)
     for batch in batches:
         for image, i in zip(batch, left):
@@ -196,7 +199,7 @@ def write_images(batches: Iterator[torch.Tensor], indices: range, prefix: str) -
 
 
 def sampler_table() -> str:
-    """SAMPLERS as text, a row a line: first those that need no noise."""
+    """SAMPLERS as text, one row per line: first those that need no noise."""
     rows = [("sampler", "order", "evaluations", "stochastic", "paper")]
     for info in sorted(sampling.SAMPLERS.values(), key=lambda info: (info.stochastic, info.name)):
         stochastic = "yes" if info.stochastic else "no"

@@ -32,7 +32,7 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         help="say what the run would cost in memory and compute, print its config, and leave",
     )
     add = p.add_argument_group("optimization").add_argument
-    add("--batch-size", **count, default=64, help="images a process takes at a time")
+    add("--batch-size", **count, default=64, help="images per process and batch")
     add("--grad-accum-steps", **count, default=1, help="batches that make up one step")
     add("--lr", type=float, help="override the config's learning rate")
     add("--mixed-precision", choices=["no", "fp16", "bf16", "fp8"], help="of the model")
@@ -42,7 +42,7 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         const="full",
         default="off",
         choices=list(CHECKPOINTING),
-        help="save memory: recompute blocks in the backward pass, fully (without a value) or, by "
+        help="save memory: recompute blocks in the backward pass, fully (without a value) or, with "
         "'selective', all but their attention",
     )
     add(
