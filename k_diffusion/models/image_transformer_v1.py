@@ -49,7 +49,7 @@ class LearnedAxialRoPE(nn.Module):
     """Angles of axial RoPE with learned frequencies for each head and axis.
 
     dim: features of a head, all of them rotated. The frequencies of both axes start spaced evenly
-    in the logarithm from pi to 10 pi (exclusive), dealt out to the heads in turn; their logarithms
+    in the logarithm from pi to 10 pi (exclusive), assigned to the heads in turn; their logarithms
     are the parameters `freqs_h` and `freqs_w`, (n_heads, dim // 4).
     """
 

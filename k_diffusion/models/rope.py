@@ -112,7 +112,7 @@ class AxialRoPE(nn.Module):
     """Angles of axial RoPE: half of them turn with y, half with x.
 
     dim: how many features of a head are rotated. The frequencies, spaced evenly in the logarithm
-    from pi up to 10 pi (exclusive), are dealt out to the heads in turn: a buffer `freqs`,
+    from pi up to 10 pi (exclusive), are assigned to the heads in turn: a buffer `freqs`,
     (n_heads, dim // 4).
     """
 

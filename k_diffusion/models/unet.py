@@ -286,7 +286,7 @@ class _Resample2d(nn.Module):
         return F.pad(x, (self.pad,) * 4, self.pad_mode)
 
     def _weight(self, x: torch.Tensor) -> torch.Tensor:
-        """One kernel a channel, (c, 1, taps, taps): much faster than a full convolution."""
+        """One kernel per channel, (c, 1, taps, taps): much faster than a full convolution."""
         return self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
 
 
