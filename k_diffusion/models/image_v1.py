@@ -112,8 +112,8 @@ class ImageDenoiserModelV1(nn.Module):
         lengths = [len(depths), n, len(self_attn_depths), len(cross_attn)]
         if n == 0 or lengths != [n] * 4:
             raise ValueError(
-                "depths, channels, self_attn_depths and cross_attn_depths need one entry per level; "
-                f"they have {', '.join(map(str, lengths))}"
+                "depths, channels, self_attn_depths and cross_attn_depths need one entry per level"
+                f"; they have {', '.join(map(str, lengths))}"
             )
         if min(depths) < 1:
             raise ValueError(f"every level needs a depth of at least 1, got depths {list(depths)}")
