@@ -79,7 +79,7 @@ def main() -> None:
         state.reset_ema()
     end = args.end_step or math.inf
     if state.step >= end:
-        accelerator.print(f"step {state.step} is done; pass an --end-step above it to go on")
+        accelerator.print(f"step {state.step} is done; pass a larger --end-step to continue")
         accelerator.end_training()
         return
     shares = stream.Stream(

@@ -131,7 +131,7 @@ def plot(errors: Rows, distances: Rows, floor: float, path: Path) -> None:
         (errors, "ODE samplers", "RMS error against the exact solution"),
         (noisy, "Samplers that add noise", "sliced Wasserstein distance to the data"),
     )
-    figure, axes = plt.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
+    figure, axes = plt.subplots(2, 1, figsize=(8, 11), layout="constrained")
     for ax, (rows, title, label) in zip(axes, panels):
         curves = merge_equal(rows)
         logs = np.log10(list(curves.values()))

@@ -94,7 +94,7 @@ def measure(case: Case, names: Sequence[str], args: Any, budget: float) -> Secti
     times = bench.in_turn({**runs, MATMUL: matmul}, args.device, budget)
     with flops.flop_counter() as counter:
         sampling(case, inner, 2, args.device, args.dtype)()
-    flop = 2 * counter.flops / 2 * args.steps  # one evaluation a step
+    flop = 2 * counter.flops / 2 * args.steps  # one evaluation per step
     rows: list[Row] = [
         {
             "way": WAYS[name][0],

@@ -20,17 +20,20 @@ COND_DIM = 9
 
 
 def translate2d(tx: float | torch.Tensor, ty: float | torch.Tensor) -> torch.Tensor:
-    """The 3 x 3 matrix that moves (x, y, 1) by (tx, ty)."""
+    """The 3 x 3 matrix that moves (x, y, 1) by (tx, ty). tx, ty: () or floats, in pixels."""
     return torch.tensor([[1, 0, tx], [0, 1, ty], [0, 0, 1]], dtype=torch.float32)
 
 
 def scale2d(sx: float | torch.Tensor, sy: float | torch.Tensor) -> torch.Tensor:
-    """The 3 x 3 matrix that scales (x, y, 1) by sx and sy."""
+    """The 3 x 3 matrix that scales (x, y, 1) by sx and sy. sx, sy: () or floats."""
     return torch.tensor([[sx, 0, 0], [0, sy, 0], [0, 0, 1]], dtype=torch.float32)
 
 
 def rotate2d(theta: float | torch.Tensor) -> torch.Tensor:
-    """The 3 x 3 matrix that rotates (x, y, 1) by theta radians, the x axis towards the y axis."""
+    """The 3 x 3 matrix that rotates (x, y, 1) by theta radians, the x axis towards the y axis.
+
+    theta: () or a float.
+    """
     c, s = math.cos(theta), math.sin(theta)
     return torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=torch.float32)
 
@@ -151,7 +154,8 @@ class KarrasAugmentWrapper(nn.Module):
     ) -> Any:
         """aug_cond: (n, 9), None for no augmentation; mapping_cond: (n, ...), None for none.
 
-        The model gets both, side by side in this order, as its mapping_cond.
+        input: (n, c, h, w). sigma: (n,). The model gets both, side by side in this order, as its
+        mapping_cond.
         """
         if aug_cond is None:
             aug_cond = input.new_zeros(input.shape[0], COND_DIM)

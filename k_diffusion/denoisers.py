@@ -33,7 +33,7 @@ WEIGHTINGS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 def dct(x: torch.Tensor) -> torch.Tensor:
     """Orthonormal DCT-II over all dimensions after the second: 1-D to 3-D data, (n, c, ...).
 
-    Raises ValueError for fewer than three dimensions.
+    x: (n, c, ...). Raises ValueError for fewer than three dimensions.
     """
     if x.ndim < 3:
         raise ValueError(f"dct needs (n, c, ...) of at least 3 dimensions, got {tuple(x.shape)}")
@@ -112,6 +112,7 @@ class Denoiser(nn.Module):
         return error * self._weight(sigma)
 
     def forward(self, input: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """The denoised input. input: (n, ...), sigma: (n,)."""
         c_skip, c_out, _ = self.get_scalings(sigma)
         output = self._network(input, sigma, **kwargs)
         return append_dims(c_skip, input.ndim) * input + append_dims(c_out, input.ndim) * output
@@ -144,7 +145,7 @@ class Denoiser(nn.Module):
 
 
 class DenoiserWithVariance(Denoiser):
-    """A denoiser whose network also estimates the log variance of its error, one value a sample.
+    """A denoiser whose network also estimates the log variance of its error, one value per sample.
 
     In the loss, the network is called with `return_variance=True` and returns (F, logvar: (n,)).
     """
@@ -152,7 +153,10 @@ class DenoiserWithVariance(Denoiser):
     def loss(
         self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Gaussian negative log-likelihood per sample, (n,): (error / e^logvar + logvar) / 2."""
+        """Gaussian negative log-likelihood per sample, (n,): (error / e^logvar + logvar) / 2.
+
+        input, noise: (n, ...). sigma: (n,).
+        """
         x = input + noise * append_dims(sigma, input.ndim)
         output, logvar = self._network(x, sigma, return_variance=True, **kwargs)
         error = self._squared_error(output, self._target(input, noise, sigma))
@@ -169,7 +173,10 @@ class SimpleLossDenoiser(Denoiser):
     def loss(
         self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """||(x - D) / sigma - noise||^2 per sample, (n,), the mean over all other dimensions."""
+        """||(x - D) / sigma - noise||^2 per sample, (n,), the mean over all other dimensions.
+
+        input, noise: (n, ...). sigma: (n,).
+        """
         return super().loss(input, noise, sigma, **kwargs)
 
     def _weight(self, sigma: torch.Tensor) -> torch.Tensor:

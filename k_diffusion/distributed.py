@@ -75,7 +75,10 @@ def agree_on_seed(seed: int | None) -> int:
 
 
 def gather_shares(accelerator: Any, mine: torch.Tensor, n: int) -> torch.Tensor | None:
-    """Put rows i, i + processes, ... of each process i back in order, on the main process."""
+    """Put rows i, i + processes, ... of each process i back in order, on the main process.
+
+    mine: (k, ...), the rows of this process.
+    """
     processes = accelerator.num_processes
     if processes == 1:
         return mine

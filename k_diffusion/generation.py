@@ -32,9 +32,9 @@ def generate(
     """Sample one image per seed, batch by batch.
 
     model: a denoiser, guided or not, (x, sigma, class_cond=) -> denoised. shape: of an image,
-    (c, h, w). sigmas: the schedule. classes: one id per seed, for a class-conditional model of
-    num_classes. sampler: a row of `sampling.SAMPLERS`. disable: hides the progress bar; None hides
-    it where there's no terminal.
+    (c, h, w). sigmas: (steps + 1,), the schedule. classes: one id per seed, for a
+    class-conditional model of num_classes. sampler: a row of `sampling.SAMPLERS`. disable: hides
+    the progress bar; None hides it where there's no terminal.
 
     Yields (n, c, h, w) in float32, n <= batch_size, in the order of the seeds. Raises ValueError
     for class ids out of range or an unknown sampler.

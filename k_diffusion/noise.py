@@ -65,8 +65,8 @@ def ask(
 ) -> Tensor:
     """Calls a noise sampler with floats where it takes them, else with 0-d tensors on the CPU.
 
-    Others' noise samplers expect tensors; reading one on the CPU doesn't wait for the device. like:
-    a tensor with the dtype of the schedule.
+    like: (...), a tensor with the dtype of the schedule. Others' noise samplers expect tensors;
+    reading one on the CPU doesn't wait for the device.
     """
     if getattr(noise_sampler, "accepts_floats", False):
         return noise_sampler(sigma, sigma_next)
@@ -136,10 +136,11 @@ class BatchedBrownianTree:
     drawn from the bridge between its ends, until a time is met to the tolerance. W is evaluated
     once for a time and the last path through the tree is kept, since the next time is likely near.
 
-    x: (n, ...), gives shape, dtype and device. seed: one int for a path over the whole batch, a
-    list of one int an image for independent paths, None to draw one from torch's global generator.
-    Nothing but that is drawn before the first call. w0, w1: values at t0 and t1 instead of 0 and
-    a draw. tol: resolution in t. Raises ValueError for seeds that don't fit x and infinite times.
+    x: (n, ...), gives shape, dtype and device. t0, t1: () or floats. seed: one int for a path over
+    the whole batch, a list of one int per image for independent paths, None to draw one from
+    torch's global generator. Nothing else is drawn before the first call. w0, w1: values at t0 and
+    t1 instead of 0 and a draw. tol: resolution in t. Raises ValueError for seeds that don't fit x
+    and infinite times.
 
     tree(ta, tb) returns W(tb) - W(ta), times clamped to the interval; tree(t) returns w0 + W(t).
     """
@@ -240,10 +241,14 @@ class BatchedBrownianTree:
         return value
 
     def clamp(self, t: float | Tensor) -> float:
-        """t as a float, moved into the interval: rounding can put it a few ULPs outside."""
+        """t as a float, moved into the interval: rounding can put it a few ULPs outside.
+
+        t: () or a float.
+        """
         return min(max(float(t), self.t_min), self.t_max)
 
     def __call__(self, ta: float | Tensor, tb: float | Tensor | None = None) -> Tensor:
+        """ta, tb: () or floats."""
         if tb is None:
             w = self._value(round(self.clamp(ta), self.digits)).to(self.dtype)
             return w if self.w0 is None else self.w0 + w
@@ -262,8 +267,8 @@ class BrownianTreeNoiseSampler:
     The path is fixed by the seed whatever the steps are, so fewer or more steps approximate the
     same image, and noises of nested intervals are correlated as the SDE solvers require.
 
-    x: (n, ...). sigma_min, sigma_max: the interval, floats or tensors. seed: as in
-    BatchedBrownianTree; a list of one int an image makes image i depend on seed[i] alone.
+    x: (n, ...). sigma_min, sigma_max: () or floats, the interval. seed: as in
+    BatchedBrownianTree; a list of one int per image makes image i depend on seed[i] alone.
     transform: from sigma to the path's time. Two equal noise levels give zeros.
     """
 
@@ -286,6 +291,7 @@ class BrownianTreeNoiseSampler:
         return float(self.transform(torch.as_tensor(sigma)))
 
     def __call__(self, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
+        """Unit noise of the interval. sigma, sigma_next: () or floats."""
         ta, tb = (self.tree.clamp(self._time(s)) for s in (sigma, sigma_next))
         if ta == tb:
             return torch.zeros(self.tree.shape, dtype=self.tree.dtype, device=self.tree.device)

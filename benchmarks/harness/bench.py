@@ -65,7 +65,7 @@ def in_turn(
     them: after two runs of each to warm up, one if that takes a second, as many rounds as take
     `budget` seconds, within the bounds of `rounds`. Short runs are repeated until they take
     `shortest` seconds a round, and those below a quarter of a second begin each turn with one that
-    isn't timed: the caches and the allocator shall be as they leave them, not as their neighbor.
+    isn't timed: they then find the caches and the allocator as their own run left them.
     """
     numbers, brief = {}, set()
     for name, run in runs.items():

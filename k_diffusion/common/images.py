@@ -35,8 +35,8 @@ def from_pil_image(x: Image.Image) -> torch.Tensor:
 def to_pil_image(x: torch.Tensor) -> Image.Image:
     """A tensor in [-1, 1], (c, h, w) or (1, c, h, w), as an 8-bit PIL image.
 
-    Values are clamped, then rounded to the nearest level. c is 1 (greyscale), 3 (RGB) or, with
-    alpha, 2 or 4. Raises ValueError for other shapes.
+    x: (c, h, w) or (1, c, h, w). Values are clamped, then rounded to the nearest level. c is 1
+    (greyscale), 3 (RGB) or, with alpha, 2 or 4. Raises ValueError for other shapes.
     """
     image = x[0] if x.ndim == 4 and x.shape[0] == 1 else x
     if image.ndim != 3 or image.shape[0] not in PIL_MODES:

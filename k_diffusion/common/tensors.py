@@ -16,14 +16,17 @@ def wide(*dtypes: torch.dtype) -> torch.dtype:
 
 def widen(x: torch.Tensor) -> torch.Tensor:
     """x in at least float32: squares of noise levels above 255 don't fit into float16, and sums of
-    half precision lose too much."""
+    half precision lose too much.
+
+    x: (...), any shape.
+    """
     return x.to(wide(x.dtype))
 
 
 def append_dims(x: torch.Tensor, target_dims: int) -> torch.Tensor:
     """x with dimensions of size 1 appended until it has target_dims.
 
-    Raises ValueError where x has more than that.
+    x: (...), of at most target_dims dimensions. Raises ValueError where x has more than that.
     """
     if x.ndim > target_dims:
         raise ValueError(f"x has {x.ndim} dimensions, more than the {target_dims} asked for")

@@ -94,7 +94,8 @@ def load_clip(
 def squared_spherical_distance(x: Tensor, y: Tensor) -> Tensor:
     """Half of the squared angle between unit vectors, (..., d) -> (...).
 
-    The angle is 2 atan2(|x - y|, |x + y|), exact and with a gradient near 0 and pi also.
+    x, y: (..., d). The angle is 2 atan2(|x - y|, |x + y|), exact and with a gradient near 0 and pi
+    also.
     """
     chord, other = (torch.linalg.vector_norm(z, dim=-1) for z in (x - y, x + y))
     return 2 * torch.atan2(chord, other) ** 2

@@ -56,4 +56,5 @@ class CompVisVDenoiser(DiscreteVDDPMDenoiser):
         super().__init__(model, model.alphas_cumprod, quantize)
 
     def get_v(self, x: torch.Tensor, t: torch.Tensor, cond: Any, **kwargs: Any) -> torch.Tensor:
+        """The model's estimate of v. x: (n, c, h, w). t: (n,)."""
         return self.inner_model.apply_model(x, t, cond, **kwargs)

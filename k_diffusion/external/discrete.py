@@ -63,7 +63,10 @@ class DiscreteSchedule(nn.Module):
         return append_zero(self.t_to_sigma(t))
 
     def sigma_to_t(self, sigma: torch.Tensor, quantize: bool | None = None) -> torch.Tensor:
-        """The time of a noise level, of its shape: int64 if quantized, else floating point."""
+        """The time of a noise level, of its shape: int64 if quantized, else floating point.
+
+        sigma: (...), any shape.
+        """
         table = self.log_sigmas.to(sigma.device)
         log_sigma = sigma.to(torch.promote_types(sigma.dtype, table.dtype)).log()
         table = table.to(log_sigma.dtype)
@@ -76,7 +79,7 @@ class DiscreteSchedule(nn.Module):
         return t.round().long() if (self.quantize if quantize is None else quantize) else t
 
     def t_to_sigma(self, t: torch.Tensor) -> torch.Tensor:
-        """The noise level of a time, of its shape."""
+        """The noise level of a time, of its shape. t: (...), any shape."""
         table = self.log_sigmas.to(t.device)
         t = t.to(table.dtype).clamp(0, len(table) - 1)
         low, high = t.floor().long(), t.ceil().long()
@@ -102,7 +105,7 @@ class DiscreteEpsDDPMDenoiser(DiscreteSchedule):
         self.inner_model = model
 
     def get_scalings(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """c_out and c_in, shaped like sigma."""
+        """c_out and c_in, shaped like sigma. sigma: (n,)."""
         return -sigma, (widen(sigma) ** 2 + self.sigma_data**2).rsqrt().to(sigma.dtype)
 
     def get_eps(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -112,13 +115,17 @@ class DiscreteEpsDDPMDenoiser(DiscreteSchedule):
     def loss(
         self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Squared error of the noise per sample, (n,), the mean over all other dimensions."""
+        """Squared error of the noise per sample, (n,), the mean over all other dimensions.
+
+        input, noise: (n, ...). sigma: (n,).
+        """
         c_in = append_dims(self.get_scalings(sigma)[1], input.ndim)
         noised = input + noise * append_dims(sigma, input.ndim)
         eps = self.get_eps(noised * c_in, self.sigma_to_t(sigma), **kwargs)
         return (eps - noise).pow(2).flatten(1).mean(1)
 
     def forward(self, input: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """The denoised input. input: (n, ...), sigma: (n,)."""
         c_out, c_in = (append_dims(c, input.ndim) for c in self.get_scalings(sigma))
         return input + c_out * self.get_eps(input * c_in, self.sigma_to_t(sigma), **kwargs)
 
@@ -145,6 +152,7 @@ class DiscreteSampleDDPMDenoiser(DiscreteSchedule):
     """
 
     def __init__(self, model: Any, alphas_cumprod: torch.Tensor, quantize: bool):
+        """alphas_cumprod: (steps,), ᾱ of each time step."""
         super().__init__(_sigmas(alphas_cumprod), quantize)
         self.inner_model = model
 
@@ -155,10 +163,14 @@ class DiscreteSampleDDPMDenoiser(DiscreteSchedule):
     def loss(
         self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Squared error of the clean data per sample, (n,), the mean over all other dimensions."""
+        """Squared error of the clean data per sample, (n,), the mean over all other dimensions.
+
+        input, noise: (n, ...). sigma: (n,).
+        """
         denoised = self(input + noise * append_dims(sigma, input.ndim), sigma, **kwargs)
         return (denoised - input).pow(2).flatten(1).mean(1)
 
     def forward(self, input: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """The denoised input. input: (n, ...), sigma: (n,)."""
         c_in = append_dims((widen(sigma) ** 2 + 1).rsqrt().to(sigma.dtype), input.ndim)
         return self.get_sample(input * c_in, self.sigma_to_t(sigma), **kwargs)

@@ -61,7 +61,7 @@ class RectifiedFlowDenoiser(nn.Module):
         return append_zero(self.shift * t / (1 - t)).float().to(device)
 
     def sigma_to_t(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The time in [0, 1) of a noise level."""
+        """The time in [0, 1) of a noise level. sigma: (...), any shape."""
         return sigma / (1 + sigma)
 
     def t_to_sigma(self, t: torch.Tensor) -> torch.Tensor:
@@ -69,18 +69,22 @@ class RectifiedFlowDenoiser(nn.Module):
         return (t / (1 - t)).clamp(max=self.sigma_max)
 
     def get_v(self, x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """The model's estimate of the velocity at time t: (n,) in [0, 1]."""
+        """The model's estimate of the velocity at time t: (n,) in [0, 1]. x: (n, ...)."""
         return self.inner_model(x, t * self.time_scale, **kwargs)
 
     def loss(
         self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Squared error of the velocity per sample, (n,), the mean over all other dimensions."""
+        """Squared error of the velocity per sample, (n,), the mean over all other dimensions.
+
+        input, noise: (n, ...). sigma: (n,).
+        """
         noised = input + noise * append_dims(sigma, input.ndim)
         _, _, v = self._flow(noised, sigma, kwargs)
         return (v - (noise - input)).pow(2).flatten(1).mean(1)
 
     def forward(self, input: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """The denoised input. input: (n, ...), sigma: (n,)."""
         x_t, t, v = self._flow(input, sigma, kwargs)
         return (x_t - append_dims(t, input.ndim) * v).to(input.dtype)
 

@@ -63,6 +63,7 @@ class CFGDenoiser(Guidance):
     def forward(
         self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
     ) -> Tensor:
+        """The guided estimate. x: (n, ...), sigma: (n,)."""
         missing = [name for name in self.uncond if cond.get(name) is None]
         if missing:
             raise ValueError(
@@ -100,6 +101,7 @@ class AutoguidedDenoiser(Guidance):
     def forward(
         self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
     ) -> Tensor:
+        """The guided estimate. x: (n, ...), sigma: (n,)."""
         out, weak = (at_level(m, host_sigma)(x, sigma, **cond) for m in (self.model, self.weak))
         given, without = widen(out), widen(weak)
         guided = self.combine(given, without, scale_at(self.scale, sigma, given), sigma)
@@ -137,6 +139,7 @@ class IntervalDenoiser(Guidance):
         return at_level(self.guided if inside else self.model, sigma)
 
     def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+        """The guided estimate. x: (n, ...), sigma: (n,)."""
         inside = (sigma > self.sigma_min) & (sigma <= self.sigma_max)
         if sigma.device.type == "cpu" and not torch.compiler.is_compiling():
             if inside.all():
@@ -169,6 +172,7 @@ class ThresholdedDenoiser(Guidance):
     def forward(
         self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
     ) -> Tensor:
+        """The thresholded estimate. x: (n, ...), sigma: (n,)."""
         denoised = at_level(self.model, host_sigma)(x, sigma, **cond)
         if self.percentile is None:
             return denoised.clamp(-self.limit, self.limit)

@@ -19,7 +19,10 @@ Combine: TypeAlias = Callable[[Tensor, Tensor, Any, Tensor], Tensor]
 
 
 def scale_at(scale: Scale, sigma: Tensor, like: Tensor) -> Any:
-    """A scale at a noise level, to be multiplied with a tensor (n, ...)."""
+    """A scale at a noise level, to be multiplied with a tensor (n, ...).
+
+    sigma: (n,). like: (n, ...).
+    """
     return append_dims(scale(sigma).to(like.dtype), like.ndim) if callable(scale) else scale
 
 
@@ -51,7 +54,7 @@ class Guidance(nn.Module):
 
 
 def linear(given: Tensor, without: Tensor, scale: Any, sigma: Tensor) -> Tensor:
-    """without + scale * (given - without)."""
+    """without + scale * (given - without). given, without: (n, ...). sigma: (n,)."""
     return torch.lerp(without, given, scale)
 
 
@@ -69,6 +72,7 @@ class Rescaled:
         self.phi = phi
 
     def __call__(self, given: Tensor, without: Tensor, scale: Any, sigma: Tensor) -> Tensor:
+        """The guided estimate. given, without: (n, ...). sigma: (n,)."""
         guided = linear(given, without, scale, sigma)
         std, std_guided = (y.std(_dims(y), correction=0, keepdim=True) for y in (given, guided))
         ratio = std / std_guided.clamp(min=_tiny(std))
@@ -104,6 +108,7 @@ class APG:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, given: Tensor, without: Tensor, scale: Any, sigma: Tensor) -> Tensor:
+        """The guided estimate. given, without: (n, ...). sigma: (n,)."""
         diff = given - without
         if self.momentum:
             diff = self._averaged(diff, sigma)
@@ -152,6 +157,7 @@ class CFGPlusPlus:
         self._scales, self._bounds = torch.tensor(scales), torch.tensor(bounds)
 
     def __call__(self, sigma: Tensor) -> Tensor:
+        """The guidance scale. sigma: (n,)."""
         if self._scales.device != sigma.device:
             self._scales = self._scales.to(sigma.device, non_blocking=True)
             self._bounds = self._bounds.to(sigma.device, non_blocking=True)

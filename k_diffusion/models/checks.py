@@ -18,8 +18,8 @@ def check_shape(
 ) -> None:
     """Hold an input of a model against its shape, in which a word stands for any size.
 
-    wanted: false if the model has no such input. optional: whether it may be None.
-    Raises ValueError with the expected and the given shape.
+    value: (...), to be checked. wanted: false if the model has no such input. optional: whether it
+    may be None. Raises ValueError with the expected and the given shape.
     """
     if value is None:
         if wanted and not optional:
@@ -44,7 +44,10 @@ def check_floats(**values: torch.Tensor) -> None:
 
 def check_type(name: str, x: torch.Tensor, layer: nn.Module) -> None:
     """Raise ValueError if x isn't of the type of a layer's weights, unless something converts it:
-    autocast, or a layer from elsewhere in this one's place."""
+    autocast, or a layer from elsewhere in this one's place.
+
+    x: (...), any shape.
+    """
     ours = type(layer).__module__.partition(".")[0] == __name__.partition(".")[0]
     dtype = cast(torch.Tensor, layer.weight).dtype
     if ours and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
@@ -56,7 +59,10 @@ def check_type(name: str, x: torch.Tensor, layer: nn.Module) -> None:
 
 def check_classes(class_cond: torch.Tensor | None, num_classes: int) -> None:
     """Raise ValueError unless class ids are integers within range, which is only looked at where
-    it makes nothing wait: on the CPU, outside of compiled code."""
+    it makes nothing wait: on the CPU, outside of compiled code.
+
+    class_cond: (n,).
+    """
     if class_cond is None:
         return
     if class_cond.is_floating_point() or class_cond.dtype == torch.bool:

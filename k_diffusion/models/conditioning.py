@@ -42,7 +42,8 @@ class ConditionedModel(nn.Module):
     ) -> torch.Tensor:
         """The mapping network's output, (n, width). sigma: (n,). The others: as in `forward`.
 
-        Raises ValueError for other shapes, and for conditions missing or not known to the model.
+        aug_cond: (n, 9). class_cond: (n,). mapping_cond: (n, mapping_cond_dim). Raises ValueError
+        for other shapes, and for conditions missing or not known to the model.
         """
         n, d = len(sigma), self.mapping_cond_dim
         check_shape("aug_cond", aug_cond, (n, COND_DIM), optional=True)

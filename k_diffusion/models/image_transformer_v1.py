@@ -80,6 +80,7 @@ class SelfAttentionBlock(nn.Module):
         self.out_proj = apply_wd(zero_init(Linear(d_model, d_model, bias=False)))
 
     def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """x: (n, h, w, d). pos: (h, w, 2). cond: (n, d_cond)."""
         q, k, v = split_heads(self.qkv_proj(self.norm(x, cond)), self.n_heads)
         q, k = self.qk_norm(q, k)
         # This model rotates neighbouring features (2i, 2i + 1). The scores are the same whatever
@@ -104,6 +105,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForwardBlock(d_model, d_ff, d_model, dropout)
 
     def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """x: (n, h, w, d). pos: (h, w, 2). cond: (n, d_cond)."""
         x = checkpoint(self.self_attn, x, pos, cond)
         return checkpoint(self.ff, x, cond)
 

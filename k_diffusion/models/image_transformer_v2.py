@@ -157,6 +157,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForwardBlock(spec.width, spec.d_ff, cond_features, spec.dropout)
 
     def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """x: (n, h, w, width). pos: (h, w, 2). cond: (n, cond_features)."""
         if self.self_attn is not None:
             x = checkpoint(self.self_attn, x, pos, cond)
         return checkpoint(self.ff, x, cond)
@@ -169,6 +170,7 @@ class Level(nn.ModuleList):
         super().__init__(TransformerBlock(spec, cond_features, i) for i in range(spec.depth))
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        """x: (n, h, w, width). cond: (n, cond_features)."""
         pos = make_axial_pos(x.shape[1], x.shape[2], device=x.device).view(*x.shape[1:3], 2)
         for block in self:
             x = block(x, pos, cond)
@@ -184,6 +186,7 @@ class TokenMerge(nn.Module):
         self.proj = apply_wd(Linear(in_features * self.h * self.w, out_features, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Merge patches of tokens. x: (n, h, w, d)."""
         x = rearrange(x, "... (h nh) (w nw) e -> ... h w (nh nw e)", nh=self.h, nw=self.w)
         return self.proj(x)
 
@@ -197,6 +200,7 @@ class TokenSplitWithoutSkip(nn.Module):
         self.proj = apply_wd(Linear(in_features, out_features * self.h * self.w, bias=False))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Split tokens into patches. x: (n, h, w, d)."""
         x = self.proj(x)
         return rearrange(x, "... h w (nh nw e) -> ... (h nh) (w nw) e", nh=self.h, nw=self.w)
 

@@ -82,7 +82,7 @@ class ImageDenoiserModelV1(nn.Module):
     then self-attention, then cross-attention where asked for; levels are resampled by two.
 
     c_in: channels of the image. feats_in: width of the mapping network (even). depths, channels,
-    self_attn_depths, cross_attn_depths: one entry a level, finest first (the latter two bools).
+    self_attn_depths, cross_attn_depths: one entry per level, finest first (the latter two bools).
     mapping_cond_dim: features of `mapping_cond`. unet_cond_dim: channels of `unet_cond`.
     cross_cond_dim: features of a token of `cross_cond`. patch_size: side of the squares of pixels
     that become one position of the U-Net. skip_stages: how many of the finest levels to leave out.
@@ -116,8 +116,8 @@ class ImageDenoiserModelV1(nn.Module):
         lengths = [len(depths), n, len(self_attn_depths), len(cross_attn)]
         if n == 0 or lengths != [n] * 4:
             raise ValueError(
-                "depths, channels, self_attn_depths and cross_attn_depths need one entry a level; "
-                f"they have {', '.join(map(str, lengths))}"
+                "depths, channels, self_attn_depths and cross_attn_depths need one entry per level"
+                f"; they have {', '.join(map(str, lengths))}"
             )
         if min(depths) < 1:
             raise ValueError(f"every level needs a depth of at least 1, got depths {list(depths)}")

@@ -33,7 +33,10 @@ def centers(
 
 
 def make_grid(h_pos: torch.Tensor, w_pos: torch.Tensor) -> torch.Tensor:
-    """All pairs of a (h,) and a (w,) axis, row by row: (h * w, 2), y first."""
+    """All pairs of a (h,) and a (w,) axis, row by row: (h * w, 2), y first.
+
+    h_pos: (h,). w_pos: (w,).
+    """
     return torch.cartesian_prod(h_pos, w_pos)
 
 
@@ -57,7 +60,10 @@ def make_axial_pos(
 
 
 def cos_sin(theta: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of angles in radians, to `rotate` features of `dtype`; at least float32."""
+    """Cosine and sine of angles in radians, to `rotate` features of `dtype`; at least float32.
+
+    theta: (..., d / 2).
+    """
     dtype = wide(dtype, theta.dtype)
     theta = theta.to(dtype)
     return theta.cos(), theta.sin()
@@ -91,7 +97,10 @@ def apply_rotary_emb(x: torch.Tensor, theta: torch.Tensor, conj: bool = False) -
 
 
 def apply_rotary_emb_(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-    """`apply_rotary_emb` in place: x is overwritten and returned. Differentiable in x."""
+    """`apply_rotary_emb` in place: x is overwritten and returned. Differentiable in x.
+
+    x: (..., e). theta: broadcasts to (..., d), radians.
+    """
     a, b, _ = rotate(x, *cos_sin(theta, x.dtype))
     d = theta.shape[-1]
     x[..., :d] = a

@@ -90,6 +90,7 @@ class Linear(nn.Linear):
     """`nn.Linear` that `flop_counter` sees."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in_features)."""
         flops.op(flops.op_linear, x.shape, self.weight.shape)
         return super().forward(x)
 
@@ -111,6 +112,7 @@ class LinearGEGLU(nn.Linear):
         self.out_features = out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in_features)."""
         flops.op(flops.op_linear, x.shape, self.weight.shape)
         return geglu(F.linear(x, self.weight, self.bias))
 
@@ -127,6 +129,7 @@ class RMSNorm(nn.Module):
         return f"shape={tuple(self.scale.shape)}, eps={self.eps}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., d)."""
         return rms_norm(x, self.scale, self.eps)
 
 
@@ -193,6 +196,7 @@ class MappingNetwork(nn.Module):
         self.out_norm = RMSNorm(d_model)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (n, width)."""
         x = self.in_norm(x)
         for block in self.blocks:
             x = block(x)
@@ -222,11 +226,17 @@ def grid_attention(
 
 
 def split_heads(qkv: torch.Tensor, n_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(..., 3 * n_heads * d_head) to q, k and v of (..., n_heads, d_head)."""
+    """(..., 3 * n_heads * d_head) to q, k and v of (..., n_heads, d_head).
+
+    qkv: (..., 3 * n_heads * d_head).
+    """
     q, k, v = qkv.unflatten(-1, (3, n_heads, -1)).unbind(-3)
     return q, k, v
 
 
 def log_sigma(sigma: torch.Tensor) -> torch.Tensor:
-    """log(sigma), finite at 0: there a denoiser's skip connection takes over anyway."""
+    """log(sigma), finite at 0: there a denoiser's skip connection takes over anyway.
+
+    sigma: (...), any shape.
+    """
     return torch.log(sigma.clamp(min=torch.finfo(sigma.dtype).tiny))

@@ -24,6 +24,7 @@ class Conv2d(nn.Conv2d):
     """`nn.Conv2d` that `flop_counter` sees."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (n, c, h, w)."""
         y = super().forward(x)
         weight = self.weight.flatten(1).shape
         flops.op(flops.op_linear, (len(y), *y.shape[2:], weight[1]), weight)
@@ -42,6 +43,7 @@ class ResidualBlock(nn.Module):
         self.skip = skip if skip is not None else nn.Identity()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """input: (n, c, h, w)."""
         return self.main(input) + self.skip(input)
 
 
@@ -57,6 +59,7 @@ class UnconditionedModule(ConditionedModule):
         self.module = module
 
     def forward(self, input: torch.Tensor, cond: Cond | None = None) -> torch.Tensor:
+        """input: (n, c, h, w). cond is not used."""
         return self.module(input)
 
 
@@ -67,6 +70,7 @@ class ConditionedSequential(ConditionedModule, nn.Sequential):
         super().__init__(*args)
 
     def forward(self, input: torch.Tensor, cond: Cond) -> torch.Tensor:  # type: ignore[override]
+        """input: (n, c, h, w). cond: a dict of conditions."""
         for module in self:
             conditioned = isinstance(module, ConditionedModule)
             input = module(input, cond) if conditioned else module(input)
@@ -85,6 +89,7 @@ class ConditionedResidualBlock(ConditionedModule):
         self.skip = skip if skip is not None else nn.Identity()
 
     def forward(self, input: torch.Tensor, cond: Cond) -> torch.Tensor:
+        """input: (n, c, h, w). cond: a dict of conditions."""
         conditioned = isinstance(self.skip, ConditionedModule)
         skip = self.skip(input, cond) if conditioned else self.skip(input)
         return self.main(input, cond) + skip
@@ -286,7 +291,7 @@ class _Resample2d(nn.Module):
         return F.pad(x, (self.pad,) * 4, self.pad_mode)
 
     def _weight(self, x: torch.Tensor) -> torch.Tensor:
-        """One kernel a channel, (c, 1, taps, taps): much faster than a full convolution."""
+        """One kernel per channel, (c, 1, taps, taps): much faster than a full convolution."""
         return self.kernel.to(x.dtype).expand(x.shape[1], 1, -1, -1)
 
 

@@ -51,8 +51,8 @@ def finish(sigmas: Sequence[float] | np.ndarray, device: torch.device | str) -> 
 def discard_penultimate(sigmas: Tensor) -> Tensor:
     """A schedule without its last noise level before the end, (steps,) of (steps + 1,).
 
-    The last step then is a longer one, which some samplers finish better. Raises ValueError for
-    fewer than two steps.
+    sigmas: (steps + 1,). The last step then is a longer one, which some samplers finish better.
+    Raises ValueError for fewer than two steps.
     """
     if sigmas.ndim != 1 or len(sigmas) < 3:
         raise ValueError(

@@ -105,8 +105,8 @@ def get_sigmas_align_your_steps(
 ) -> Tensor:
     """n noise levels of a given schedule, log-linearly between its own: arXiv:2404.14507.
 
-    table: the optimised noise levels, descending and positive but for a final 0, which is left out;
-    at least two. Returns (n + 1,), ending in 0.
+    table: (k,), decreasing. table: the optimised noise levels, descending and positive but for a
+    final 0, which is left out; at least two. Returns (n + 1,), ending in 0.
     """
     levels = torch.as_tensor(table).double().cpu()
     levels = levels[:-1] if levels.ndim == 1 and len(levels) and levels[-1] == 0 else levels

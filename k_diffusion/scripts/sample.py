@@ -25,7 +25,7 @@ Guide = Callable[[nn.Module, torch.device], nn.Module]
 
 
 class ListSamplers(argparse.Action):
-    """A flag that prints the table of samplers and leaves."""
+    """A flag that prints the table of samplers and exits."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **kwargs)
@@ -51,7 +51,7 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
     add("--grid-labels", action="store_true", help="with each image's class above it")
     text = "image i has seed N + i; else a new one, which is printed"
     add("--seed", type=options.non_negative, metavar="N", help=text)
-    text = "class ids, dealt out to the images in turn, or 'all'"
+    text = "class ids, assigned to the images in turn, or 'all'"
     add("--class", dest="classes", nargs="+", default=["all"], metavar="ID", help=text)
     add("--size", type=options.size, metavar="HxW", help="of the images; else the config's")
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the model's matrix products")
@@ -59,21 +59,21 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
 
     add = p.add_argument_group("how to sample").add_argument
     add("--sampler", default=sampler, metavar="NAME", help="see --list-samplers")
-    add("--list-samplers", action=ListSamplers, help="print a table of them and leave")
+    add("--list-samplers", action=ListSamplers, help="print a table of them and exit")
     text = f"of noise levels: one of {', '.join(sampling.SCHEDULES)}"
     add("--schedule", default="karras", metavar="NAME", help=text)
     add("--steps", default=steps, **count, help="denoising steps")
-    add("--eta", **number, help="fresh noise in stochastic samplers; 0 is none")
+    add("--eta", **number, help="share of fresh noise in stochastic samplers; 0: deterministic")
     add("--churn", **number, help="noise that euler, heun and dpm_2 add over the run")
 
     add = p.add_argument_group("guidance").add_argument
-    text = "strength of classifier-free guidance; 1 is none"
+    text = "strength of classifier-free guidance; 1: no guidance"
     add("--cfg-scale", default=1.0, **number, help=text)
     text = "noise levels between which to use it; else everywhere"
     add("--cfg-interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help=text)
     text = "checkpoint of a weaker model to guide away from"
     add("--autoguidance", **file, help=text)
-    add("--autoguidance-scale", default=2.0, **number, help="strength of that; 1 is none")
+    add("--autoguidance-scale", default=2.0, **number, help="its strength; 1: no guidance")
 
 
 def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
@@ -199,7 +199,10 @@ def image_path(prefix: str, i: int) -> Path:
 
 
 def write_images(batches: Iterator[torch.Tensor], indices: range, prefix: str) -> None:
-    """Writes each image of the batches to its file, as soon as it's there."""
+    """Writes each image of the batches to its file, as soon as it's there.
+
+    batches: tensors of (n, c, h, w) in [-1, 1].
+    """
     left = iter(indices)
     for batch in batches:
         for image, i in zip(batch, left):
@@ -207,7 +210,7 @@ def write_images(batches: Iterator[torch.Tensor], indices: range, prefix: str) -
 
 
 def sampler_table() -> str:
-    """SAMPLERS as text, a row a line: first those that need no noise."""
+    """SAMPLERS as text, one row per line: first those that need no noise."""
     rows = [("sampler", "order", "evaluations", "stochastic", "paper")]
     for info in sorted(sampling.SAMPLERS.values(), key=lambda info: (info.stochastic, info.name)):
         stochastic = "yes" if info.stochastic else "no"

@@ -1,6 +1,6 @@
 """Training: small modules that train.py reads like a story.
 
-args, launch, setup: what is asked for, and by how many processes it is done; data, datasets: what
-it learns from; optim: what moves the weights; state, checkpoint, resume: what going on needs; step:
-one optimizer step; demo, log, signals: what a person sees and says.
+args and setup read the command line and start the processes; optim, lr_schedules and ema move the
+weights and average them; state, run_files and resume keep what a resumed run needs; step is one
+optimizer step; demo, log and signals report and take orders; dry_run estimates the cost.
 """

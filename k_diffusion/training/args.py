@@ -29,10 +29,10 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add(
         "--dry-run",
         action="store_true",
-        help="say what the run would cost in memory and compute, print its config, and leave",
+        help="estimate memory and compute, print the filled-in config, and exit",
     )
     add = p.add_argument_group("optimization").add_argument
-    add("--batch-size", **count, default=64, help="images a process takes at a time")
+    add("--batch-size", **count, default=64, help="images per process and batch")
     add("--grad-accum-steps", **count, default=1, help="batches that make up one step")
     add("--lr", type=float, help="override the config's learning rate")
     add("--mixed-precision", choices=["no", "fp16", "bf16", "fp8"], help="of the model")
@@ -42,7 +42,7 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         const="full",
         default="off",
         choices=list(CHECKPOINTING),
-        help="save memory: recompute blocks in the backward pass, fully (without a value) or, by "
+        help="save memory: recompute blocks in the backward pass, fully (without a value) or, with "
         "'selective', all but their attention",
     )
     add(
@@ -77,7 +77,11 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="the inference checkpoint whose weights a new run starts from",
     )
-    add("--reset-ema", action="store_true", help="start the averaged weights anew")
+    add(
+        "--reset-ema",
+        action="store_true",
+        help="restart the averaged weights from the current ones",
+    )
     add = p.add_argument_group("demo grids and logs").add_argument
     add("--demo-every", **steps, default=500, help="draw a demo grid")
     add("--sample-n", **count, default=64, help="images in a demo grid")
@@ -96,7 +100,7 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         help="evaluate; 0 for never",
     )
     add("--evaluate-n", **count, default=2000, help="samples to draw")
-    add("--evaluate-only", action="store_true", help="evaluate, then leave")
+    add("--evaluate-only", action="store_true", help="evaluate, then exit")
     add(
         "--evaluate-with",
         choices=["inception", "clip", "dinov2"],

@@ -85,7 +85,7 @@ class Log:
                 tqdm.write(f"skipped a corrupt image ({len(self.skipped)} so far): {path}")
 
     def step(self, state: TrainState, loss: torch.Tensor, norm: torch.Tensor | None) -> None:
-        """Take in one step."""
+        """Take in one step. loss, norm: () tensors."""
         self.pending.append(loss)
         self.norm = norm
         state.elapsed = time.monotonic() - self.started

@@ -14,7 +14,7 @@ def resume(
 ) -> Path | None:
     """Load the checkpoint at `path`, or if None the latest of the run called `name`, if any.
 
-    A damaged one of the run's own is passed over for the one before it, aloud; a damaged `path` is
+    If one of the run's own is damaged, it says so and takes the one before it; a damaged `path` is
     an error. Returns what was loaded. Raises CheckpointError.
     """
     candidates = find_checkpoints(name) if path is None else [path]

@@ -35,7 +35,9 @@ class StopSignal:
         self.number = number
         self._restore()
         # print isn't safe here: the signal may have come in the middle of another one
-        os.write(2, f"\n{self.name}: saving after this step; once more to leave at once\n".encode())
+        os.write(
+            2, f"\n{self.name}: saving after this step; press again to exit at once\n".encode()
+        )
 
     def _restore(self) -> None:
         while self._old:
@@ -53,7 +55,7 @@ class StopSignal:
     def agreed(self, accelerator: Any) -> bool:
         """Whether to stop now: as soon as any process was told to, all get the same answer.
 
-        To be called once a step. Among several processes the answer is a step old, so that nobody
+        Call it once per step. Among several processes the answer is one step old, so that nobody
         waits for the device.
         """
         if accelerator.num_processes > 1:

@@ -132,6 +132,6 @@ class TrainState:
         self.sched.load_state_dict({"_step_count": steps + 1, "_last_lr": rates})
 
     def reset_ema(self) -> None:
-        """Start the averaged weights anew from the current ones."""
+        """Restart the averaged weights from the current ones."""
         self.model_ema.load_state_dict(self.model.state_dict())
         self.ema_sched.last_epoch = 0

@@ -15,7 +15,10 @@ from .state import TrainState
 
 
 def drop_classes(classes: torch.Tensor, num_classes: int, rate: float) -> torch.Tensor:
-    """Replace a share of class ids by num_classes, "no class", for classifier-free guidance."""
+    """Replace a share of class ids by num_classes, "no class", for classifier-free guidance.
+
+    classes: (n,).
+    """
     return torch.where(torch.rand(classes.shape) < rate, num_classes, classes)
 
 

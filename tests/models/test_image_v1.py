@@ -252,7 +252,7 @@ def test_wrong_shapes_are_named(shapes, message):
 
 
 def test_wrong_configurations_are_named():
-    with pytest.raises(ValueError, match="one entry a level; they have 2, 3, 2, 2"):
+    with pytest.raises(ValueError, match="one entry per level; they have 2, 3, 2, 2"):
         ImageDenoiserModelV1(3, 16, [1, 1], [8, 8, 8], [False, False], [False, False])
     with pytest.raises(ValueError, match=r"got depths \[1, 0\]"):
         ImageDenoiserModelV1(3, 16, [1, 0], [8, 8], [False, False])
