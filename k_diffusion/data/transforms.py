@@ -30,5 +30,5 @@ class ImageTransform:
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         image = image.convert(self.mode)
         if image.size != (w, h):
-            image = ImageOps.fit(image, (w, h), Image.Resampling.LANCZOS)
+            image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC)
         return self.augment(image)

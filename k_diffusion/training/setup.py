@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import distributed
 from ..common.modules import n_params
 from ..common.text import need
@@ -20,7 +22,8 @@ def refuse_metrics(args: argparse.Namespace, say: Callable[[str], object]) -> No
 
 
 def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any:
-    """The Accelerator, with the trackers that the arguments ask for started."""
+    """The Accelerator, with the trackers that the arguments ask for started; sets up TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = not args.no_tf32
     trackers = []
     if args.wandb_project:
         trackers.append("wandb")
