@@ -33,7 +33,7 @@ from k_diffusion.training.state import TrainState
 @options.friendly_errors
 def main() -> None:
     args = parse_args(__doc__)
-    config = K.config.load_config(args.config, args.set)
+    config = K.config.load_config(args.config, args.set, strict=True)
     if args.lr is not None:
         config["optimizer"]["lr"] = args.lr
     if args.dry_run:

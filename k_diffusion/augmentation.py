@@ -65,7 +65,8 @@ class KarrasAugmentationPipeline:
 
     Called with a PIL image, it returns (augmented, original, cond): two tensors (c, h, w) in
     [-1, 1] and the conditioning vector (9,), which is zero where nothing was done. Random numbers
-    come from torch's global generator. disable_all: leave images as they are, drawing nothing.
+    come from torch's global generator. disable_all: leave images as they are; the same numbers are
+    drawn.
     """
 
     def __init__(
@@ -86,8 +87,6 @@ class KarrasAugmentationPipeline:
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         original = from_pil_image(image)
-        if self.disable_all:
-            return original, original, torch.zeros(COND_DIM)
         h, w = original.shape[1:]
 
         def switch() -> torch.Tensor:
@@ -106,6 +105,8 @@ class KarrasAugmentationPipeline:
         on = switch()
         shift_x, shift_y = on * torch.randn(()), on * torch.randn(())
 
+        if self.disable_all:
+            return original, original, torch.zeros(COND_DIM)
         cond = torch.stack(
             [
                 flip_x,

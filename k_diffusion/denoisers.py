@@ -5,7 +5,8 @@ its estimate of the clean data, like x.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,14 +31,18 @@ WEIGHTINGS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 }
 
 
-def dct(x: torch.Tensor) -> torch.Tensor:
-    """Orthonormal DCT-II over all dimensions after the second: 1-D to 3-D data, (n, c, ...).
+def dct(x: torch.Tensor, dims: Sequence[int] | None = None) -> torch.Tensor:
+    """Orthonormal DCT-II of data (n, c, ...) over some of its dimensions.
 
-    x: (n, c, ...). Raises ValueError for fewer than three dimensions.
+    x: (n, c, ...). dims: by default all after the second, but of 3-D x the second, as published;
+    of signals (n, c, length), dims=(2,) is the transform along the length.
+    Raises ValueError for fewer than three dimensions.
     """
     if x.ndim < 3:
         raise ValueError(f"dct needs (n, c, ...) of at least 3 dimensions, got {tuple(x.shape)}")
-    for dim in range(2, x.ndim):
+    if dims is None:
+        dims = (1,) if x.ndim == 3 else range(2, x.ndim)
+    for dim in dims:
         n = x.shape[dim]
         k = torch.arange(n, dtype=x.dtype, device=x.device)
         basis = torch.cos(math.pi / n * torch.outer(k, k + 0.5)) * math.sqrt(2 / n)
@@ -66,9 +71,13 @@ class Denoiser(nn.Module):
     inside, models use c_noise = ln(sigma) / 4. At sigma = 0 the result is x.
 
     sigma_data: the standard deviation of the data. weighting: a key of `WEIGHTINGS`, or a function
-    from sigma: (n,) to weights (n,) of the squared error of F. scales: above 1, the loss weighs
-    low spatial frequencies more, in the domain of the discrete cosine transform.
+    from sigma: (n,) to weights (n,) of the squared error of F; the attribute is such a function.
+    scales: above 1, the loss weighs low spatial frequencies more, in the domain of the discrete
+    cosine transform. dct_dims: the dimensions that it transforms, see `dct`; for signals
+    (n, c, length) pass (2,).
     """
+
+    weighting: Weighting
 
     def __init__(
         self,
@@ -76,6 +85,7 @@ class Denoiser(nn.Module):
         sigma_data: float = 1.0,
         weighting: str | Weighting = "karras",
         scales: int = 1,
+        dct_dims: Sequence[int] | None = None,
     ):
         super().__init__()
         if not sigma_data > 0:
@@ -89,8 +99,11 @@ class Denoiser(nn.Module):
             )
         self.inner_model = inner_model
         self.sigma_data = sigma_data
-        self.weighting = weighting
+        self.weighting = (
+            weighting if callable(weighting) else partial(self._named_weight, weighting)
+        )
         self.scales = scales
+        self.dct_dims = dct_dims
 
     def get_scalings(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """c_skip, c_out, c_in of table 1, shaped like sigma."""
@@ -109,7 +122,7 @@ class Denoiser(nn.Module):
         """
         output = self._network(input + noise * append_dims(sigma, input.ndim), sigma, **kwargs)
         error = self._squared_error(output, self._target(input, noise, sigma))
-        return error * self._weight(sigma)
+        return error * self.weighting(sigma)
 
     def forward(self, input: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The denoised input. input: (n, ...), sigma: (n,)."""
@@ -131,24 +144,37 @@ class Denoiser(nn.Module):
         of_input, of_noise = wide / self.sigma_data / root, self.sigma_data / root
         return of_input.to(sigma.dtype) * input - of_noise.to(sigma.dtype) * noise
 
-    def _weight(self, sigma: torch.Tensor) -> torch.Tensor:
-        if callable(self.weighting):
-            return self.weighting(sigma)
-        return WEIGHTINGS[self.weighting](widen(sigma), self.sigma_data).to(sigma.dtype)
+    def _named_weight(self, name: str, sigma: torch.Tensor) -> torch.Tensor:
+        return WEIGHTINGS[name](widen(sigma), self.sigma_data).to(sigma.dtype)
 
     def _squared_error(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Mean squared error per sample, (n,), weighted by frequency where scales > 1."""
         error = output - target
         if self.scales == 1:
             return error.pow(2).flatten(1).mean(1)
-        return (frequency_weights(error, self.scales) * dct(error).pow(2)).flatten(1).mean(1)
+        spectrum = dct(error, self.dct_dims)
+        return (frequency_weights(error, self.scales) * spectrum.pow(2)).flatten(1).mean(1)
 
 
 class DenoiserWithVariance(Denoiser):
     """A denoiser whose network also estimates the log variance of its error, one value per sample.
 
     In the loss, the network is called with `return_variance=True` and returns (F, logvar: (n,)).
+    weighted: whether the loss honours `weighting` and `scales`; by default it uses neither, as
+    published. The other arguments: as of `Denoiser`.
     """
+
+    def __init__(
+        self,
+        inner_model: nn.Module,
+        sigma_data: float = 1.0,
+        weighting: str | Weighting = "karras",
+        scales: int = 1,
+        dct_dims: Sequence[int] | None = None,
+        weighted: bool = False,
+    ):
+        super().__init__(inner_model, sigma_data, weighting, scales, dct_dims)
+        self.weighted = weighted
 
     def loss(
         self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor, **kwargs: Any
@@ -159,8 +185,12 @@ class DenoiserWithVariance(Denoiser):
         """
         x = input + noise * append_dims(sigma, input.ndim)
         output, logvar = self._network(x, sigma, return_variance=True, **kwargs)
-        error = self._squared_error(output, self._target(input, noise, sigma))
-        return self._weight(sigma) * (error * torch.exp(-logvar) + logvar) / 2
+        target = self._target(input, noise, sigma)
+        if self.weighted:
+            error, weight = self._squared_error(output, target), self.weighting(sigma)
+        else:
+            error, weight = (output - target).pow(2).flatten(1).mean(1), torch.ones_like(sigma)
+        return weight * (error * torch.exp(-logvar) + logvar) / 2
 
 
 class SimpleLossDenoiser(Denoiser):
@@ -177,7 +207,6 @@ class SimpleLossDenoiser(Denoiser):
 
         input, noise: (n, ...). sigma: (n,).
         """
-        return super().loss(input, noise, sigma, **kwargs)
-
-    def _weight(self, sigma: torch.Tensor) -> torch.Tensor:
-        return WEIGHTINGS["snr"](widen(sigma), self.sigma_data).to(sigma.dtype)
+        output = self._network(input + noise * append_dims(sigma, input.ndim), sigma, **kwargs)
+        error = self._squared_error(output, self._target(input, noise, sigma))
+        return error * self._named_weight("snr", sigma)

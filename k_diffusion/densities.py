@@ -47,14 +47,19 @@ def enable_stratified(group: int = 0, groups: int = 1, disable: bool = False) ->
 
 @contextmanager
 def enable_stratified_accelerate(
-    accelerator: Any, disable: bool = False, step: int = 0, steps: int = 1
+    accelerator: Any, disable: bool = False, step: int | None = None, steps: int | None = None
 ) -> Iterator[None]:
     """`enable_stratified` across the processes of an `accelerate.Accelerator`.
 
-    With gradient accumulation, pass the micro-batch's number as `step` of `steps`: the strata are
-    then shared out over all processes and micro-batches of one optimizer step.
+    With gradient accumulation the strata are shared out over all processes and micro-batches of
+    one optimizer step: micro-batch `step` of `steps`, by default those that the accelerator counts
+    (within `accelerator.accumulate`).
     """
     n = accelerator.num_processes
+    if steps is None:
+        steps = accelerator.gradient_state.num_steps
+    if step is None:
+        step = accelerator.step % steps
     with enable_stratified(accelerator.process_index + n * step, n * steps, disable):
         yield
 
@@ -215,12 +220,12 @@ def rand_split_log_normal(
     """sigma with ln sigma split normal: mode loc, scale_1 below it and scale_2 above it.
 
     The two halves meet at the mode, so the lower one has weight scale_1 / (scale_1 + scale_2).
-    The side is stratified, the distance from the mode isn't.
+    It isn't stratified, as it maps two draws to a noise level.
     """
     _positive("rand_split_log_normal", scale_1=scale_1, scale_2=scale_2)
     draw = torch.promote_types(dtype, torch.float32)
     distance = torch.randn(shape, dtype=draw, device=device, generator=generator).abs()
-    u = _uniform(shape, dtype, device, generator)
+    u = torch.rand(shape, dtype=draw, device=device, generator=generator)
     below = u < scale_1 / (scale_1 + scale_2)
     return (loc + distance * torch.where(below, -scale_1, scale_2)).exp().to(dtype)
 

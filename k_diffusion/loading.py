@@ -21,11 +21,11 @@ def load_denoiser(
     path = Path(path)
     if path.suffix == ".safetensors":
         weights = checkpoints.read_weights(path)
-        loaded = load_config(config or path)
+        loaded = load_config(config or path, strict=True)
     else:
         state = checkpoints.read_checkpoint(path)
         weights = state.get("model_ema", state["model"])
-        loaded = load_config(config or state["config"], embedded=config is None)
+        loaded = load_config(config or state["config"], strict=config is not None)
     model = make_model(loaded)
     checkpoints.load_weights(model, weights, path)
     return make_denoiser_wrapper(loaded)(model).eval().requires_grad_(False), loaded

@@ -70,21 +70,21 @@ def hourglass(
     }
 
 
-WINDOWS = "config_oxford_flowers_shifted_window.json"
+WINDOWS = "config_oxford_flowers_classes_shifted_window.json"
 IMAGENET = hourglass(256, [2, 2, 16], [384, 768, 1536], 2, 1000)
 FFHQ = hourglass(1024, [2, 2, 2, 2, 2], [128, 256, 384, 768, 1024], 3, 0)
 
 # By the type of device.
 CASES = {
     "cpu": [
-        Case("flowers", "config_oxford_flowers.json", (128, 128), 4),
+        Case("flowers", "config_oxford_flowers_classes.json", (128, 128), 4),
         Case("flowers, windows", WINDOWS, (128, 128), 4, ["compiled"]),
-        Case("mnist", "config_mnist_transformer.json", (28, 28), 16),
+        Case("mnist", "config_mnist_hourglass.json", (28, 28), 16),
         Case("digits", "config_digits_transformer.json", (8, 8), 64, ["compiled", "by-block"]),
     ],
     "cuda": [
-        Case("flowers-128", "config_oxford_flowers.json", (128, 128), 64, ["brute-force"]),
-        Case("flowers", "config_oxford_flowers.json", (256, 256), 32, ["brute-force"]),
+        Case("flowers-128", "config_oxford_flowers_classes.json", (128, 128), 64, ["brute-force"]),
+        Case("flowers", "config_oxford_flowers_classes.json", (256, 256), 32, ["brute-force"]),
         Case("imagenet-256", IMAGENET, (256, 256), 32, ["brute-force"]),
         Case("ffhq-1024", FFHQ, (1024, 1024), 4, ["brute-force"]),
     ],

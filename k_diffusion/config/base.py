@@ -1,6 +1,7 @@
 """What every typed section of a config shares."""
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 from PIL import ImageColor
@@ -11,7 +12,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
+    WrapValidator,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -25,9 +28,15 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A part of the config in which unknown keys are an error, or with lenient=True a warning."""
+    """A part of the config; unknown keys are kept with a warning or, if strict, an error."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        populate_by_name=True,
+        # editors hold config files against the schema, and those are read strictly
+        json_schema_extra={"additionalProperties": False},
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -39,10 +48,42 @@ class Section(BaseModel):
         if not unknown:
             return data
         text = "; ".join(f"unknown key {k!r}{did_you_mean(k, known)}" for k in unknown)
-        if info.context and info.context.get("lenient"):
-            warnings.warn(f"ignored in {cls.__name__}: {text}", stacklevel=2)
-            return {key: value for key, value in data.items() if key in known}
-        raise PydanticCustomError("unknown_key", "{text}", {"text": text})
+        if is_strict(info):
+            raise PydanticCustomError("unknown_key", "{text}", {"text": text})
+        warnings.warn(f"without effect in {cls.__name__}: {text}", stacklevel=2)
+        return data
+
+
+def is_strict(info: ValidationInfo) -> bool:
+    """Whether a config file is read for a script, to which every part of it must mean something."""
+    return bool(info.context and info.context.get("strict"))
+
+
+def keep_unknown(foreign: Callable[..., Section]) -> WrapValidator:
+    """Of a union told apart by `type`: a section of an unknown type is kept with a warning.
+
+    foreign: makes such a section out of its keys. If strict, an unknown type is an error.
+    """
+
+    def validate(value: Any, handler: Callable[[Any], Any], info: ValidationInfo) -> Any:
+        try:
+            return handler(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            unknown = first["type"] == "union_tag_invalid" and not first["loc"]
+            if is_strict(info) or not unknown or not isinstance(value, Mapping):
+                raise
+        warnings.warn(f"kept as it is: {unknown_type(first['ctx'])}", stacklevel=2)
+        return foreign(**value)
+
+    return WrapValidator(validate)
+
+
+def unknown_type(context: Mapping[str, Any]) -> str:
+    """What is wrong with a `type`. context: of pydantic's error."""
+    valid = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+    near = did_you_mean(context["tag"], valid)
+    return f"unknown type {context['tag']!r}{near}; there are: {', '.join(valid)}"
 
 
 def _names(name: str, field: FieldInfo) -> list[str]:

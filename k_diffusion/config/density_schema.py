@@ -2,28 +2,25 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from .. import densities
-from .base import NonNegativeFloat, PositiveFloat, Section
+from .base import ConfigError, NonNegativeFloat, PositiveFloat, Section, keep_unknown
+
+# Of the model, where it doesn't say.
+MODEL_DEFAULTS = {"sigma_data": 1.0, "sigma_min": 0.01, "sigma_max": 80.0}
 
 
-class Model(Protocol):
-    """What a density takes from the model's section where its own leaves it open."""
-
-    @property
-    def input_size(self) -> Sequence[int]: ...
-    @property
-    def sigma_data(self) -> float: ...
-    @property
-    def sigma_min(self) -> float: ...
-    @property
-    def sigma_max(self) -> float: ...
+def _of(model: Mapping[str, Any], key: str) -> Any:
+    value = model.get(key, MODEL_DEFAULTS.get(key))
+    if value is None:
+        raise ConfigError(f"model.{key}: is required, as its sigma_sample_density leaves it open")
+    return value
 
 
 def _or(value: float | None, default: float) -> float:
@@ -34,8 +31,11 @@ class SampleDensity(Section):
     """The density of the noise levels of training."""
 
     @abstractmethod
-    def build(self, model: Model) -> partial[Tensor]:
-        """A function of (shape, device=, dtype=). model: fills in what the section leaves open."""
+    def build(self, model: Mapping[str, Any]) -> partial[Tensor]:
+        """A function of (shape, device=, dtype=).
+
+        model: the section that fills in what this one leaves open.
+        """
 
 
 class LogNormal(SampleDensity):
@@ -45,7 +45,7 @@ class LogNormal(SampleDensity):
     mean: float = Field(validation_alias=AliasChoices("mean", "loc"))
     std: PositiveFloat = Field(validation_alias=AliasChoices("std", "scale"))
 
-    def build(self, model: Model) -> partial[Tensor]:
+    def build(self, model: Mapping[str, Any]) -> partial[Tensor]:
         return partial(
             densities.rand_log_normal,
             loc=self.mean,
@@ -62,10 +62,10 @@ class LogLogistic(SampleDensity):
     min_value: NonNegativeFloat = 0.0
     max_value: PositiveFloat | None = None
 
-    def build(self, model: Model) -> partial[Tensor]:
+    def build(self, model: Mapping[str, Any]) -> partial[Tensor]:
         return partial(
             densities.rand_log_logistic,
-            loc=_or(self.loc, math.log(model.sigma_data)),
+            loc=_or(self.loc, math.log(_of(model, "sigma_data"))),
             scale=self.scale,
             min_value=self.min_value,
             max_value=_or(self.max_value, math.inf),
@@ -79,11 +79,11 @@ class LogUniform(SampleDensity):
     min_value: PositiveFloat | None = None
     max_value: PositiveFloat | None = None
 
-    def build(self, model: Model) -> partial[Tensor]:
+    def build(self, model: Mapping[str, Any]) -> partial[Tensor]:
         return partial(
             densities.rand_log_uniform,
-            min_value=_or(self.min_value, model.sigma_min),
-            max_value=_or(self.max_value, model.sigma_max),
+            min_value=_or(self.min_value, _of(model, "sigma_min")),
+            max_value=_or(self.max_value, _of(model, "sigma_max")),
         )
 
 
@@ -94,10 +94,10 @@ class VDiffusion(SampleDensity):
     min_value: NonNegativeFloat = 1e-3
     max_value: PositiveFloat = 1e3
 
-    def build(self, model: Model) -> partial[Tensor]:
+    def build(self, model: Mapping[str, Any]) -> partial[Tensor]:
         return partial(
             densities.rand_v_diffusion,
-            sigma_data=model.sigma_data,
+            sigma_data=_of(model, "sigma_data"),
             min_value=self.min_value,
             max_value=self.max_value,
         )
@@ -111,7 +111,7 @@ class SplitLogNormal(SampleDensity):
     std_1: PositiveFloat = Field(validation_alias=AliasChoices("std_1", "scale_1"))
     std_2: PositiveFloat = Field(validation_alias=AliasChoices("std_2", "scale_2"))
 
-    def build(self, model: Model) -> partial[Tensor]:
+    def build(self, model: Mapping[str, Any]) -> partial[Tensor]:
         return partial(
             densities.rand_split_log_normal,
             loc=self.mean,
@@ -123,28 +123,39 @@ class SplitLogNormal(SampleDensity):
 class CosineInterpolated(SampleDensity):
     """The interpolated cosine density of simple diffusion (arXiv 2301.11093) and HDiT.
 
-    noise_d_high defaults to the longer side of input_size.
+    image_d, the side of the images, and noise_d_high default to the longer side of input_size.
     """
 
     type: Literal["cosine-interpolated"]
+    image_d: PositiveFloat | None = None
     noise_d_low: PositiveFloat = 32.0
     noise_d_high: PositiveFloat | None = None
     min_value: PositiveFloat | None = None
     max_value: PositiveFloat | None = None
 
-    def build(self, model: Model) -> partial[Tensor]:
+    def build(self, model: Mapping[str, Any]) -> partial[Tensor]:
         return partial(
             densities.rand_cosine_interpolated,
-            image_d=max(model.input_size),
+            image_d=self.image_d or max(_of(model, "input_size")),
             noise_d_low=self.noise_d_low,
-            noise_d_high=_or(self.noise_d_high, max(model.input_size)),
-            sigma_data=model.sigma_data,
-            min_value=_or(self.min_value, min(model.sigma_min, 1e-3)),
-            max_value=_or(self.max_value, max(model.sigma_max, 1e3)),
+            noise_d_high=self.noise_d_high or max(_of(model, "input_size")),
+            sigma_data=_of(model, "sigma_data"),
+            min_value=_or(self.min_value, min(_of(model, "sigma_min"), 1e-3)),
+            max_value=_or(self.max_value, max(_of(model, "sigma_max"), 1e3)),
         )
+
+
+class ForeignDensity(SampleDensity):
+    """A density of another program."""
+
+    type: str
+
+    def build(self, model: Mapping[str, Any]) -> partial[Tensor]:
+        raise ConfigError(f"model.sigma_sample_density.type: unknown type {self.type!r}")
 
 
 Density = Annotated[
     LogNormal | LogLogistic | LogUniform | VDiffusion | SplitLogNormal | CosineInterpolated,
     Field(discriminator="type"),
+    keep_unknown(ForeignDensity.model_construct),
 ]

@@ -10,9 +10,8 @@ from pydantic import ValidationError
 
 from ..checkpoints import read_checkpoint
 from ..common.files import get_safetensors_metadata
-from ..common.text import did_you_mean
 from . import schema
-from .base import ConfigError
+from .base import ConfigError, unknown_type
 from .model_schema import Model
 
 # ---------------------------------------------------------------- loading
@@ -21,18 +20,19 @@ from .model_schema import Model
 def load_config(
     path_or_dict: str | Path | Mapping[str, Any] | IO[str],
     overrides: Sequence[str] | Mapping[str, Any] = (),
-    embedded: bool = False,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Load a config and fill in its defaults.
 
     path_or_dict: a .json file, an inference checkpoint (.safetensors), a training checkpoint
     (.pth), an open file or a dict. overrides: laid over it, as a dict or as `key.path=value` texts
-    whose values are JSON or else strings; another `type` replaces its whole section. embedded:
-    whether a dict comes out of a checkpoint.
+    whose values are JSON or else strings; another `type` replaces its whole section. strict: of
+    files but not of checkpoints, whether unknown keys and types are errors, as they are to train.py
+    and the other scripts. By default they are kept, with a warning that names the
+    nearest valid one.
     Returns a plain dict.
 
-    Raises ConfigError naming the path of a bad key or value and the nearest valid one. In configs
-    embedded in checkpoints unknown keys only warn.
+    Raises ConfigError naming the path of a bad key or value and the nearest valid one.
     """
     raw, from_checkpoint = _read(path_or_dict)
     if not isinstance(overrides, Mapping):
@@ -41,16 +41,24 @@ def load_config(
         # the keys of another type would not fit
         if isinstance(section, Mapping) and "type" in section and isinstance(raw.get(key), Mapping):
             raw = raw if raw[key].get("type") == section["type"] else {**raw, key: {}}
-    typed = parse(merge(raw, dict(overrides)), lenient=embedded or from_checkpoint)
-    return typed.model_dump(mode="json", exclude={"model": {"sigma_sample_density"}}) | {
-        "model": _dump_model(typed.model)
-    }
+    typed = parse(merge(raw, dict(overrides)), strict=strict and not from_checkpoint)
+    # sections of unknown types are not of the fields' types
+    return typed.model_dump(warnings="none") | {"model": _dump_model(typed.model)}
 
 
 def _dump_model(model: Model) -> dict[str, Any]:
-    # a density's open ends are filled in from the rest of the model when it is made
-    density = model.sigma_sample_density.model_dump(mode="json", exclude_none=True)
-    return model.model_dump(mode="json") | {"sigma_sample_density": density}
+    """The section, without what is left open in a density, which is filled in from the rest of the
+    model when it is made, and in attention, whose backend is chosen when it runs."""
+    section = model.model_dump(warnings="none")
+    if isinstance(density := section.get("sigma_sample_density"), dict):
+        section["sigma_sample_density"] = _given(density)
+    if isinstance(attns := section.get("self_attns"), list):
+        section["self_attns"] = [_given(a) if isinstance(a, dict) else a for a in attns]
+    return section
+
+
+def _given(section: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if value is not None}
 
 
 def _read(source: str | Path | Mapping[str, Any] | IO[str]) -> tuple[dict[str, Any], bool]:
@@ -103,8 +111,8 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 # ---------------------------------------------------------------- checking
 
 
-def parse(raw: Mapping[str, Any], lenient: bool = False) -> schema.Config:
-    """The typed config. Raises ConfigError."""
+def parse(raw: Mapping[str, Any], strict: bool = False) -> schema.Config:
+    """The typed config. strict: as of `load_config`. Raises ConfigError."""
     raw = dict(raw)
     model = raw.get("model")
     model_type = model.get("type") if isinstance(model, Mapping) else None
@@ -116,14 +124,14 @@ def parse(raw: Mapping[str, Any], lenient: bool = False) -> schema.Config:
         ):
             raw[key] = merge(defaults, dict(section))
     try:
-        return schema.Config.model_validate(_with_types(raw), context={"lenient": lenient})
+        return schema.Config.model_validate(_with_types(raw), context={"strict": strict})
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(e, raw) for e in error.errors())) from None
 
 
 def _with_types(raw: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer or schedule that doesn't say its type has the default one."""
-    for key, default in (("optimizer", "adamw"), ("lr_sched", "constant"), ("dataset", "none")):
+    """A section other than the model that doesn't say its type has the default one."""
+    for key, default in schema.DEFAULT_TYPES.items():
         section = raw.get(key)
         if isinstance(section, Mapping) and "type" not in section:
             raw[key] = {"type": default, **section}
@@ -143,9 +151,7 @@ def _describe(error: Any, raw: Any) -> str:
         # any other part is the name of a row of a union, which isn't in the file
     context = error.get("ctx", {})
     if error["type"] == "union_tag_invalid":
-        valid = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
-        near = did_you_mean(context["tag"], valid)
-        return f"{path}.type: unknown type {context['tag']!r}{near}; there are: {', '.join(valid)}"
+        return f"{path}.type: {unknown_type(context)}"
     if error["type"] == "union_tag_not_found":
         return f"{path}: needs a 'type'"
     if error["type"] == "missing":

@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import nn
 
 from .base import ConfigError
+from .density_schema import Density, SampleDensity
 from .load import parse
+from .model_schema import DenoiserSection
 
 
 def make_model(config: Mapping[str, Any]) -> nn.Module:
     """The inner model, (x, sigma, **cond) -> F, of a config; weights at their initial values."""
-    typed = parse(config, lenient=True)
+    typed = parse(config)
     if typed.dataset.num_classes is None:
         raise ConfigError(
             "dataset.num_classes: the subfolders that a training run counts aren't read here; "
@@ -25,14 +28,23 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
 
 
 def make_denoiser_wrapper(config: Mapping[str, Any]) -> Callable[[nn.Module], nn.Module]:
-    """A function that wraps the inner model into the Karras denoiser of a config."""
-    return parse(config, lenient=True).model.build_wrapper()
+    """A function that wraps the inner model into the Karras denoiser of a config.
+
+    Of the config it reads the keys of `model` that a denoiser has: sigma_data, has_variance and
+    those of the loss; each may be missing.
+    """
+    model = config["model"]
+    keys = {key: model[key] for key in DenoiserSection.model_fields if key in model}
+    return DenoiserSection.model_validate(keys).build_wrapper()
 
 
 def make_sample_density(config: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
     """The training density of noise levels: a function of (shape, device=, dtype=).
 
-    config: the `model` section of a config.
+    config: the `model` section of a config, of which only `sigma_sample_density` and what it leaves
+    open are read. Raises ConfigError where that is missing.
     """
-    model = parse({"model": config}, lenient=True).model
-    return model.sigma_sample_density.build(model)
+    if "sigma_sample_density" not in config:
+        raise ConfigError("model.sigma_sample_density: is required")
+    adapter: TypeAdapter[SampleDensity] = TypeAdapter(Density)
+    return adapter.validate_python(config["sigma_sample_density"]).build(config)

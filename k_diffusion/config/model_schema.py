@@ -5,8 +5,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 from torch import nn
+from typing_extensions import Self
 
 from ..augmentation import COND_DIM, KarrasAugmentWrapper
 from ..denoisers import Denoiser, DenoiserWithVariance, SimpleLossDenoiser
@@ -34,6 +35,8 @@ from .base import (
     Section,
     Size,
     fail,
+    is_strict,
+    keep_unknown,
 )
 from .density_schema import Density
 
@@ -91,50 +94,64 @@ Attention = Annotated[
 # ---------------------------------------------------------------- models
 
 
-class Model(Section):
-    """What every model type has. Sizes are in pixels, (height, width)."""
+class DenoiserSection(Section):
+    """What the denoiser around a model reads of its section.
 
-    input_channels: Positive
-    input_size: Size
+    variance_weighting: with has_variance, let the loss honour loss_weighting and loss_scales.
+    """
+
     sigma_data: PositiveFloat = 1.0
-    sigma_min: PositiveFloat = 0.01
-    sigma_max: PositiveFloat = 80.0
-    sigma_sample_density: Density
     has_variance: bool = False
     loss_config: Literal["karras", "simple"] = "karras"
     loss_weighting: Literal["karras", "soft-min-snr", "snr"] = "karras"
     loss_scales: Positive = 1
+    variance_weighting: bool = False
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> Self:
+        if self.loss_config == "simple" and self.has_variance:
+            raise fail("loss_config 'simple' has no learned variance: set has_variance to false")
+        return self
+
+    def build_wrapper(self) -> Callable[[nn.Module], nn.Module]:
+        """A function that wraps the inner model into its denoiser."""
+        options: dict[str, Any] = {
+            "sigma_data": self.sigma_data,
+            "weighting": self.loss_weighting,
+            "scales": self.loss_scales,
+        }
+        if self.loss_config == "simple":
+            return partial(SimpleLossDenoiser, **options)
+        if self.has_variance:
+            return partial(DenoiserWithVariance, **options, weighted=self.variance_weighting)
+        return partial(Denoiser, **options)
+
+
+class Model(DenoiserSection):
+    """What every model type has. Sizes are in pixels, (height, width)."""
+
+    input_channels: Positive
+    input_size: Size | None = None
+    sigma_min: PositiveFloat = 0.01
+    sigma_max: PositiveFloat = 80.0
+    sigma_sample_density: Density
     augment_prob: Probability = 0.0
     augment_wrapper: bool = False
     skip_stages: Count = 0
 
     @model_validator(mode="after")
-    def _rules(self) -> "Model":
+    def _rules(self, info: ValidationInfo) -> Self:
         if self.sigma_min >= self.sigma_max:
             raise fail(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
-        if self.loss_config == "simple" and self.has_variance:
-            raise fail("loss_config 'simple' has no learned variance: set has_variance to false")
         if self.has_variance and not isinstance(self, ImageV1):
             raise fail("has_variance needs a model with a variance head: image_v1")
+        if is_strict(info) and self.input_size is None:
+            raise fail("is required", "input_size")
         return self
 
     @abstractmethod
     def build(self, num_classes: int) -> nn.Module:
         """The inner model, its weights at their initial values. num_classes 0: unconditional."""
-
-    def build_wrapper(self) -> Callable[[nn.Module], nn.Module]:
-        """A function that wraps the inner model into its denoiser."""
-        cls: type[Denoiser] = Denoiser
-        if self.loss_config == "simple":
-            cls = SimpleLossDenoiser
-        elif self.has_variance:
-            cls = DenoiserWithVariance
-        return partial(
-            cls,
-            sigma_data=self.sigma_data,
-            weighting=self.loss_weighting,
-            scales=self.loss_scales,
-        )
 
     def _same_lengths(self, **lists: list[Any]) -> None:
         lengths = {name: len(value) for name, value in lists.items()}
@@ -143,7 +160,14 @@ class Model(Section):
             raise fail(f"one entry a level: {text}")
 
 
-def _divisible(size: list[int], patch: list[int], levels: int) -> None:
+def _rows(num_classes: int) -> int:
+    """Of a table of class embeddings: one per class and one for "no class"."""
+    return num_classes + 1 if num_classes else 0
+
+
+def _divisible(size: list[int] | None, patch: list[int], levels: int) -> None:
+    if size is None:
+        return
     multiple = [p * 2 ** (levels - 1) for p in patch]
     if any(s % m for s, m in zip(size, multiple)):
         down = [max(m, s // m * m) for s, m in zip(size, multiple)]
@@ -157,13 +181,6 @@ def _divisible(size: list[int], patch: list[int], levels: int) -> None:
 def _check_heads(geometry: Geometry, width: int, where: str = "") -> None:
     try:
         geometry.heads(width)
-    except ValueError as error:
-        raise fail(str(error), where) from None
-
-
-def _check_grid(geometry: Geometry, tokens: list[int], where: str) -> None:
-    try:
-        geometry.check(*tokens)
     except ValueError as error:
         raise fail(str(error), where) from None
 
@@ -208,7 +225,7 @@ class ImageV1(Model):
             cross_cond_dim=self.cross_cond_dim,
             skip_stages=self.skip_stages,
             has_variance=self.has_variance,
-            num_classes=num_classes,
+            num_classes=_rows(num_classes),
         )
         return KarrasAugmentWrapper(inner) if self.augment_wrapper else inner
 
@@ -230,7 +247,7 @@ class ImageTransformerV1(Model):
     type: Literal["image_transformer_v1"]
     patch_size: Size
     width: Positive
-    depth: Positive
+    depth: Count
     d_ff: Count = 0
     dropout_rate: Rate = 0.0
     attn_backend: GlobalBackend | None = None
@@ -251,7 +268,7 @@ class ImageTransformerV1(Model):
             in_features=self.input_channels,
             out_features=self.input_channels,
             patch_size=self.patch_size,
-            num_classes=num_classes,
+            num_classes=_rows(num_classes),
             dropout=self.dropout_rate,
             sigma_data=self.sigma_data,
             attn_backend=self.attn_backend,
@@ -267,12 +284,12 @@ class ImageTransformerV2(Model):
 
     type: Literal["image_transformer_v2"]
     patch_size: Size
-    depths: list[Positive]
+    depths: list[Count]
     widths: list[Positive]
     d_ffs: list[Positive | None] | None = None
     self_attns: list[Attention] | None = None
     dropout_rate: Rate | list[Rate] = 0.0
-    mapping_depth: Positive = 2
+    mapping_depth: Count = 2
     mapping_width: Positive = 256
     mapping_d_ff: Positive | None = None
     mapping_dropout_rate: Rate = 0.0
@@ -283,7 +300,7 @@ class ImageTransformerV2(Model):
         n = len(self.depths)
         self.d_ffs = [d or 3 * w for d, w in zip(self.d_ffs or [None] * n, self.widths)]
         self.mapping_d_ff = self.mapping_d_ff or 3 * self.mapping_width
-        if self.self_attns is None:
+        if not self.self_attns:
             below = [NeighborhoodAttention(type="neighborhood") for _ in range(n - 1)]
             self.self_attns = [*below, GlobalAttention(type="global")]
         if not isinstance(self.dropout_rate, list):
@@ -300,9 +317,10 @@ class ImageTransformerV2(Model):
             self._check_attention(level, attn)
         return self
 
-    def tokens(self, level: int) -> list[int]:
-        """The (height, width) of a level's grid of tokens at input_size."""
-        return [s // p // 2**level for s, p in zip(self.input_size, self.patch_size)]
+    def _check_grid(self, geometry: Geometry, level: int) -> None:
+        """Raises ValueError unless a level's tokens at input_size, if there is one, will do."""
+        if self.input_size is not None:
+            geometry.check(*[s // p // 2**level for s, p in zip(self.input_size, self.patch_size)])
 
     def _check_attention(self, level: int, attn: Any) -> None:
         geometry, where = attn.build(), f"self_attns[{level}]"
@@ -312,7 +330,10 @@ class ImageTransformerV2(Model):
         # A neighborhood larger than the grid is left to `build`: a config that never makes its
         # model may have one.
         if not isinstance(geometry, NeighborhoodAttentionSpec):
-            _check_grid(geometry, self.tokens(level), where)
+            try:
+                self._check_grid(geometry, level)
+            except ValueError as error:
+                raise fail(str(error), where) from None
 
     def build(self, num_classes: int) -> nn.Module:
         levels = []
@@ -321,7 +342,7 @@ class ImageTransformerV2(Model):
             geometry = attn.build()
             if not isinstance(geometry, NoAttentionSpec):
                 try:
-                    geometry.check(*self.tokens(i))
+                    self._check_grid(geometry, i)
                 except ValueError as error:
                     raise ConfigError(f"model.self_attns[{i}]: {error}") from None
             levels.append(LevelSpec(depth, width, d_ff or 0, geometry, dropout))
@@ -336,7 +357,7 @@ class ImageTransformerV2(Model):
             in_channels=self.input_channels,
             out_channels=self.input_channels,
             patch_size=self.patch_size,
-            num_classes=num_classes,
+            num_classes=_rows(num_classes),
             mapping_cond_dim=self.mapping_cond_dim,
         )
 
@@ -346,4 +367,17 @@ class ImageTransformerV2(Model):
         return rate if isinstance(rate, list) else [rate] * len(self.depths)
 
 
-AnyModel = Annotated[ImageV1 | ImageTransformerV1 | ImageTransformerV2, Field(discriminator="type")]
+class ForeignModel(Model):
+    """A model of another program, whose section has defaults and isn't checked."""
+
+    type: str
+
+    def build(self, num_classes: int) -> nn.Module:
+        raise ConfigError(f"model.type: unknown type {self.type!r}")
+
+
+AnyModel = Annotated[
+    ImageV1 | ImageTransformerV1 | ImageTransformerV2,
+    Field(discriminator="type"),
+    keep_unknown(ForeignModel.model_construct),
+]

@@ -6,9 +6,20 @@ files; it is shipped beside this file as schema.json.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, model_validator
 
-from .base import Colour, Count, NonNegativeFloat, PositiveFloat, Probability, Rate, Section
+from .base import (
+    Colour,
+    Count,
+    NonNegativeFloat,
+    PositiveFloat,
+    Probability,
+    Rate,
+    Section,
+    fail,
+    is_strict,
+    keep_unknown,
+)
 from .model_schema import AnyModel
 
 # ---------------------------------------------------------------- data sets
@@ -51,14 +62,19 @@ class LocatedDataset(Dataset):
     are missing."""
 
     type: Literal["imagefolder", "cifar10", "mnist"]
-    location: str
+    location: str | None = None
+
+    @model_validator(mode="after")
+    def _located(self, info: ValidationInfo) -> "LocatedDataset":
+        if is_strict(info) and self.location is None:
+            raise fail("is required", "location")
+        return self
 
 
-class ImageFolderClassDataset(Dataset):
+class ImageFolderClassDataset(LocatedDataset):
     """One subfolder for each class. num_classes null: as many as have images."""
 
-    type: Literal["imagefolder-class"]
-    location: str
+    type: Literal["imagefolder-class"]  # type: ignore[assignment]
     num_classes: Count | None = None  # type: ignore[assignment]
 
 
@@ -81,6 +97,12 @@ class CustomDataset(Dataset):
     config: dict[str, Any] = Field(default_factory=dict)
 
 
+class ForeignDataset(Dataset):
+    """A data set of another program."""
+
+    type: str
+
+
 AnyDataset = Annotated[
     NoDataset
     | Digits
@@ -89,6 +111,7 @@ AnyDataset = Annotated[
     | HuggingFaceDataset
     | CustomDataset,
     Field(discriminator="type"),
+    keep_unknown(ForeignDataset.model_construct),
 ]
 
 # ---------------------------------------------------------------- optimisation
@@ -112,10 +135,18 @@ class SGD(Optimizer):
     type: Literal["sgd"]
     momentum: Rate = 0.0
     nesterov: bool = False
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 1e-4
 
 
-AnyOptimizer = Annotated[Adam | SGD, Field(discriminator="type")]
+class ForeignOptimizer(Optimizer):
+    """An optimizer of another program."""
+
+    type: str
+
+
+AnyOptimizer = Annotated[
+    Adam | SGD, Field(discriminator="type"), keep_unknown(ForeignOptimizer.model_construct)
+]
 
 
 class ConstantSched(Section):
@@ -145,7 +176,17 @@ class ExponentialSched(Section):
     min_lr: NonNegativeFloat = 0.0
 
 
-AnySched = Annotated[ConstantSched | InverseSched | ExponentialSched, Field(discriminator="type")]
+class ForeignSched(Section):
+    """A schedule of another program."""
+
+    type: str
+
+
+AnySched = Annotated[
+    ConstantSched | InverseSched | ExponentialSched,
+    Field(discriminator="type"),
+    keep_unknown(ForeignSched.model_construct),
+]
 
 
 class EMASched(Section):
@@ -163,7 +204,7 @@ class Config(Section):
 
     schema_: str | None = Field(None, alias="$schema", exclude=True)
     model: AnyModel
-    dataset: AnyDataset = NoDataset(type="none")
+    dataset: AnyDataset = LocatedDataset(type="imagefolder")
     optimizer: AnyOptimizer = Adam(type="adamw")
     lr_sched: AnySched = ConstantSched(type="constant")
     ema_sched: EMASched = EMASched()
@@ -179,9 +220,11 @@ TRAINING_DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
             "eps": 1e-6,
             "weight_decay": 1e-3,
         },
-        "lr_sched": {"type": "inverse", "inv_gamma": 20000.0, "power": 1.0, "warmup": 0.99},
     }
 }
+
+# Of the sections that don't say.
+DEFAULT_TYPES = {"dataset": "imagefolder", "optimizer": "adamw", "lr_sched": "constant"}
 
 
 def json_schema() -> dict[str, Any]:

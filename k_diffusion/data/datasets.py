@@ -294,6 +294,8 @@ def make_dataset(
             f"no data to train on: dataset.type is {section['type']!r}; "
             f"there are {', '.join(DATASETS)}"
         )
+    if section["type"] != "digits" and section["location"] is None:
+        raise ValueError(f"no data to train on: set dataset.location of {section['type']!r}")
     data = DATASETS[section["type"]](section, transform, Path(folder))
     if not len(data):  # type: ignore[arg-type]
         raise ValueError(f"the data set {section['type']!r} is empty")

@@ -37,5 +37,5 @@ class ImageTransform:
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         image = convert_mode(image, self.mode, self.background)
         if image.size != (w, h):
-            image = ImageOps.fit(image, (w, h), Image.Resampling.LANCZOS)
+            image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC)
         return self.augment(image)

@@ -58,8 +58,9 @@ def check_type(name: str, x: torch.Tensor, layer: nn.Module) -> None:
 
 
 def check_classes(class_cond: torch.Tensor | None, num_classes: int) -> None:
-    """Raise ValueError unless class ids are integers within range, which is only looked at where
-    it makes nothing wait: on the CPU, outside of compiled code.
+    """Raise ValueError unless class ids are integers from 0 to num_classes - 1.
+
+    Their range is only looked at where it makes nothing wait: on the CPU, outside of compiled code.
 
     class_cond: (n,).
     """
@@ -73,10 +74,10 @@ def check_classes(class_cond: torch.Tensor | None, num_classes: int) -> None:
     if len(class_cond) == 0:
         return
     low, high = class_cond.aminmax()
-    if low < 0 or high > num_classes:
+    if low < 0 or high >= num_classes:
         raise ValueError(
-            f"class_cond must lie between 0 and {num_classes}, where {num_classes} is no class, "
-            f"got {int(low)} to {int(high)}"
+            f"class_cond must lie between 0 and {num_classes - 1}, the last row of the table of "
+            f"class embeddings; got {int(low)} to {int(high)}"
         )
 
 

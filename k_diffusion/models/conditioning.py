@@ -1,5 +1,7 @@
 """How both transformers are told the noise level, the augmentation, the class, and more."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -15,11 +17,17 @@ class ConditionedModel(nn.Module):
     takes_aug_cond = True
 
     def add_conditioning(
-        self, mapping: MappingNetwork, width: int, num_classes: int, mapping_cond_dim: int = 0
+        self,
+        make_mapping: Callable[[], MappingNetwork],
+        width: int,
+        num_classes: int,
+        mapping_cond_dim: int = 0,
     ) -> None:
-        """Add the embeddings and the mapping network.
+        """Add the embeddings, then the mapping network.
 
-        A method and not the constructor: saved optimizer states go by the order of parameters.
+        num_classes: rows of the table of class embeddings; 0 for none. A method and not the
+        constructor, and a function to make the network: saved optimizer states go by the order of
+        parameters, and initial weights by the order of their draws.
         """
         self.num_classes = num_classes
         self.mapping_cond_dim = mapping_cond_dim
@@ -27,11 +35,11 @@ class ConditionedModel(nn.Module):
         self.time_in_proj = Linear(width, width, bias=False)
         self.aug_emb = FourierFeatures(COND_DIM, width)
         self.aug_in_proj = Linear(width, width, bias=False)
-        self.class_emb = nn.Embedding(num_classes + 1, width) if num_classes else None
+        self.class_emb = nn.Embedding(num_classes, width) if num_classes else None
         self.mapping_cond_in_proj = (
             Linear(mapping_cond_dim, width, bias=False) if mapping_cond_dim else None
         )
-        self.mapping = tag_module(mapping, "mapping")
+        self.mapping = tag_module(make_mapping(), "mapping")
 
     def condition(
         self,

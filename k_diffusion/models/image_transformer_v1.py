@@ -8,11 +8,12 @@ from einops import rearrange
 from torch import nn
 
 from .attention import GlobalAttentionSpec
+from .autograd import needs_plain_ops
 from .checks import check_floats, check_multiple, check_shape, check_type
 from .conditioning import ConditionedModel
 from .flags import checkpoint
 from .levels import Level, transformer_level
-from .rope import apply_rotary_emb, axial_log_freqs, make_axial_pos
+from .rope import apply_rotary_emb, make_axial_pos
 from .transformer import (
     AdaRMSNorm,
     FeedForwardBlock,
@@ -28,13 +29,14 @@ from .transformer import (
 
 D_HEAD = 64
 MAPPING_DEPTH = 2
+MAX_LOG_SCALE = math.log(100.0)
 
 
 class QKNorm(nn.Module):
     """Normalises queries and keys so that attention's scores are `exp(scale)` times their cosine.
 
     q, k: (..., n_heads, d_head), returned in the same shape. The scale, one a head, starts at
-    log(10).
+    log(10) and is clamped to log(100) by every forward pass. eps is added to the mean of squares.
     """
 
     def __init__(self, n_heads: int, eps: float = 1e-6):
@@ -42,20 +44,34 @@ class QKNorm(nn.Module):
         self.eps = eps
         self.scale = nn.Parameter(torch.full((n_heads,), math.log(10.0)))
 
+    @torch.no_grad()
+    def proj_(self) -> None:
+        """Clamp the scale in place."""
+        self.scale.clamp_(max=MAX_LOG_SCALE)
+
     def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return scale_for_cosine_sim(q, k, self.scale.exp(), self.eps)
+        if not needs_plain_ops() and not self.scale.is_inference():
+            self.proj_()
+            scale = self.scale
+        else:
+            # where a parameter can't be changed: the clamped value, with the gradient of the scale
+            clamped = self.scale.clamp(max=MAX_LOG_SCALE)
+            scale = self.scale + (clamped - self.scale).detach()
+        return scale_for_cosine_sim(q, k, scale.exp(), self.eps * q.shape[-1])
 
 
 class LearnedAxialRoPE(nn.Module):
     """Angles of axial RoPE with learned frequencies for each head and axis.
 
     dim: features of a head, all of them rotated. The logarithms of the axes' frequencies are the
-    parameters `freqs_h` and `freqs_w`, (n_heads, dim // 4); both start as `axial_log_freqs`.
+    parameters `freqs_h` and `freqs_w`, (n_heads, dim // 4); all start evenly spaced from log(pi) to
+    log(5 pi).
     """
 
     def __init__(self, dim: int, n_heads: int):
         super().__init__()
-        log_freqs = axial_log_freqs(dim, n_heads).contiguous()
+        log_freqs = torch.linspace(math.log(math.pi), math.log(5 * math.pi), dim // 4)
+        log_freqs = log_freqs.expand(n_heads, -1)
         self.freqs_h = nn.Parameter(log_freqs.clone())
         self.freqs_w = nn.Parameter(log_freqs.clone())
 
@@ -120,7 +136,8 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
     n_layers: how many of them. d_model: their width, a multiple of 64 (the size of a head). d_ff:
     hidden width of the feed-forward and mapping blocks. in_features, out_features: channels of the
     image and of the output. patch_size: height and width of a patch. num_classes: if not 0, the
-    model takes `class_cond`, and the id num_classes means no class. dropout: a probability.
+    model takes `class_cond`, and this is the number of rows of its table, of which the last usually
+    means no class (a config adds that row). dropout: a probability.
     sigma_data: kept as an attribute alone; scaling the input is the part of `K.Denoiser`.
     attn_backend: forces a backend of the attention; None takes the best that can run.
     Raises ValueError if d_model isn't a multiple of 64.
@@ -146,14 +163,20 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         self.sigma_data = sigma_data
         patch_area = self.patch_h * self.patch_w
 
-        mapping = MappingNetwork(MAPPING_DEPTH, d_model, d_ff, dropout)
-        self.add_conditioning(mapping, d_model, num_classes)
+        self.add_conditioning(
+            lambda: MappingNetwork(MAPPING_DEPTH, d_model, d_ff, dropout), d_model, num_classes
+        )
         self.in_proj = Linear(in_features * patch_area, d_model, bias=False)
         self.blocks = nn.ModuleList(
             TransformerBlock(d_model, d_ff, dropout, attn_backend) for _ in range(n_layers)
         )
         self.out_norm = RMSNorm(d_model)
         self.out_proj = zero_init(Linear(d_model, out_features * patch_area, bias=False))
+
+    def proj_(self) -> None:
+        """Clamp the scales of queries and keys, which every forward pass does too."""
+        for block in self.blocks:
+            block.self_attn.qk_norm.proj_()
 
     def forward(
         self,
@@ -165,7 +188,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         """The network's output for a preconditioned input at noise levels `sigma`.
 
         x: (n, in_features, h, w), h and w multiples of the patch size. sigma: (n,). aug_cond:
-        (n, 9), zeros if None. class_cond: (n,) integers from 0 to num_classes. Returns
+        (n, 9), zeros if None. class_cond: (n,) integers below num_classes. Returns
         (n, out_features, h, w). Raises ValueError for other shapes and for a missing class_cond.
         """
         check_shape("x", x, ("n", self.in_features, "h", "w"))
@@ -178,7 +201,8 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
 
         patches = {"p": self.patch_h, "q": self.patch_w}
         x = self.in_proj(rearrange(x, "n c (h p) (w q) -> n h w (c p q)", **patches))
-        pos = make_axial_pos(x.shape[1], x.shape[2], device=x.device).view(*x.shape[1:3], 2)
+        pos = make_axial_pos(*x.shape[1:3], self.patch_h / self.patch_w, device=x.device)
+        pos = pos.view(*x.shape[1:3], 2)
         for block in self.blocks:
             x = block(x, pos, cond)
         x = self.out_proj(self.out_norm(x))

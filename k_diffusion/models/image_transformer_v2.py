@@ -131,7 +131,9 @@ class SelfAttentionBlock(nn.Module):
     def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         skip = x
         q, k, v = split_heads(self.qkv_proj(self.norm(x, cond)), self.n_heads)
-        theta = self.pos_emb(pos.to(q.dtype) if get_rope_parity() else pos)
+        if get_rope_parity() and isinstance(self.geometry, GlobalAttentionSpec):
+            pos = pos.to(q.dtype)
+        theta = self.pos_emb(pos)
         cos, sin = cos_sin(theta, q.dtype)
         q, k = (normalize_and_rotate(t, self.scale, cos, sin, 1e-6) for t in (q, k))
         x = grid_attention(self.geometry, q, k, v)
@@ -164,10 +166,15 @@ class TransformerBlock(nn.Module):
 
 
 class Level(nn.ModuleList):
-    """The blocks of one level, one after the other."""
+    """The blocks of one level, one after the other.
 
-    def __init__(self, spec: LevelSpec, cond_features: int):
-        super().__init__(TransformerBlock(spec, cond_features, i) for i in range(spec.depth))
+    start: the index of the first of them. A level's blocks on the way up go on counting those on
+    the way down, so that shifted windows alternate through all of them.
+    """
+
+    def __init__(self, spec: LevelSpec, cond_features: int, start: int = 0):
+        indices = range(start, start + spec.depth)
+        super().__init__(TransformerBlock(spec, cond_features, i) for i in indices)
 
     def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
         """x: (n, h, w, width). cond: (n, cond_features)."""
@@ -227,7 +234,8 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
 
     levels: from the pixels up; the last is the middle, the others run on the way up and down.
     mapping: the mapping network. patch_size: pixels per token of the first level, (h, w).
-    num_classes: class conditioning, where id num_classes means "no class"; 0 for none.
+    num_classes: rows of the table of class embeddings, of which the last usually means "no class"
+    (a config adds that row); 0 for a model without classes.
     mapping_cond_dim: width of a free-form condition; 0 for none.
 
     Sizes of an image must be multiples of patch_size * 2 ** (len(levels) - 1).
@@ -251,14 +259,17 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
 
         self.patch_in = TokenMerge(in_channels, width, patch_size)
         self.add_conditioning(
-            MappingNetwork(mapping.depth, cond_features, mapping.d_ff, mapping.dropout),
+            lambda: MappingNetwork(mapping.depth, cond_features, mapping.d_ff, mapping.dropout),
             cond_features,
             num_classes,
             mapping_cond_dim,
         )
         *outer, middle = levels
-        self.down_levels = nn.ModuleList(Level(spec, cond_features) for spec in outer)
-        self.up_levels = nn.ModuleList(Level(spec, cond_features) for spec in outer)
+        # Weights are drawn level by level; saved optimizer states go by the order of registration.
+        self.down_levels, self.up_levels = nn.ModuleList(), nn.ModuleList()
+        for spec in outer:
+            self.down_levels.append(Level(spec, cond_features))
+            self.up_levels.append(Level(spec, cond_features, start=spec.depth))
         self.mid_level = Level(middle, cond_features)
         pairs = list(pairwise(levels))
         self.merges = nn.ModuleList(TokenMerge(low.width, up.width) for low, up in pairs)
@@ -279,7 +290,7 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         """The network's output for a preconditioned input at noise levels `sigma`.
 
         x: (n, in_channels, h, w). sigma: (n,). aug_cond: (n, 9), zeros if None. class_cond: (n,)
-        integers from 0 to num_classes. mapping_cond: (n, mapping_cond_dim). Returns
+        integers below num_classes. mapping_cond: (n, mapping_cond_dim). Returns
         (n, out_channels, h, w). Raises ValueError for other shapes, and for conditions missing or
         not known to the model.
         """

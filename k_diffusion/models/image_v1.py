@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from . import unet
 from .attention import GlobalAttentionSpec
@@ -16,20 +17,34 @@ from .flags import checkpoint
 from .levels import Level
 from .transformer import Linear, log_sigma, zero_init
 
+M = TypeVar("M", bound=nn.Module)
+
 CHANNELS_PER_GROUP = 32
 CHANNELS_PER_HEAD = 64
 
 
 class _Level(unet.ConditionedSequential):
-    """The layers of one level of the U-Net, each recomputed alone under checkpointing."""
+    """The layers of one level of the U-Net, each recomputed alone under checkpointing.
+
+    skip: features of the way down, which a level on the way up appends to the channels.
+    """
 
     compile_unit = True
 
-    def forward(self, input: torch.Tensor, cond: unet.Cond) -> torch.Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: torch.Tensor, cond: unet.Cond, skip: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if skip is not None:
+            input = torch.cat([input, skip], dim=1)
         for module in self:
             args = (input, cond) if isinstance(module, unet.ConditionedModule) else (input,)
             input = checkpoint(module, *args)
         return input
+
+
+def _orthogonal(layer: M) -> M:
+    nn.init.orthogonal_(layer.weight)
+    return layer
 
 
 def _norm(feats_in: int, channels: int) -> unet.AdaGN:
@@ -40,12 +55,12 @@ def _res_block(
     feats_in: int, c_in: int, c_mid: int, c_out: int, dropout_rate: float
 ) -> unet.ConditionedResidualBlock:
     """Twice norm, GELU, 3 x 3 convolution, dropout; the second convolution starts at 0."""
+    skip = None if c_in == c_out else _orthogonal(unet.Conv2d(c_in, c_out, 1, bias=False))
     main: list[nn.Module] = []
     for a, b in ((c_in, c_mid), (c_mid, c_out)):
         conv = unet.Conv2d(a, b, 3, padding=1)
         main += [_norm(feats_in, a), nn.GELU(), conv, nn.Dropout2d(dropout_rate)]
     zero_init(conv)
-    skip = None if c_in == c_out else unet.Conv2d(c_in, c_out, 1, bias=False)
     return unet.ConditionedResidualBlock(*main, skip=skip)
 
 
@@ -85,9 +100,11 @@ class ImageDenoiserModelV1(nn.Module):
     self_attn_depths, cross_attn_depths: one entry per level, finest first (the latter two bools).
     mapping_cond_dim: features of `mapping_cond`. unet_cond_dim: channels of `unet_cond`.
     cross_cond_dim: features of a token of `cross_cond`. patch_size: side of the squares of pixels
-    that become one position of the U-Net. skip_stages: how many of the finest levels to leave out.
+    that become one position of the U-Net. skip_stages: how many of the finest levels to leave out;
+    those left are halved one after the other from the first of them on.
     has_variance: also predict the log variance of the error. num_classes: if not 0, the model
-    takes `class_cond`; the index num_classes stands for no class.
+    takes `class_cond`, and this is the number of rows of its table, of which the last usually
+    means no class (a config adds that row).
     Raises ValueError if these don't fit together.
     """
 
@@ -135,25 +152,35 @@ class ImageDenoiserModelV1(nn.Module):
         if mapping_cond_dim:
             self.mapping_cond = Linear(mapping_cond_dim, feats_in, bias=False)
         if num_classes:
-            self.class_emb = nn.Embedding(num_classes + 1, feats_in)
+            self.class_emb = nn.Embedding(num_classes, feats_in)
         self.mapping = nn.Sequential(
-            Linear(feats_in, feats_in), nn.GELU(), Linear(feats_in, feats_in), nn.GELU()
+            _orthogonal(Linear(feats_in, feats_in)),
+            nn.GELU(),
+            _orthogonal(Linear(feats_in, feats_in)),
+            nn.GELU(),
         )
-
-        down, up = [], []
-        for i, (depth, c) in enumerate(zip(depths, channels)):
-            first, last = i == 0, i == n - 1
-            options = (c, self_attn_depths[i], cross_attn[i], cross_cond_dim, dropout_rate)
-            widths = [c if first else channels[i - 1]] + [c] * depth
-            start = nn.Identity() if first else unet.Downsample2d()
-            down.append(_Level(start, *_blocks(feats_in, widths, *options)))
-            widths = [c if last else 2 * c] + [c] * (depth - 1) + [c if first else channels[i - 1]]
-            end = nn.Identity() if first else unet.Upsample2d()
-            up.append(_Level(*_blocks(feats_in, widths, *options), end))
-        u_net = unet.UNet(down, reversed(up), skip_stages=skip_stages)
+        if not 0 <= skip_stages < n:
+            raise ValueError(
+                f"skip_stages must be at least 0 and less than the number of levels, {n}; "
+                f"got {skip_stages}"
+            )
         # Registered before the U-Net: saved optimizer states go by the order of the parameters.
         self._make_projections(patch_size, skip_stages)
-        self.u_net = u_net
+
+        def options(i: int) -> tuple[int, bool, bool, int, float]:
+            return channels[i], self_attn_depths[i], cross_attn[i], cross_cond_dim, dropout_rate
+
+        # All levels down, then all up: the order in which a seed's weights are drawn.
+        outside = [channels[0], *channels]  # the width of what lies below each level
+        down, up = [], []
+        for i, (depth, c) in enumerate(zip(depths, channels)):
+            widths = [outside[i]] + [c] * depth
+            down.append(_Level(nn.Identity(), *_blocks(feats_in, widths, *options(i))))
+        for i, (depth, c) in enumerate(zip(depths, channels)):
+            widths = [c if i == n - 1 else 2 * c] + [c] * (depth - 1) + [outside[i]]
+            up.append(_Level(*_blocks(feats_in, widths, *options(i)), nn.Identity()))
+        self.u_net = unet.UNet(down, reversed(up), skip_stages=skip_stages)
+        self._resample_levels()
 
     def _make_projections(self, patch_size: int, skip_stages: int) -> None:
         if patch_size < 1:
@@ -161,19 +188,33 @@ class ImageDenoiserModelV1(nn.Module):
         self.patch_size = patch_size
         c_in = (self.c_in + self.unet_cond_dim) * patch_size**2
         c_out = self.c_in * patch_size**2 + self.has_variance
-        # A level but the first begins by downsampling what the one before it would put out.
+        # A level but the first takes what the one before it would put out.
         width = self.channels[max(0, skip_stages - 1)]
         self.proj_in = unet.Conv2d(c_in, width, 1)
         self.proj_out = zero_init(unet.Conv2d(width, c_out, 1))
 
-    def set_patch_size(self, patch_size: int) -> None:
-        """Change the patch size; the first and last layer start anew."""
-        self._renew_projections(patch_size, self.u_net.skip_stages)
+    def _resample_levels(self) -> None:
+        """Level i is half as large as the one below it if i > skip_stages, otherwise as large."""
+        weight = self.proj_in.weight
+        for i, (down, up) in enumerate(zip(self.u_net.d_blocks, reversed(self.u_net.u_blocks))):
+            resampled = i > self.u_net.skip_stages
+            down[0] = unet.Downsample2d().to(weight) if resampled else nn.Identity()
+            up[-1] = unet.Upsample2d().to(weight) if resampled else nn.Identity()
 
-    def set_skip_stages(self, skip_stages: int) -> None:
-        """Leave out this many of the finest levels; the first and last layer start anew."""
+    def set_patch_size(self, patch_size: int) -> Self:
+        """Change the patch size; the first and last layer start anew. Returns the model."""
+        self._renew_projections(patch_size, self.u_net.skip_stages)
+        return self
+
+    def set_skip_stages(self, skip_stages: int) -> Self:
+        """Leave out this many of the finest levels; the first and last layer start anew.
+
+        Returns the model.
+        """
         self.u_net.skip_stages = skip_stages
         self._renew_projections(self.patch_size, skip_stages)
+        self._resample_levels()
+        return self
 
     def _renew_projections(self, patch_size: int, skip_stages: int) -> None:
         old = self.proj_in.weight
@@ -212,7 +253,7 @@ class ImageDenoiserModelV1(nn.Module):
         input: (n, c_in, h, w), h and w multiples of patch_size * 2^(number of downsamplings).
         sigma: (n,). mapping_cond: (n, mapping_cond_dim), None for zeros. unet_cond:
         (n, unet_cond_dim, h, w). cross_cond: (n, tokens, cross_cond_dim), cross_cond_padding:
-        (n, tokens), nonzero where a token is padding. class_cond: (n,) integers from 0 to
+        (n, tokens), nonzero where a token is padding. class_cond: (n,) integers below
         num_classes. Returns (n, c_in, h, w), and with return_variance the log variance (n,) too.
         Raises ValueError for other shapes, and for conditions missing or not known to the model.
         """
@@ -242,8 +283,7 @@ class ImageDenoiserModelV1(nn.Module):
         """The levels of an image of h x w pixels that aren't skipped, from the finest."""
         skipped, described = self.u_net.skip_stages, []
         for i in range(skipped, len(self.channels)):
-            # the first level that isn't skipped begins by halving, unless it is the very first
-            scale = self.patch_size * 2 ** (i - max(0, skipped - 1))
+            scale = self.patch_size * 2 ** (i - skipped)
             width, depth = self.channels[i], f"{self.depths[i]} + {self.depths[i]}"
             block: Any = self.u_net.d_blocks[i]
             found = {m.attention: m.n_head for m in block if hasattr(m, "attention")}
@@ -267,7 +307,7 @@ class ImageDenoiserModelV1(nn.Module):
     ) -> None:
         check_shape("input", input, ("n", self.c_in, "h", "w"))
         n, _, h, w = input.shape
-        halvings = len(self.channels) - max(1, self.u_net.skip_stages)
+        halvings = len(self.channels) - 1 - self.u_net.skip_stages
         multiple = self.patch_size * 2**halvings
         reason = f"patch size {self.patch_size}, halved {halvings} times"
         check_multiple(h, w, (multiple, multiple), reason)

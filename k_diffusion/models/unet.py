@@ -261,6 +261,7 @@ KERNELS: dict[str, tuple[int, Callable[[float], float]]] = {
     "cubic": (2, _catmull_rom),
     "lanczos3": (3, _lanczos3),
 }
+KERNELS |= {"bilinear": KERNELS["linear"], "bicubic": KERNELS["cubic"]}
 
 
 def _taps(name: str) -> torch.Tensor:
@@ -298,8 +299,8 @@ class _Resample2d(nn.Module):
 class Downsample2d(_Resample2d):
     """Halves height and width with an antialiasing kernel, the same for each channel.
 
-    kernel: "linear" (4 taps an axis), "cubic" (8) or "lanczos3" (12). pad_mode: as in
-    `torch.nn.functional.pad`. The sampling points lie between pixels 2i and 2i + 1.
+    kernel: "linear" or "bilinear" (4 taps per axis), "cubic" or "bicubic" (8), "lanczos3" (12).
+    pad_mode: as in `torch.nn.functional.pad`. The sampling points lie between pixels 2i and 2i + 1.
 
     x: (n, c, h, w). Returns (n, c, h // 2, w // 2). Raises ValueError for an unknown kernel and
     for an image smaller than the reflected border.
@@ -336,10 +337,10 @@ class Upsample2d(_Resample2d):
 class UNet(ConditionedModule):
     """Blocks on the way down, and blocks on the way up that also see the features of their level.
 
-    d_blocks: conditioned modules from the finest level to the coarsest. u_blocks: from the
-    coarsest to the finest; each but the first gets its input and the output of its level's d_block
-    concatenated along the channels, in that order. skip_stages: how many of the finest levels to
-    leave out, so that growing models can train on small images first; settable.
+    d_blocks: modules from the finest level to the coarsest, called as `block(x, cond)`. u_blocks:
+    from the coarsest to the finest, called as `block(x, cond, skip)`; skip is the output of the
+    level's d_block, and None for the first, whose input that is. skip_stages: how many
+    of the finest levels to leave out, so that growing models can train on small images first; settable.
 
     input: (n, c, h, w). Raises ValueError if the numbers of blocks differ or `skip_stages` leaves
     no level.
@@ -377,5 +378,5 @@ class UNet(ConditionedModule):
             x = block(x, cond)
             levels.append(x)
         for i, (block, level) in enumerate(zip(self.u_blocks, reversed(levels))):
-            x = block(x if i == 0 else torch.cat([x, level], dim=1), cond)
+            x = block(x, cond, level if i else None)
         return x

@@ -100,7 +100,10 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     if args.grid_labels and classes is None:
         raise ValueError("--grid-labels: this model is unconditional, its images have no classes")
     mine = range(accelerator.process_index, args.n, accelerator.num_processes)
-    shape = (model["input_channels"], *(args.size or model["input_size"]))
+    size = args.size or model["input_size"]
+    if size is None:
+        raise ValueError("the config has no model.input_size; pass --size")
+    shape = (model["input_channels"], *size)
     sigmas = sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"])
     accelerator.print(
         f"{args.n} images of {shape[1]} x {shape[2]} from {args.checkpoint}: {args.sampler}, "

@@ -37,6 +37,11 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--lr", type=float, help="override the config's learning rate")
     add("--mixed-precision", choices=["no", "fp16", "bf16", "fp8"], help="of the model")
     add(
+        "--no-tf32",
+        action="store_true",
+        help="compute CUDA's matrix products of float32 in full precision, not in TF32",
+    )
+    add(
         "--checkpointing",
         nargs="?",
         const="full",
@@ -77,11 +82,7 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="the inference checkpoint whose weights a new run starts from",
     )
-    add(
-        "--reset-ema",
-        action="store_true",
-        help="restart the averaged weights from the current ones",
-    )
+    add("--reset-ema", action="store_true", help="go on from the averaged weights and average anew")
     add = p.add_argument_group("demo grids and logs").add_argument
     add("--demo-every", **steps, default=500, help="draw a demo grid")
     add("--sample-n", **count, default=64, help="images in a demo grid")
@@ -99,7 +100,13 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         metavar="STEPS",
         help="evaluate; 0 for never",
     )
-    add("--evaluate-n", **count, default=2000, help="samples to draw")
+    add(
+        "--evaluate-n",
+        type=options.non_negative,
+        default=2000,
+        metavar="N",
+        help="samples to draw; 0 for no evaluation",
+    )
     add("--evaluate-only", action="store_true", help="evaluate, then exit")
     add(
         "--evaluate-with",

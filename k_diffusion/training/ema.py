@@ -14,9 +14,9 @@ Values = TypeVar("Values", bound=dict[str, Any])
 class EMAWarmup:
     """The decay of an EMA whose memory grows with training: 1 - (1 + k / inv_gamma)^-power.
 
-    k counts the calls of `step` since `start_at`; before `start_at` the decay is 0 (the average is
-    a copy). Power 1 gives the arithmetic mean of all steps; power 2/3 reaches 0.999 at 31.6K steps
-    and 0.9999 at 1M. The result is kept between min_value and max_value.
+    k counts the calls of `step` since `start_at`; before `start_at` the decay is min_value (0
+    makes the average a copy). Power 1 gives the arithmetic mean of all steps; power 2/3 reaches
+    0.999 at 31.6K steps and 0.9999 at 1M. The result is kept between min_value and max_value.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class EMAWarmup:
         """The decay of the next `ema_update`."""
         step = self.last_epoch - self.start_at
         if step < 0:
-            return 0.0
+            return self.min_value
         value = 1 - (1 + step / self.inv_gamma) ** -self.power
         return min(self.max_value, max(self.min_value, value))
 
@@ -116,7 +116,14 @@ def _by_kind(pairs: Pairs) -> Iterator[tuple[list[torch.Tensor], list[torch.Tens
 
 
 def ema_update_dict(values: Values, updates: Mapping[str, Any], decay: float) -> Values:
-    """Update a dict of moving averages in place and return it; a new key starts at its value."""
+    """Update a dict of moving averages in place and return it; a new key starts at its value.
+
+    Averages that are tensors are changed in place too.
+    """
     for key, value in updates.items():
-        values[key] = decay * values[key] + (1 - decay) * value if key in values else value
+        if key in values:
+            values[key] *= decay
+            values[key] += (1 - decay) * value
+        else:
+            values[key] = value
     return values

@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class _WarmupLR(LRScheduler):
-    """(1 - warmup^(k + 1)) max(min_lr, lr decay(k)) at step k."""
+    """(1 - warmup^(k + 1)) max(min_lr, lr factor(k)) at step k."""
 
     def __init__(
         self,
@@ -22,12 +22,12 @@ class _WarmupLR(LRScheduler):
         self.min_lr = min_lr
         super().__init__(optimizer, last_epoch)
 
-    def decay(self, step: int) -> float:
+    def factor(self, step: int) -> float:
         return 1.0
 
     def get_lr(self) -> list[Any]:
         warmup = 1 - self.warmup ** (self.last_epoch + 1)
-        decay = self.decay(self.last_epoch)
+        decay = self.factor(self.last_epoch)
         return [warmup * max(self.min_lr, lr * decay) for lr in self.base_lrs]
 
 
@@ -55,7 +55,7 @@ class InverseLR(_WarmupLR):
         self.power = power
         super().__init__(optimizer, warmup, min_lr, last_epoch)
 
-    def decay(self, step: int) -> float:
+    def factor(self, step: int) -> float:
         return (1 + step / self.inv_gamma) ** -self.power
 
 
@@ -79,11 +79,11 @@ class ExponentialLR(_WarmupLR):
         if not num_steps > 0:
             raise ValueError(f"num_steps must be positive, got {num_steps}")
         self.num_steps = num_steps
-        self.rate = decay
+        self.decay = decay
         super().__init__(optimizer, warmup, min_lr, last_epoch)
 
-    def decay(self, step: int) -> float:
-        return self.rate ** (step / self.num_steps)
+    def factor(self, step: int) -> float:
+        return self.decay ** (step / self.num_steps)
 
 
 class ConstantLRWithWarmup(_WarmupLR):

@@ -24,7 +24,8 @@ def _adamw(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.Opt
 
 
 def _adam8bit(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
-    adam = need("bitsandbytes", "optimizer adam8bit", "bitsandbytes").optim.AdamW8bit
+    # Adam, whose weight decay is part of the gradient, unlike adamw's
+    adam = need("bitsandbytes", "optimizer adam8bit", "bitsandbytes").optim.Adam8bit
     return adam(
         groups, lr=o["lr"], betas=tuple(o["betas"]), eps=o["eps"], weight_decay=o["weight_decay"]
     )

@@ -29,8 +29,9 @@ def save_checkpoint(name: str, step: int, state: Mapping[str, Any]) -> Path:
     """Save a training checkpoint as NAME_STEP.pth and point NAME_state.json at it."""
     path = run_file(name, f"{step:08}.pth")
     write_atomically(path, lambda file: torch.save(dict(state), file))
-    # the name alone: a run's folder can be moved
-    text = json.dumps({"latest_checkpoint": path.name})
+    # as seen from the working directory, where older versions look for it; find_checkpoints looks
+    # beside this file first, so that a run's folder can be moved
+    text = json.dumps({"latest_checkpoint": path.as_posix()})
     write_atomically(state_path(name), lambda file: file.write(text.encode()))
     return path
 
@@ -51,7 +52,7 @@ def find_checkpoints(name: str) -> list[Path]:
         latest = Path(json.loads(state.read_text())["latest_checkpoint"])
     except (ValueError, KeyError, TypeError):
         latest = Path()
-    # other versions wrote a path that counts from the working directory
+    # a moved folder has its own checkpoints; the path counts from the working directory
     named = [p for p in (folder / latest.name, latest) if p.is_file()][:1]
     # those after it belong to a run that was left for an earlier checkpoint
     end = steps.get(named[0], math.inf) if named else math.inf

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import distributed
 from ..common.modules import n_params
 from ..common.text import need
@@ -22,7 +24,8 @@ def refuse_metrics(args: argparse.Namespace, say: Callable[[str], object]) -> No
 
 
 def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any:
-    """The Accelerator; the trackers that the arguments ask for are started by `start_trackers`."""
+    """The Accelerator; sets up TF32. `start_trackers` starts the trackers that it knows of."""
+    torch.backends.cuda.matmul.allow_tf32 = not args.no_tf32
     trackers: list[Any] = []
     if args.wandb_project:
         need("wandb", "--wandb-project", '"k-diffusion[wandb]"')

@@ -132,6 +132,7 @@ class TrainState:
         self.sched.load_state_dict({"_step_count": steps + 1, "_last_lr": rates})
 
     def reset_ema(self) -> None:
-        """Restart the averaged weights from the current ones."""
-        self.model_ema.load_state_dict(self.model.state_dict())
+        """Go on from the averaged weights, both with the model and with a new average of it."""
+        self.model.load_state_dict(self.model_ema.state_dict())
         self.ema_sched.last_epoch = 0
+        self.ema_stats = {}

@@ -103,7 +103,7 @@ class ShiftedWindowAttentionSpec(_Heads):
     """Tokens see each other within square windows (Swin, arXiv 2103.14030).
 
     `shift` moves the windows' borders by that many tokens up and left; the windows that this cuts
-    at the image's border do not join across it. A level's blocks alternate between 0 and
+    at the image's border don't join across it. A level's blocks alternate between 0 and
     window_size // 2.
     """
 
@@ -134,9 +134,7 @@ class ShiftedWindowAttentionSpec(_Heads):
 
     def axis_window(self, length: int) -> torch.Tensor:
         """The window, (length,), that each token of an axis is in."""
-        return (torch.arange(length) + self.window_size - self.shift).div(
-            self.window_size, rounding_mode="floor"
-        )
+        return (torch.arange(length) + self.shift).div(self.window_size, rounding_mode="floor")
 
     def mask(self, h: int, w: int) -> torch.Tensor:
         """Boolean (h * w, h * w): which key (column) each query (row) sees."""

@@ -27,7 +27,7 @@ def _plan(
     size, shift = geometry.window_size, geometry.shift
 
     def windows(grid: torch.Tensor) -> torch.Tensor:
-        rolled = grid.roll((-shift, -shift), (0, 1))
+        rolled = grid.roll((shift, shift), (0, 1))
         cut = rolled.unfold(0, size, size).unfold(1, size, size)
         return cut.flatten(2).flatten(0, 1)
 
