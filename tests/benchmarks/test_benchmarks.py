@@ -315,3 +315,15 @@ def test_what_cannot_be_measured_is_said(capsys):
         with pytest.raises(SystemExit):
             script.main(args)
         assert message in capsys.readouterr().err
+
+
+def test_labels_of_the_figure_keep_their_order_and_a_gap():
+    convergence = load("convergence")
+
+    assert convergence.spread([3.0, 1.0], 0.5) == [3.0, 1.0]
+    moved = convergence.spread([1.0, 1.0, 0.9, -5.0], 0.5)
+    assert all(a - b >= 0.5 - 1e-12 for a, b in itertools.pairwise(moved))
+    assert sum(moved[:3]) == pytest.approx(2.9)
+    assert moved[3] == -5
+    rows = {"a": [2.0, 1.0], "b": [3.0, 4.0], "c": [2.0, 1.0]}
+    assert convergence.merge_equal(rows) == {"b": [3.0, 4.0], "a = c": [2.0, 1.0]}
