@@ -31,7 +31,9 @@ def main() -> None:
     writable(output)
     print(f"reading {args.checkpoint} ...")
     state = checkpoints.read_checkpoint(args.checkpoint)
-    config = state["config"] if args.config is None else K.config.load_config(args.config, strict=True)
+    config = (
+        state["config"] if args.config is None else K.config.load_config(args.config, strict=True)
+    )
     print(f"writing {output} in {args.dtype} ...")
     checkpoints.write_inference(output, config, state.get("model_ema", state["model"]), args.dtype)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB")

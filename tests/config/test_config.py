@@ -231,7 +231,9 @@ def test_what_a_library_call_may_leave_out():
     assert y.shape == (1, 3, 56, 56)
     with pytest.raises(ConfigError, match=r"model\.input_size: is required"):
         load_config({"model": model}, strict=True)
-    with pytest.raises(ConfigError, match=r"model\.input_size: is required, as its sigma_sample_de"):
+    with pytest.raises(
+        ConfigError, match=r"model\.input_size: is required, as its sigma_sample_de"
+    ):
         K.config.make_sample_density(config["model"])
     density = {"type": "lognormal", "mean": 0.0, "std": 1.0}
     assert K.config.make_sample_density({"sigma_sample_density": density})([4]).shape == (4,)
