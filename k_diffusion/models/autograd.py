@@ -30,14 +30,15 @@ def needs_plain_ops() -> bool:
 
 def backward_needs_plain_ops(grad: Tensor) -> bool:
     """Whether torch must see each operation of a backward pass: one to be differentiated itself
-    (create_graph), or one for a batch of gradients (is_grads_batched)."""
+    (create_graph), or one for a batch of gradients (is_grads_batched). grad: (...)."""
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 def differentiate(
     formula: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a formula with respect to its inputs, None where not needed."""
+    """The gradients of a formula with respect to its inputs, None where not needed. grad: (...), the
+    shape of the formula's output."""
     again = torch.is_grad_enabled()
     wanted = [x for x, need in zip(inputs, needed) if need]
     with torch.enable_grad():
@@ -50,7 +51,7 @@ def differentiate(
 
 
 def rms_norm_formula(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * scale over the last axis."""
+    """x / rms(x) * scale over the last axis. x: (..., d). scale: broadcasts to (..., d)."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x.dtype, scale.dtype))
     return (x * torch.rsqrt(norm.square() / x.shape[-1] + eps) * scale).to(x.dtype)
 
@@ -87,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
     """x / rms(x) * scale over the last axis; the mean square is taken in at least float32.
 
-    x: (..., d). scale: broadcasts to x. Returns the dtype of x.
+    x: (..., d). scale: broadcasts to (..., d). Returns the dtype of x.
     """
     d = x.shape[-1]
     a_row = scale.numel() == d == scale.shape[-1]
@@ -110,7 +111,11 @@ def normalize(x: Tensor, scale: Tensor, eps: float) -> Tensor:
 def normalize_and_rotate_formula(
     x: Tensor, scale: Tensor, cos: Tensor, sin: Tensor, eps: float
 ) -> Tensor:
-    """`normalize`, then `rotate`."""
+    """`normalize`, then `rotate`.
+
+    x: (..., n_heads, d_head). scale: (n_heads,). cos, sin: broadcast to (..., n_heads, d), with 2 d
+    at most d_head.
+    """
     return torch.cat(rotate(normalize(x, scale, eps), cos, sin), dim=-1)
 
 

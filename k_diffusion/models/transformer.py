@@ -96,7 +96,7 @@ class Linear(nn.Linear):
 
 
 def geglu(x: torch.Tensor) -> torch.Tensor:
-    """GEGLU (arXiv 2002.05202): (..., 2 d) to (..., d), the first half times gelu of the second."""
+    """GEGLU (arXiv 2002.05202): x, (..., 2 d), to (..., d), its first half times gelu of the second."""
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 

@@ -71,13 +71,13 @@ def test_defaults_of_image_transformer_v2():
     model = config["model"]
     assert model["d_ffs"] == [384, 500]
     assert model["self_attns"] == [
-        {"type": "neighborhood", "d_head": 64, "kernel_size": 7, "backend": None},
-        {"type": "global", "d_head": 64, "backend": None},
+        {"type": "neighborhood", "d_head": 64, "kernel_size": 7},
+        {"type": "global", "d_head": 64},
     ]
     assert model["dropout_rate"] == [0.0, 0.0]
     assert (model["mapping_width"], model["mapping_d_ff"]) == (256, 768)
     assert (model["sigma_data"], model["sigma_min"], model["sigma_max"]) == (1, 0.01, 80)
-    assert config["dataset"]["type"] == "none"
+    assert config["dataset"]["type"] == "imagefolder"
     assert config["optimizer"] == {
         "type": "adamw",
         "lr": 5e-4,
@@ -93,7 +93,7 @@ def test_defaults_of_image_transformer_v2():
 def test_training_defaults_follow_the_model_unless_another_type_is_chosen():
     config = load_config(V1)
     assert config["optimizer"]["betas"] == [0.95, 0.999]
-    assert config["lr_sched"]["type"] == "inverse"
+    assert config["lr_sched"] == {"type": "constant", "warmup": 0.0}
     config = load_config(V1, {"optimizer": {"type": "sgd"}, "lr_sched": {"type": "constant"}})
     assert config["optimizer"]["lr"] == 5e-4
     assert config["lr_sched"]["warmup"] == 0
@@ -202,8 +202,47 @@ ERRORS = [
 @pytest.mark.parametrize(("config", "message"), ERRORS, ids=[m[:40] for _, m in ERRORS])
 def test_errors_name_the_path_and_what_would_do(config, message):
     with pytest.raises(ConfigError) as error:
-        load_config(config)
+        load_config(config, strict=True)
     assert str(error.value) == message
+
+
+def test_unknown_keys_and_types_are_kept_with_a_warning_that_names_the_nearest():
+    foreign = {"type": "image_transformer_v3", "zzz": [1]}
+    with pytest.warns(UserWarning, match="kept as it is: .*did you mean 'image_transformer_v2'"):
+        model = load_config({"model": foreign})["model"]
+    assert model.items() >= (foreign | {"sigma_data": 1.0, "loss_config": "karras"}).items()
+    with pytest.raises(ConfigError, match=r"model\.type: unknown type 'image_transformer_v3'"):
+        K.config.make_model({"model": foreign})
+    with pytest.warns(UserWarning, match="unknown key 'widht' .did you mean 'widths'"):
+        config = load_config(v2(widht=3) | {"mine": {"a": 1}})
+    assert (config["model"]["widht"], config["mine"]) == (3, {"a": 1})
+    with pytest.warns(UserWarning, match="unknown type 'wds'"):
+        dataset = load_config(V2 | {"dataset": {"type": "wds", "shards": 2}})["dataset"]
+    assert (dataset["shards"], dataset["num_classes"]) == (2, 0)
+
+
+def test_what_a_library_call_may_leave_out():
+    """Of V2 a size, attention and blocks, of the other sections all; the scripts want a size."""
+    small = {k: v for k, v in V2["model"].items() if k != "input_size"}
+    model = small | {"self_attns": [], "depths": [0, 1], "mapping_depth": 0}
+    config = load_config({"model": model, "dataset": {"location": "x"}})
+    assert config["dataset"]["type"] == "imagefolder"
+    y = K.config.make_model(config).eval()(torch.zeros(1, 3, 56, 56), torch.ones(1))
+    assert y.shape == (1, 3, 56, 56)
+    with pytest.raises(ConfigError, match=r"model\.input_size: is required"):
+        load_config({"model": model}, strict=True)
+    with pytest.raises(
+        ConfigError, match=r"model\.input_size: is required, as its sigma_sample_de"
+    ):
+        K.config.make_sample_density(config["model"])
+    density = {"type": "lognormal", "mean": 0.0, "std": 1.0}
+    assert K.config.make_sample_density({"sigma_sample_density": density})([4]).shape == (4,)
+    wrap = K.config.make_denoiser_wrapper({"model": {"sigma_data": 0.5, "mine": 1}})
+    assert wrap(torch.nn.Identity()).sigma_data == 0.5
+
+
+def test_sgd_decays_weights_as_the_other_optimizers():
+    assert load_config(V2 | {"optimizer": {"type": "sgd"}})["optimizer"]["weight_decay"] == 1e-4
 
 
 def test_a_kernel_larger_than_the_map_is_found_when_the_model_is_made():
@@ -246,7 +285,7 @@ def test_overrides_are_laid_over_the_config_and_checked():
     assert load_config(V2, {"optimizer": {"lr": 0.1}})["optimizer"] == config["optimizer"]
     assert V2["model"]["widths"] == [128, 256]
     with pytest.raises(ConfigError, match=r"unknown key 'width' .did you mean 'widths'"):
-        load_config(V2, ["model.width=[64,64]"])
+        load_config(V2, ["model.width=[64,64]"], strict=True)
 
 
 # ---------------------------------------------------------------- where configs come from
@@ -276,14 +315,16 @@ def test_what_is_not_a_config_is_named(tmp_path):
         load_config(io.StringIO("{"))
 
 
-def test_unknown_keys_of_a_checkpoint_only_warn(tmp_path):
+def test_unknown_keys_of_a_checkpoint_only_warn_scripts_too(tmp_path):
     path = tmp_path / "model.safetensors"
     old = v2(zzz=1) | {"gone": 2}
     save_file({"x": torch.zeros(1)}, path, metadata={"config": json.dumps(old)})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        config = load_config(path)
+        config = load_config(path, strict=True)
     texts = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    assert config.pop("gone") == 2
+    assert config["model"].pop("zzz") == 1
     assert config == load_config(V2)
     assert any("unknown key 'zzz'" in t for t in texts)
     assert any("unknown key 'gone'" in t for t in texts)
@@ -306,7 +347,7 @@ def test_the_shipped_schema_is_current():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_builds_and_runs(path):
     assert json.loads(path.read_text())["$schema"] == "../k_diffusion/config/schema.json"
-    config = load_config(path)
+    config = load_config(path, strict=True)
     with torch.device("meta"), torch.no_grad():
         model = K.config.make_denoiser_wrapper(config)(K.config.make_model(config))
         x = torch.empty(2, config["model"]["input_channels"], *config["model"]["input_size"])
@@ -325,6 +366,7 @@ def test_every_config_builds_and_runs(path):
         ({}, "Denoiser"),
         ({"loss_config": "simple"}, "SimpleLossDenoiser"),
         ({"has_variance": True}, "DenoiserWithVariance"),
+        ({"has_variance": True, "variance_weighting": True}, "DenoiserWithVariance"),
     ],
 )
 def test_the_denoiser_of_a_config(change, name):
@@ -332,6 +374,7 @@ def test_the_denoiser_of_a_config(change, name):
     denoiser = K.config.make_denoiser_wrapper(config)(torch.nn.Identity())
     assert type(denoiser) is getattr(K.denoisers, name)
     assert denoiser.sigma_data == 0.3
+    assert getattr(denoiser, "weighted", False) == change.get("variance_weighting", False)
 
 
 def test_a_density_takes_its_open_ends_from_the_model():

@@ -21,16 +21,16 @@ def hourglass():
     top = v2.LevelSpec(1, 16, 16, v2.NeighborhoodAttentionSpec(8, 2), 0.0)
     mapping = v2.MappingSpec(1, 16, 16, 0.0)
     return v2.ImageTransformerDenoiserModelV2(
-        [near, none, top], mapping, 3, 3, (1, 1), num_classes=10
+        [near, none, top], mapping, 3, 3, (1, 1), num_classes=11
     )
 
 
 MODELS = {
     "image_transformer_v2": hourglass,
     "image_transformer_v1": lambda: ImageTransformerDenoiserModelV1(
-        1, 64, 16, 3, 3, (2, 2), num_classes=10
+        1, 64, 16, 3, 3, (2, 2), num_classes=11
     ),
-    "image_v1": lambda: ImageDenoiserModelV1(3, 16, [1], [8], [False], num_classes=10),
+    "image_v1": lambda: ImageDenoiserModelV1(3, 16, [1], [8], [False], num_classes=11),
 }
 
 
@@ -59,15 +59,25 @@ def test_good_input_is_taken(model):
         (X, SIGMA, None, "needs class_cond of shape (2,); got None"),
         (X, SIGMA, CLASSES[:1], "class_cond of shape (2,) expected, got (1,)"),
         (X, SIGMA, CLASSES.float(), "class_cond must hold integers, got torch.float32"),
-        (X, SIGMA, CLASSES + 1, "between 0 and 10, where 10 is no class, got 1 to 11"),
-        (X, SIGMA, CLASSES - 1, "between 0 and 10, where 10 is no class, got -1 to 9"),
+        (
+            X,
+            SIGMA,
+            CLASSES + 1,
+            "between 0 and 10, the last row of the table of class embeddings; got 1",
+        ),
+        (
+            X,
+            SIGMA,
+            CLASSES - 1,
+            "between 0 and 10, the last row of the table of class embeddings; got -1",
+        ),
         (X.int(), SIGMA, CLASSES, "must hold floating point numbers, got torch.int32"),
         (X, SIGMA.long(), CLASSES, "sigma must hold floating point numbers, got torch.int64"),
     ],
 )
 def test_bad_input_is_named(model, x, sigma, classes, message):
     if message.startswith("height") and isinstance(model, ImageDenoiserModelV1):
-        model = ImageDenoiserModelV1(3, 16, [1, 1], [8, 8], [False, False], num_classes=10)
+        model = ImageDenoiserModelV1(3, 16, [1, 1], [8, 8], [False, False], num_classes=11)
     with pytest.raises(ValueError, match=re.escape(message)):
         model(x, sigma, class_cond=classes)
 

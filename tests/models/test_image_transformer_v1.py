@@ -26,7 +26,7 @@ def make(**kw):
 
 
 def test_numbers_of_the_published_model():
-    model = ImageTransformerDenoiserModelV1(2, 128, 352, 3, 3, [2, 2], num_classes=10)
+    model = ImageTransformerDenoiserModelV1(2, 128, 352, 3, 3, [2, 2], num_classes=11)
     x, classes = normal(18, (2, 3, 16, 16)), torch.tensor([0, 7])
     check_model("model_t1", model, x, SIGMA, class_cond=classes, tol=2e-4)
 
@@ -111,12 +111,38 @@ def test_scores_start_at_ten_times_the_cosine():
     torch.testing.assert_close((a * b).sum(-1), 10 * cosine, atol=1e-3, rtol=1e-3)
 
 
-def test_frequencies_start_between_pi_and_ten_pi():
+def test_the_scale_is_clamped_to_a_hundred():
+    norm = QKNorm(1)
+    norm.scale.data.fill_(6.0)
+    q, k = normal(0, (5, 1, 64)), normal(1, (5, 1, 64))
+
+    def score(scale):
+        a, b = torch.func.functional_call(norm, {"scale": scale}, (q, k))
+        return (a * b).sum()
+
+    # where it can't be changed, the value is the clamped one, and the gradient goes through
+    start = norm.scale.detach().clone()
+    gradient, value = torch.func.grad_and_value(score)(start)
+    assert start.item() == 6
+    torch.testing.assert_close(gradient.sum(), value)
+    want = 100 * torch.cosine_similarity(q, k, dim=-1)
+    a, b = norm(q, k)
+    torch.testing.assert_close((a * b).sum(-1), want, atol=1e-2, rtol=1e-3)
+    torch.testing.assert_close(value, want.sum(), atol=1e-1, rtol=1e-3)
+    assert norm.scale.item() == pytest.approx(math.log(100))
+    model = make()
+    model.blocks[0].self_attn.qk_norm.scale.data.fill_(6.0)
+    model.proj_()
+    assert model.blocks[0].self_attn.qk_norm.scale.max().item() == pytest.approx(math.log(100))
+
+
+def test_frequencies_start_from_pi_to_five_pi_in_every_head():
     rope = LearnedAxialRoPE(64, 2)
-    freqs = rope.freqs_h.exp().T.flatten()
+    assert rope.freqs_h[0].equal(rope.freqs_h[1])
+    freqs = rope.freqs_h[0].exp()
     assert freqs[0].item() == pytest.approx(math.pi, rel=1e-5)
     ratios = freqs[1:] / freqs[:-1]
-    torch.testing.assert_close(ratios, torch.full_like(ratios, 10 ** (1 / 32)))
+    torch.testing.assert_close(ratios, torch.full_like(ratios, 5 ** (1 / 15)))
     assert rope.freqs_w.equal(rope.freqs_h)
     assert rope(torch.zeros(3, 4, 2)).shape == (3, 4, 2, 32)
 
@@ -140,7 +166,7 @@ def test_sigma_of_zero_is_finite():
 
 
 def test_conditions():
-    model = make(num_classes=10)
+    model = make(num_classes=11)
     x, classes = normal(0, (2, 3, 8, 8)), torch.tensor([3, 10])
     y = model(x, SIGMA, class_cond=classes)
     assert model(x, SIGMA, torch.zeros(2, 9), classes).equal(y)

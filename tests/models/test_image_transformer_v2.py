@@ -33,7 +33,7 @@ def hourglass(depths, widths, attns, patch=1, mapping=(1, 16, 32), classes=0, **
     levels = [LevelSpec(d, w, 3 * w, a, dropout) for d, w, a in zip(depths, widths, attns)]
     args = {"in_channels": 3, "out_channels": 3, "patch_size": (patch, patch)} | kw
     return ImageTransformerDenoiserModelV2(
-        levels, MappingSpec(*mapping, dropout), num_classes=classes, **args
+        levels, MappingSpec(*mapping, dropout), num_classes=classes and classes + 1, **args
     )
 
 

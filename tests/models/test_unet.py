@@ -156,7 +156,8 @@ class Record(layers.ConditionedModule):
         super().__init__()
         self.number, self.seen = number, seen
 
-    def forward(self, input, cond):
+    def forward(self, input, cond, skip=None):
+        input = input if skip is None else torch.cat([input, skip], dim=1)
         self.seen.append((self.number, input.shape[1], input[0, -1, 0, 0].item()))
         return input[:, :1] + self.number
 

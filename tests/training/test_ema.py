@@ -91,7 +91,7 @@ def test_ema_warmup_limits_and_start():
     for _ in range(12):
         values.append(schedule.get_value())
         schedule.step()
-    assert values[:4] == [0, 0, 0, 0.1]
+    assert values[:4] == [0.1] * 4
     assert values[4:7] == pytest.approx([1 / 3, 1 / 2, 3 / 5])
     assert values[-1] == 0.6
 
@@ -113,6 +113,9 @@ def test_ema_update_dict_is_in_place_and_starts_at_the_first_value():
     values = {"a": 1.0}
     assert utils.ema_update_dict(values, {"a": 2.0, "b": 5.0}, 0.75) is values
     assert values == {"a": 1.25, "b": 5.0}
+    tensor = torch.tensor(1.0)
+    utils.ema_update_dict({"a": tensor}, {"a": 2.0}, 0.75)
+    assert tensor == 1.25
 
 
 def test_published_numbers():

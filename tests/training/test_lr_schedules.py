@@ -45,6 +45,16 @@ def test_min_lr_bounds_the_decay_and_not_the_warmup():
     assert values[5:] == pytest.approx([0.2 * (1 - 0.5 ** (k + 1)) for k in range(5, 12)])
 
 
+def test_a_published_state_of_exponential_lr_goes_on():
+    optimizer = optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = utils.ExponentialLR(optimizer, num_steps=10)
+    schedule.load_state_dict({"decay": 0.25, "last_epoch": 4, "base_lrs": [1.0]})
+    optimizer.step()
+    schedule.step()
+    assert schedule.decay == 0.25
+    assert schedule.get_last_lr() == pytest.approx([0.5])
+
+
 LR_SCHEDULES = [
     partial(utils.InverseLR, inv_gamma=3.0, power=0.7, warmup=0.9, min_lr=0.1),
     partial(utils.ExponentialLR, num_steps=4, decay=0.6, warmup=0.5),

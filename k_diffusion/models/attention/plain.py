@@ -15,7 +15,8 @@ from .geometry import Geometry
 def formula(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """softmax(q k^T + mask) v. q, k, v: (..., tokens, e); mask: 0 where seen and -inf where not."""
+    """softmax(q k^T + mask) v. q, k, v: (..., tokens, e); mask: broadcasts
+    to (..., queries, keys), 0 where seen and -inf where not."""
     scores = q @ k.mT
     return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
 
@@ -66,7 +67,8 @@ def fused(
 def dense(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Every query against every key. q, k, v: (n, tokens, heads, e). Returns the shape of q."""
+    """Every query against every key. q, k, v: (n, tokens, heads, e). mask: broadcasts
+    to (n, heads, queries, keys). Returns the shape of q."""
     return fused(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
 
 

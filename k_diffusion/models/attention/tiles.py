@@ -55,12 +55,12 @@ class TilePlan:
 
 
 def is_range(x: torch.Tensor) -> bool:
-    """Whether x is 0, 1, 2, ..."""
+    """Whether x, (n,), is 0, 1, 2, ..."""
     return torch.equal(x, torch.arange(len(x)))
 
 
 def take_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Tokens by their index. x: (n, tokens, heads, e); returns (n, len(index), heads, e)."""
+    """Tokens by their index. x: (n, tokens, heads, e). index: (m,). Returns (n, m, heads, e)."""
     if torch.compiler.is_compiling():
         return x.index_select(1, index)
     # rows of a matrix are taken, and their gradients added, twice as fast as slices of a tensor
