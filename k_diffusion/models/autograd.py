@@ -37,8 +37,10 @@ def backward_needs_plain_ops(grad: Tensor) -> bool:
 def differentiate(
     formula: Callable[..., Tensor], inputs: Sequence[Any], grad: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a formula with respect to its inputs, None where not needed. grad: (...), the
-    shape of the formula's output."""
+    """The gradients of a formula with respect to its inputs, None where not needed.
+
+    grad: (...), the shape of the formula's output.
+    """
     again = torch.is_grad_enabled()
     wanted = [x for x, need in zip(inputs, needed) if need]
     with torch.enable_grad():

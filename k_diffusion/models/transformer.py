@@ -96,7 +96,10 @@ class Linear(nn.Linear):
 
 
 def geglu(x: torch.Tensor) -> torch.Tensor:
-    """GEGLU (arXiv 2002.05202): x, (..., 2 d), to (..., d), its first half times gelu of the second."""
+    """GEGLU (arXiv 2002.05202): the first half of the last axis times gelu of the second.
+
+    x: (..., 2 d). Returns (..., d).
+    """
     value, gate = x.chunk(2, dim=-1)
     return value * F.gelu(gate)
 
