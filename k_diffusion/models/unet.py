@@ -294,8 +294,8 @@ class _Resample2d(nn.Module):
 class Downsample2d(_Resample2d):
     """Halves height and width with an antialiasing kernel, the same for each channel.
 
-    kernel: "linear" or "bilinear" (4 taps per axis), "cubic" or "bicubic" (8), "lanczos3" (12). pad_mode: as in
-    `torch.nn.functional.pad`. The sampling points lie between pixels 2i and 2i + 1.
+    kernel: "linear" or "bilinear" (4 taps per axis), "cubic" or "bicubic" (8), "lanczos3" (12).
+    pad_mode: as in `torch.nn.functional.pad`. The sampling points lie between pixels 2i and 2i + 1.
 
     x: (n, c, h, w). Returns (n, c, h // 2, w // 2). Raises ValueError for an unknown kernel and
     for an image smaller than the reflected border.
@@ -334,8 +334,8 @@ class UNet(ConditionedModule):
 
     d_blocks: modules from the finest level to the coarsest, called as `block(x, cond)`. u_blocks:
     from the coarsest to the finest, called as `block(x, cond, skip)`; skip is the output of the
-    level's d_block, and None for the first, whose input that is. skip_stages: how many of the finest levels to
-    leave out, so that growing models can train on small images first; settable.
+    level's d_block, and None for the first, whose input that is. skip_stages: how many of the
+    finest levels to leave out, so that growing models can train on small images first; settable.
 
     input: (n, c, h, w). Raises ValueError if the numbers of blocks differ or `skip_stages` leaves
     no level.

@@ -15,8 +15,8 @@ class EMAWarmup:
     """The decay of an EMA whose memory grows with training: 1 - (1 + k / inv_gamma)^-power.
 
     k counts the calls of `step` since `start_at`; before `start_at` the decay is min_value (0
-    makes the average a copy). Power 1 gives the arithmetic mean of all steps; power 2/3 reaches 0.999 at 31.6K steps
-    and 0.9999 at 1M. The result is kept between min_value and max_value.
+    makes the average a copy). Power 1 gives the arithmetic mean of all steps; power 2/3 reaches
+    0.999 at 31.6K steps and 0.9999 at 1M. The result is kept between min_value and max_value.
     """
 
     def __init__(

@@ -10,17 +10,18 @@ from safetensors import safe_open
 from torch import nn
 
 PATH = Path(__file__).parent / "golden.safetensors"
+SECOND = PATH.with_name("golden_2.safetensors")
 
 
-def names() -> set[str]:
+def names(path: Path = PATH) -> set[str]:
     """The cases on record."""
-    with safe_open(PATH, "pt") as f:
+    with safe_open(path, "pt") as f:
         return {name.split("/")[0] for name in list(f.keys())} | set(f.metadata() or {})
 
 
-def load(case: str) -> tuple[dict[str, torch.Tensor], Any]:
+def load(case: str, path: Path = PATH) -> tuple[dict[str, torch.Tensor], Any]:
     """The tensors of a case by name, and its JSON part (None if it has none)."""
-    with safe_open(PATH, "pt") as f:
+    with safe_open(path, "pt") as f:
         names = [name for name in list(f.keys()) if name.startswith(f"{case}/")]
         tensors = {name.removeprefix(f"{case}/"): f.get_tensor(name) for name in names}
         return tensors, json.loads((f.metadata() or {}).get(case, "null"))
