@@ -27,9 +27,8 @@ def load_config(
     path_or_dict: a .json file, an inference checkpoint (.safetensors), a training checkpoint
     (.pth), an open file or a dict. overrides: laid over it, as a dict or as `key.path=value` texts
     whose values are JSON or else strings; another `type` replaces its whole section. strict: of
-    files but not of checkpoints, whether unknown keys and types are errors, as they are to train.py
-    and the other scripts. By default they are kept, with a warning that names the
-    nearest valid one.
+    files but not of checkpoints, whether unknown keys and types are errors, as they are to the
+    scripts. By default they are kept, with a warning that names the nearest valid one.
     Returns a plain dict.
 
     Raises ConfigError naming the path of a bad key or value and the nearest valid one.

@@ -339,9 +339,8 @@ class UNet(ConditionedModule):
 
     d_blocks: modules from the finest level to the coarsest, called as `block(x, cond)`. u_blocks:
     from the coarsest to the finest, called as `block(x, cond, skip)`; skip is the output of the
-    level's d_block, and None for the first, whose input that is. skip_stages: how many
-    of the finest levels to leave out, so that growing models can train on small images first;
-    settable.
+    level's d_block, and None for the first, whose input that is. skip_stages: how many of the
+    finest levels to leave out, so that growing models can train on small images first; settable.
 
     input: (n, c, h, w). Raises ValueError if the numbers of blocks differ or `skip_stages` leaves
     no level.

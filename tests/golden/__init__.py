@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 PATH = Path(__file__).parent / "golden.safetensors"
-OPTIONS = Path(__file__).parent / "options.safetensors"
+SECOND = PATH.with_name("golden_2.safetensors")
 
 
 def names(path: Path = PATH) -> set[str]:
