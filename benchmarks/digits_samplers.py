@@ -55,10 +55,8 @@ def draw(model: Any, config: dict[str, Any], name: str, budget: int, n: int) -> 
     batches = []
     for seeds in torch.arange(n).split(BATCH):
         x = K.sampling.randn_per_seed(seeds.tolist(), (1, 8, 8)) * hi
-        noise = K.sampling.make_noise_sampler(name, x, torch.tensor([hi, lo]), seeds.tolist())
-        options = {"noise_sampler": noise} if noise else {}
         cond = {"class_cond": seeds % 10}
-        x = budgets.sample(model, name, budget, x, lo, hi, extra_args=cond, **options)
+        x = budgets.sample(model, name, budget, x, lo, hi, extra_args=cond, seeds=seeds.tolist())
         batches.append(x.flatten(1).clamp(-1, 1))
     return Images(torch.cat(batches).double().numpy(), np.arange(n) % 10)
 

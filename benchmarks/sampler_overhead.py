@@ -49,7 +49,7 @@ def samplers(x: torch.Tensor, steps: int, repeats: int) -> None:
     for name, info in sorted(K.sampling.SAMPLERS.items(), key=lambda item: item[0] != "euler"):
         if not info.takes_sigmas:
             continue
-        run = partial(info.function, model, x, sigmas, disable=True)
+        run = partial(K.sampling.sample, model, x, sigmas, name, disable=True)
         options: dict[str, object] = {"noise_sampler": lambda *_: noise} if info.noise else {}
         if name == "restart":
             options["restarts"] = ()

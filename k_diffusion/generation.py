@@ -49,14 +49,18 @@ def generate(
 
     def run(at: slice, step: Callable[..., object]) -> torch.Tensor:
         x = sampling.randn_per_seed(seeds[at], shape, device=device) * float(sigmas[0])
-        args: dict[str, Any] = dict(sampler_args or {})
-        noise_sampler = sampling.make_noise_sampler(sampler, x, sigmas, seeds[at])
-        if noise_sampler is not None:
-            args["noise_sampler"] = noise_sampler
         cond = {} if classes is None else {"class_cond": torch.tensor(classes[at], device=device)}
         with eval_mode(model):
-            return info.function(
-                model, x, sigmas, extra_args=cond, callback=step, disable=True, **args
+            return sampling.sample(
+                model,
+                x,
+                sigmas,
+                sampler,
+                seeds[at],
+                callback=step,
+                extra_args=cond,
+                disable=True,
+                **(sampler_args or {}),
             ).float()
 
     starts = range(0, len(seeds), batch_size)

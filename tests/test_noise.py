@@ -218,15 +218,14 @@ def sample(name, seeds):
     info = S.get_sampler(name)
     sigmas = S.get_sigmas_karras(5, 0.1, 8.0)
     x = noise.randn_per_seed(seeds, SHAPE) * sigmas[0]
-    options = {"noise_sampler": S.make_noise_sampler(name, x, sigmas, seeds), "disable": True}
-    if name in ("euler", "heun", "dpm_2"):
+    options = {"disable": True}
+    if name in ("euler", "heun", "dpm_2", "heunpp2"):
         options["s_churn"] = 2.0
     if name == "ddim":
         options["eta"] = 1.0
-    if info.takes_sigmas:
-        return info.function(model, x, sigmas, **options)
-    options |= {"n": 7} if name == "dpm_fast" else {"rtol": 0.5}
-    return info.function(model, x, 0.1, 8.0, eta=1.0, **options)
+    if not info.takes_sigmas:
+        options |= {"eta": 1.0} | ({"n": 7} if name == "dpm_fast" else {"rtol": 0.5})
+    return S.sample(model, x, sigmas, name, seeds, **options)
 
 
 # The adaptive solver's steps are chosen by the whole batch, and it's the only one.

@@ -1,5 +1,5 @@
 """Models trained elsewhere as denoisers: v-diffusion, OpenAI (guided diffusion), CompVis, rectified
-flows and diffusers.
+flows, TrigFlow (sCM) and diffusers.
 
 Wrapped, they are called as `model(x, sigma)` with x = x0 + sigma noise, (n, ...), and sigma (n,),
 and return their estimate of x0.
@@ -14,6 +14,7 @@ from .discrete import (
     DiscreteVDDPMDenoiser,
 )
 from .rectified_flow import RectifiedFlowDenoiser
+from .trigflow import TrigFlowDenoiser
 from .v_diffusion import VDenoiser
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "DiscreteVDDPMDenoiser",
     "OpenAIDenoiser",
     "RectifiedFlowDenoiser",
+    "TrigFlowDenoiser",
     "VDenoiser",
     "make_diffusers_denoiser",
 ]

@@ -64,6 +64,12 @@ class CFGDenoiser(Guidance):
         self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
     ) -> Tensor:
         """The guided estimate. x: (n, ...), sigma: (n,)."""
+        return self.both(x, sigma, host_sigma=host_sigma, **cond)[0]
+
+    def both(
+        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The guided estimate and the unconditional one, (n, ...) each: for CFG++'s samplers."""
         missing = [name for name in self.uncond if cond.get(name) is None]
         if missing:
             raise ValueError(
@@ -77,7 +83,7 @@ class CFGDenoiser(Guidance):
         out = model(torch.cat([x, x]), torch.cat([sigma, sigma]), **both)
         without, given = widen(out).chunk(2)
         guided = self.combine(given, without, scale_at(self.scale, sigma, given), sigma)
-        return guided.to(out.dtype)
+        return guided.to(out.dtype), without.to(out.dtype)
 
 
 class AutoguidedDenoiser(Guidance):

@@ -26,18 +26,22 @@ from .grid import (
     Number,
     Sigmas,
     append_zero,
+    check_ends,
     check_range,
     check_schedule,
     discard_penultimate,
     positive_range,
     read_sigmas,
 )
+from .search import search_levels
 from .table import (
     TABLE_SCHEDULES,
     get_sigmas_align_your_steps,
     get_sigmas_beta,
     get_sigmas_ddim_uniform,
+    get_sigmas_gits,
     get_sigmas_normal,
+    get_sigmas_optimal_steps,
     get_sigmas_sgm_uniform,
     get_sigmas_simple,
 )
@@ -48,6 +52,7 @@ __all__ = [
     "Number",
     "Sigmas",
     "append_zero",
+    "check_ends",
     "check_range",
     "discard_penultimate",
     "get_sigmas_align_your_steps",
@@ -55,12 +60,14 @@ __all__ = [
     "get_sigmas_cosine",
     "get_sigmas_ddim_uniform",
     "get_sigmas_exponential",
+    "get_sigmas_gits",
     "get_sigmas_karras",
     "get_sigmas_kl_optimal",
     "get_sigmas_laplace",
     "get_sigmas_linear",
     "get_sigmas_linear_quadratic",
     "get_sigmas_normal",
+    "get_sigmas_optimal_steps",
     "get_sigmas_polyexponential",
     "get_sigmas_sgm_uniform",
     "get_sigmas_simple",
@@ -68,6 +75,7 @@ __all__ = [
     "make_sigmas",
     "positive_range",
     "read_sigmas",
+    "search_levels",
 ]
 
 SCHEDULES: dict[str, Callable[..., Tensor]] = {

@@ -28,6 +28,17 @@ def check_range(sigma_min: Number, sigma_max: Number) -> tuple[float, float]:
     return lo, hi
 
 
+def check_ends(sigma_min: Number, sigma_max: Number) -> tuple[float, float]:
+    """Both ends of a run as floats. Raises ValueError unless positive, finite and different."""
+    lo, hi = float(sigma_min), float(sigma_max)
+    if not (0 < lo < math.inf and 0 < hi < math.inf and lo != hi):
+        raise ValueError(
+            "sigma_min and sigma_max must be positive, finite and different, got sigma_min = "
+            f"{lo} and sigma_max = {hi}"
+        )
+    return lo, hi
+
+
 def check_schedule(n: int, sigma_min: Number, sigma_max: Number) -> tuple[float, float]:
     if n < 1:
         raise ValueError(f"a schedule needs at least one step, got n = {n}")

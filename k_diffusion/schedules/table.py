@@ -7,7 +7,7 @@ in float32. All of them raise ValueError for n < 1 and for what is no such table
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -100,14 +100,8 @@ def get_sigmas_beta(
     return _at(logs, t, device)
 
 
-def get_sigmas_align_your_steps(
-    n: int, table: Tensor | Sequence[float], device: Device = "cpu"
-) -> Tensor:
-    """n noise levels of a given schedule, log-linearly between its own: arXiv:2404.14507.
-
-    table: (k,), decreasing. table: the optimised noise levels, descending and positive but for a
-    final 0, which is left out; at least two. Returns (n + 1,), ending in 0.
-    """
+def _between_levels(n: int, table: Tensor | Sequence[float], device: Device) -> Tensor:
+    """n levels of a descending table, log-linearly between its own, and a 0."""
     levels = torch.as_tensor(table).double().cpu()
     levels = levels[:-1] if levels.ndim == 1 and len(levels) and levels[-1] == 0 else levels
     if levels.ndim != 1 or len(levels) < 2 or not (levels.diff() < 0).all():
@@ -119,6 +113,47 @@ def get_sigmas_align_your_steps(
     return _at(logs, np.linspace(len(logs) - 1, 0, n), device)
 
 
+def get_sigmas_align_your_steps(
+    n: int, table: Tensor | Sequence[float], device: Device = "cpu"
+) -> Tensor:
+    """n noise levels of a given schedule, log-linearly between its own: arXiv:2404.14507.
+
+    table: the optimised noise levels, descending and positive but for a final 0, which is left out;
+    at least two. Returns (n + 1,), ending in 0.
+    """
+    return _between_levels(n, table, device)
+
+
+def get_sigmas_gits(
+    n: int,
+    table: Tensor | Sequence[float] | Mapping[int, Sequence[float]],
+    device: Device = "cpu",
+) -> Tensor:
+    """Noise levels from the trajectory's geometry: GITS (arXiv:2405.11326).
+
+    table: the levels that the search gave, (steps + 1,), descending, the last one 0 or not, or a
+    dict of them by the number of steps. One that has n steps is taken as it is, else the longest is
+    interpolated log-linearly. `search_levels` makes such a table. Returns (n + 1,), ending in 0.
+    """
+    if isinstance(table, Mapping):
+        if not table:
+            raise ValueError("a dict of GITS tables must have at least one; pass one by its steps")
+        table = table[n] if n in table else table[max(table)]
+    return _between_levels(n, table, device)
+
+
+def get_sigmas_optimal_steps(
+    n: int, table: Tensor | Sequence[float], device: Device = "cpu"
+) -> Tensor:
+    """The levels of an optimised schedule: OptimalSteps (arXiv:2503.21774).
+
+    table: noise levels, or the times of a flow model, descending and positive but for a final 0;
+    `search_levels` makes one. Others than their number are interpolated log-linearly. Returns
+    (n + 1,), in the table's units, ending in 0.
+    """
+    return _between_levels(n, table, device)
+
+
 TABLE_SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "normal": get_sigmas_normal,
     "sgm_uniform": get_sigmas_sgm_uniform,
@@ -126,4 +161,6 @@ TABLE_SCHEDULES: dict[str, Callable[..., Tensor]] = {
     "ddim_uniform": get_sigmas_ddim_uniform,
     "beta": get_sigmas_beta,
     "align_your_steps": get_sigmas_align_your_steps,
+    "gits": get_sigmas_gits,
+    "optimal_steps": get_sigmas_optimal_steps,
 }

@@ -1,6 +1,7 @@
 """Adams-Bashforth methods in sigma: one model evaluation per step, order from earlier slopes."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from .context import Context
 from .quadrature import lagrange_integrals
+from .vp import EDM_BETA_D, EDM_BETA_MIN, vp_time
 
 
 def linear_multistep_coeff(order: int, t: Sequence[float], i: int, j: int) -> float:
@@ -53,16 +55,18 @@ def lms(
     order: int = 4,
     lower_order_final: bool = False,
     weights: Weights = adams_bashforth,
+    euler_to_0: bool = False,
 ) -> tuple[Tensor, Any]:
     """Adams-Bashforth in sigma, of order 1 at first and then up to `order`.
 
     weights: of the slopes, newest first, from their noise levels and sigma_next; by default the
-    integrals of their Lagrange polynomials in sigma.
+    integrals of their Lagrange polynomials in sigma. euler_to_0: a step to 0 is of order 1.
     """
     sigmas, slopes = state or ((), ())
     sigmas = (sigma, *sigmas)[:order]
     slopes = (ctx.to_d(x, sigma, denoised), *slopes)[:order]
     n = min(ctx.order(sigma, order, lower_order_final), len(slopes))
+    n = 1 if euler_to_0 and sigma_next == 0 else n
     for w, d in zip(weights(sigmas[:n], sigma_next), slopes):
         x = x + d * w
     return x, (sigmas, slopes)
@@ -82,16 +86,13 @@ def deis_weights(sigmas: Sequence[float], sigma_next: float, time: str) -> list[
     return lagrange_integrals(nodes, sigmas[0], sigma_next, np.ones_like, to_time)
 
 
-def vp_time(sigma: Any, beta_d: float = 19.9, beta_min: float = 0.1) -> Any:
-    """The time of a noise level in the VP schedule: the inverse of sigma in `get_sigmas_vp`."""
-    return (np.sqrt(beta_min**2 + 2 * beta_d * np.log1p(sigma**2)) - beta_min) / beta_d
-
-
 # The times in which DEIS extrapolates eps.
 DEIS_TIMES: dict[str, Callable[[Any], Any]] = {
+    "tab": partial(vp_time, beta_d=EDM_BETA_D, beta_min=EDM_BETA_MIN),
     "vp": vp_time,
     "log_rho": np.log,
     "rho": lambda sigma: sigma,
+    "rhoab": lambda sigma: sigma,
 }
 
 

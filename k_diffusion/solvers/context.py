@@ -79,6 +79,20 @@ def evaluate(
     return denoised
 
 
+def evaluate_both(
+    model: Callable[..., Tensor], x: Tensor, sigma: float, dtype: torch.dtype, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """A guided model's estimate, and that without guidance; of any other model the same twice.
+
+    Guidance that can tell has a method `both`, called as the model is.
+    """
+    both = getattr(model, "both", None)
+    if both is None:
+        return (evaluate(model, x, sigma, dtype, **kwargs),) * 2
+    sigma_in = torch.full((x.shape[0],), sigma, dtype=dtype, device=x.device)
+    return both(x, sigma_in, host_sigma=sigma, **kwargs)
+
+
 # (ctx, x, sigma, sigma_next, denoised, state) -> (x at sigma_next, state)
 Step: TypeAlias = Callable[[Context, Tensor, float, float, Tensor, Any], tuple[Tensor, Any]]
 

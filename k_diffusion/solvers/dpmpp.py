@@ -12,6 +12,7 @@ from torch import Tensor
 from .context import Context
 from .exponential import phi_1, phi_2, stage, toward
 from .noise_plan import get_ancestral_step
+from .runge_kutta import euler
 
 
 def dpmpp_sde(
@@ -29,7 +30,8 @@ def dpmpp_sde(
     Both stages start at sigma, so their noise must be two increments of one Brownian path.
     """
     if sigma_next == 0:
-        return toward(x, denoised, sigma, sigma_next), None
+        # By its slope, which in half precision widens x, as published.
+        return euler(ctx, x, sigma, sigma_next, denoised, state)
 
     def ancestral(denoised: Tensor, sigma_next: float) -> Tensor:
         down, up = get_ancestral_step(sigma, sigma_next, eta)
@@ -47,6 +49,23 @@ def dpmpp_sde(
 dpmpp_2s = partial(dpmpp_sde, eta=0.0)
 
 
+def dpmpp_2s_flow(
+    ctx: Context, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor, state: Any
+) -> tuple[Tensor, Any]:
+    """DPM-Solver++(2S) of a rectified flow: sigma is a time t, lambda = log((1 - t) / t).
+
+    From t = 1, where lambda isn't finite, the second evaluation is at t = 0.9999.
+    """
+    if sigma_next == 0:
+        return euler(ctx, x, sigma, sigma_next, denoised, state)
+    middle = 0.9999
+    if sigma < 1:
+        odds = sigma / (1 - sigma) * sigma_next / (1 - sigma_next)
+        middle = math.sqrt(odds) / (1 + math.sqrt(odds))
+    denoised_2 = ctx.denoise(toward(x, denoised, sigma, middle), middle)
+    return toward(x, denoised_2, sigma, sigma_next), None
+
+
 def dpmpp_2m(
     ctx: Context,
     x: Tensor,
@@ -55,17 +74,20 @@ def dpmpp_2m(
     denoised: Tensor,
     state: Any,
     solver_type: str = "midpoint",
+    lower_order_final: bool = False,
 ) -> tuple[Tensor, Any]:
     """DPM-Solver++(2M), second order (arXiv:2211.01095, algorithm 2).
 
     It serves the SDE as well: there the levels stretch every h by 1 + eta, and the ratios of
     neighbouring h, which are all that a multistep formula needs, stay as they are.
+    lower_order_final: the last step is of first order, wherever it ends.
     """
     if sigma_next == 0:
         return toward(x, denoised, sigma, sigma_next), None
     h = math.log(sigma / sigma_next)
     x = toward(x, denoised, sigma, sigma_next)
-    if state is not None:
+    last = lower_order_final and len(ctx.ahead(sigma)) == 1
+    if state is not None and not last:
         old_denoised, h_last = state
         x = x + (denoised - old_denoised) * (SOLVER_TYPES[solver_type](h) * h / h_last)
     return x, (denoised, h)

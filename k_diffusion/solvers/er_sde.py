@@ -6,26 +6,42 @@ falling, gives an SDE with the same marginals; phi = sigma is the ODE, sigma^2 t
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from ..common.text import unknown_name
 from .context import Context
 from .exponential import toward
 from .noise_plan import Split
 from .quadrature import integral
 
 # log g of noise scales; eta multiplies it, and so leads from the ODE at 0 to each of them at 1.
-NOISE_SCALES: dict[str, Callable[[Any], Any]] = {
+Scale: TypeAlias = Callable[[Any], Any]
+NOISE_SCALES: dict[str, Scale] = {
     "er_sde": lambda sigma: np.logaddexp(sigma**0.3, math.log(10)),
     "sde": lambda sigma: np.log(sigma),
 }
 
 
-def er_split(eta: float, noise_scale: str) -> Split:
+def log_scale(noise_scale: str | Scale) -> Scale:
+    """log g of a noise scale, a row of NOISE_SCALES or the function phi itself."""
+    if not callable(noise_scale):
+        if noise_scale not in NOISE_SCALES:
+            raise unknown_name("noise_scale", noise_scale, NOISE_SCALES)
+        return NOISE_SCALES[noise_scale]
+
+    def log_g(sigma: Any) -> Any:
+        phi = noise_scale(torch.as_tensor(np.asarray(sigma, dtype=np.float64)))
+        return np.log(np.asarray(phi, dtype=np.float64)) - np.log(sigma)
+
+    return log_g
+
+
+def er_split(eta: float, log_g: Scale) -> Split:
     """Down by phi(sigma_next) / phi(sigma), the rest is noise, as the exact solution has it."""
-    log_g = NOISE_SCALES[noise_scale]
 
     def split(sigma: float, sigma_next: float) -> tuple[float, float]:
         if not eta or sigma_next == 0:
@@ -44,7 +60,7 @@ def er_sde(
     denoised: Tensor,
     state: Any,
     eta: float = 1.0,
-    noise_scale: str = "er_sde",
+    log_g: Scale = NOISE_SCALES["er_sde"],
     order: int = 3,
     lower_order_final: bool = True,
 ) -> tuple[Tensor, Any]:
@@ -59,7 +75,6 @@ def er_sde(
     values = ((sigma, denoised), *(state or ()))[:order]
     n = min(ctx.order(sigma, order, lower_order_final), len(values))
     if n > 1:
-        log_g = NOISE_SCALES[noise_scale]
         end = float(log_g(target))
 
         def phi_integral(power: int) -> float:

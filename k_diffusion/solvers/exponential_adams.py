@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-from .context import Context
+from .context import Context, Step, check_order
 from .exponential import phi_1
+from .noise_plan import get_sde_step
 from .quadrature import lagrange_integrals
 
 # (nodes, h) -> a weight for the value of D at each node u. The first node is 0 unless it is new.
@@ -115,3 +116,54 @@ def uni_pc(variant: str, order: int, corrector: bool, lower_order_final: bool) -
         weights=partial(uni_pc_weights, variant=variant),
         lower_order_final=lower_order_final,
     )
+
+
+def _sa_orders(predictor_order: int, corrector_order: int) -> None:
+    check_order(predictor_order, 4, "predictor_order")
+    if corrector_order:
+        check_order(corrector_order, 4, "corrector_order")
+
+
+def sa_solver(predictor_order: int, corrector_order: int, lower_order_final: bool) -> Step:
+    """SA-Solver (arXiv:2309.05019) in PEC mode. Raises ValueError for orders other than 1 to 4."""
+    _sa_orders(predictor_order, corrector_order)
+    return partial(
+        exponential_adams,
+        order=predictor_order,
+        correct=lambda order: min(corrector_order, order + 1),
+        lower_order_final=lower_order_final,
+    )
+
+
+def sa_solver_pece(
+    predictor_order: int,
+    corrector_order: int,
+    lower_order_final: bool,
+    eta: Callable[[float], float],
+) -> Step:
+    """SA-Solver that corrects within its step, whose noise both samples share: PECE mode.
+
+    eta: tau^2 by the noise level. Raises ValueError for orders other than 1 to 4.
+    """
+    _sa_orders(predictor_order, corrector_order)
+
+    def step(
+        ctx: Context, x: Tensor, sigma: float, sigma_next: float, denoised: Tensor, state: Any
+    ) -> tuple[Tensor, Any]:
+        if sigma_next == 0:
+            return denoised, None
+        values = ((sigma, denoised), *(state or ()))[: max(predictor_order, corrector_order, 1)]
+        order = min(ctx.order(sigma, predictor_order, lower_order_final), len(values))
+        down, up = get_sde_step(sigma, sigma_next, eta(sigma))
+        h = math.log(sigma / down)
+        stretch = h / math.log(sigma / sigma_next)
+        integral = _integral(values[:order], sigma, h, stretch, adams_weights)
+        rest = x * (down / sigma)
+        rest = rest + ctx.noise(sigma, sigma_next) * up if up else rest
+        if n := min(corrector_order, order + 1):
+            new = ctx.denoise(rest + integral, sigma_next)
+            nodes = ((sigma_next, new), *values)[:n]
+            integral = _integral(nodes, sigma, h, stretch, adams_weights)
+        return rest + integral, values
+
+    return step

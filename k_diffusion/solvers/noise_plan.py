@@ -6,7 +6,7 @@ Every split keeps the variance exact: sigma_down^2 + sigma_up^2 = sigma_next^2.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .context import NoiseSampler
+from .vp import vp_sigma, vp_time
 
 # (sigma, sigma_next) -> (sigma_down, sigma_up)
 Split: TypeAlias = Callable[[float, float], tuple[float, float]]
@@ -62,12 +63,33 @@ def ode(sigma: float, sigma_next: float) -> tuple[float, float]:
     return sigma_next, 0.0
 
 
-def renoise(sigma: float, sigma_next: float) -> tuple[float, float]:
-    """All the way down to the denoised sample, then all the noise anew."""
-    return (sigma, 0.0) if sigma == sigma_next else (0.0, sigma_next)
+def _renoise(sigma: float, sigma_next: float, sigma_min: float) -> tuple[float, float]:
+    """All the way down to the denoised sample, then noise anew, less what it still has."""
+    if sigma == sigma_next:
+        return sigma, 0.0
+    return 0.0, math.sqrt(max(0.0, sigma_next**2 - sigma_min**2))
 
 
-def _between(s_tmin: float, s_tmax: float) -> Callable[[float], bool]:
+def _tcd(sigma: float, sigma_next: float, eta: float) -> tuple[float, float]:
+    """Down to the VP time (1 - eta) t of sigma_next, then noise: arXiv:2402.19159."""
+    if not eta or sigma == sigma_next:
+        return sigma_next, 0.0
+    down = min(sigma_next, float(vp_sigma(max(0.0, 1 - eta) * vp_time(sigma_next))))
+    return down, math.sqrt(sigma_next**2 - down**2)
+
+
+def _flow(t: float, t_next: float, eta: float) -> tuple[float, float]:
+    """Below t_next by eta (1 - t_next / t) of it; noise fills up what the signal's scale leaves.
+
+    The sample is scaled by (1 - t_next) / (1 - t_down) between the two.
+    """
+    if not eta or t_next == 0 or t == t_next:
+        return t_next, 0.0
+    down = max(0.0, t_next * (1 + (t_next / t - 1) * eta))
+    return down, math.sqrt(max(0.0, t_next**2 - (down * (1 - t_next) / (1 - down)) ** 2))
+
+
+def _inside(s_tmin: float, s_tmax: float) -> Callable[[float], bool]:
     # Float32 rounding of a schedule must not decide whether its end is inside the interval.
     return lambda sigma: s_tmin * (1 - 1e-6) <= sigma <= s_tmax * (1 + 1e-6)
 
@@ -85,7 +107,7 @@ def churned(sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: floa
 
     Karras et al. 2022 (arXiv:2206.00364), algorithm 2.
     """
-    between = _between(s_tmin, s_tmax)
+    between = _inside(s_tmin, s_tmax)
     gamma = min(max(s_churn, 0.0) / (len(sigmas) - 1), math.sqrt(2) - 1)
     return [(s, s * (1 + gamma) if between(s) else s, n) for s, n in pairwise(sigmas)]
 
@@ -129,7 +151,7 @@ def restarted(sigmas: Sequence[float], intervals: Sequence[Restart]) -> list[Hop
     """
     hops = straight(sigmas)
     positive = [s for s in sigmas if s > 0]
-    inside = _between(min(positive, default=0.0), max(positive, default=0.0))
+    inside = _inside(min(positive, default=0.0), max(positive, default=0.0))
     for interval in sorted(intervals, key=lambda r: r.sigma_min):
         if not (inside(interval.sigma_min) and inside(interval.sigma_max)):
             continue
@@ -150,7 +172,9 @@ class Noise:
     source: the row of NOISE_SOURCES to draw from if sampler is None. s_noise: a factor on all
     noise. plan: the noise levels of each step, with noise before it where the level rises; churns:
     whether noise is drawn before every step, as churn does. split: how far down a step goes before
-    noise is added after it. active: whether any will be added, so that sigmas must descend.
+    noise is added after it. rescale: (sigma_down, sigma_next) -> a factor on the sample between the
+    step and that noise. asks: whether the noise sampler is asked after each step, also for none.
+    active: whether any will be added, so that sigmas must descend.
     """
 
     source: str = ""
@@ -159,40 +183,81 @@ class Noise:
     plan: Plan = straight
     churns: bool = False
     split: Split = ode
+    rescale: Callable[[float, float], float] | None = None
+    asks: bool = False
     active: bool = False
 
 
 NO_NOISE = Noise()
 
 
-def churn(
-    s_churn: float, s_tmin: float, s_tmax: float, s_noise: float, sampler: NoiseSampler | None
-) -> Noise:
+def churn(s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Noise:
     """Noise before each step: Karras et al. 2022, algorithm 2."""
     plan = partial(churned, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax)
-    return Noise("", sampler, s_noise, plan, churns=True, active=bool(s_churn))
+    return Noise("", None, s_noise, plan, churns=True, active=bool(s_churn))
+
+
+def _after(split: Split, s_noise: float, sampler: NoiseSampler | None, active: bool) -> Noise:
+    return Noise("independent", sampler, s_noise, split=split, asks=True, active=active)
 
 
 def ancestral(eta: float, s_noise: float, sampler: NoiseSampler | None) -> Noise:
     """Noise after each step, as in DDPM."""
-    split = partial(get_ancestral_step, eta=eta)
-    return Noise("independent", sampler, s_noise, split=split, active=bool(eta))
+    return _after(partial(get_ancestral_step, eta=eta), s_noise, sampler, bool(eta))
+
+
+def renoise(sigma_min: float, s_noise: float, sampler: NoiseSampler | None) -> Noise:
+    """All noise anew after each step, but for the share of sigma_min: consistency models."""
+    return _after(partial(_renoise, sigma_min=sigma_min), s_noise, sampler, True)
+
+
+def tcd(eta: float, s_noise: float, sampler: NoiseSampler | None) -> Noise:
+    """Noise from an earlier time up to that of the step's end: arXiv:2402.19159."""
+    return _after(partial(_tcd, eta=eta), s_noise, sampler, bool(eta))
+
+
+def flow(eta: float, s_noise: float, sampler: NoiseSampler | None) -> Noise:
+    """Noise after each step of a rectified flow; its levels are times from 1 to 0."""
+
+    def plan(times: Sequence[float]) -> list[Hop]:
+        if max(times) > 1:
+            raise ValueError(
+                f"the times of a rectified flow lie between 0 and 1, got {max(times):g}; for "
+                "noise levels take the sampler without _RF"
+            )
+        return straight(times)
+
+    def rescale(down: float, t_next: float) -> float:
+        return 1.0 if down == t_next else (1 - t_next) / (1 - down)
+
+    split = partial(_flow, eta=eta)
+    return replace(_after(split, s_noise, sampler, bool(eta)), plan=plan, rescale=rescale)
+
+
+def between(eta: float, s_tmin: float, s_tmax: float) -> Callable[[float], float]:
+    """eta by the noise level: within an interval, and 0 elsewhere."""
+    inside = _inside(s_tmin, s_tmax)
+    return lambda sigma: eta if inside(sigma) else 0.0
 
 
 def sde(
-    eta: float,
+    eta: float | Callable[[float], float],
     s_noise: float,
     sampler: NoiseSampler | None,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
+    active: bool | None = None,
 ) -> Noise:
-    """Noise of a reverse-time SDE, after each step that starts in s_tmin to s_tmax."""
-    between = _between(s_tmin, s_tmax)
+    """Noise of a reverse-time SDE, after each step. eta: a number, or by the noise level."""
 
     def split(sigma: float, sigma_next: float) -> tuple[float, float]:
-        return get_sde_step(sigma, sigma_next, eta if between(sigma) else 0.0)
+        return get_sde_step(sigma, sigma_next, eta(sigma) if callable(eta) else eta)
 
-    return Noise("brownian", sampler, s_noise, split=split, active=bool(eta))
+    active = bool(eta) if active is None else active
+    return Noise("brownian", sampler, s_noise, split=split, active=active)
+
+
+def inside(eta: float, s_noise: float, sampler: NoiseSampler | None) -> Noise:
+    """Noise of a reverse-time SDE that the steps themselves ask for."""
+    return Noise("brownian", sampler, s_noise, active=bool(eta))
 
 
 def restart(intervals: Sequence[Restart], s_noise: float, sampler: NoiseSampler | None) -> Noise:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .context import Context
-from .exponential import phi_2, stage, toward
+from .exponential import phi_1, phi_2, stage, toward
 from .noise_plan import get_sde_step
 
 
@@ -41,15 +41,24 @@ def seeds_2(
     state: Any,
     eta: float = 1.0,
     r: float = 0.5,
+    solver_type: str = "phi_1",
 ) -> tuple[Tensor, Any]:
     """SEEDS-2: two stages, the second at the fraction r of the step."""
     if sigma_next == 0:
         return denoised, None
-    sigma_2 = stage(sigma, sigma_next, r)
+    sigma_2 = sigma_next if r == 1 else stage(sigma, sigma_next, r)
     denoised_2, noise = _first(ctx, x, sigma, sigma_2, denoised, eta)
     noise = _gather(ctx, noise, sigma_2, sigma_next, eta)
-    mean = denoised + (denoised_2 - denoised) * (1 / (2 * r))
-    return toward(x, mean, sigma, get_sde_step(sigma, sigma_next, eta)[0]) + noise, None
+    x = toward(x, denoised, sigma, get_sde_step(sigma, sigma_next, eta)[0])
+    weight = SOLVER_TYPES[solver_type]((1 + eta) * math.log(sigma / sigma_next)) / r
+    return x + (denoised_2 - denoised) * weight + noise, None
+
+
+# The weight of the second stage at r = 1: half of phi_1, or the exact one of a linear D.
+SOLVER_TYPES = {
+    "phi_1": lambda h: phi_1(h) / 2,
+    "phi_2": phi_2,
+}
 
 
 def seeds_3(

@@ -201,13 +201,14 @@ def test_every_sampler_takes_a_flow(name):
     """It samples as the denoiser that it is, from its own schedule, with noise and without."""
     info, model = sampling.get_sampler(name), RectifiedFlowDenoiser(Velocity(mixture()), 3.0)
     sigmas = model.get_sigmas(8).double()
-    levels = (sigmas,) if info.takes_sigmas else (model.sigma_min, 80.0)
+    levels = sigmas if info.takes_sigmas else torch.tensor([80.0, model.sigma_min])
     x = normal(0, 6, 2, dtype=torch.float64) * (sigmas[0] if info.takes_sigmas else 80.0)
     got, want = (
-        info.function(
+        sampling.sample(
             each,
             x,
-            *levels,
+            levels,
+            name,
             **({"n": 9} if name == "dpm_fast" else {}),
             **({"s_churn": 2.0} if name == "euler" else {}),
             **({"noise_sampler": Fixed(x)} if info.noise else {}),

@@ -46,6 +46,10 @@ def variances(run, problem, sigmas, std):
         (2, "er_sde", {"noise_scale": "sde"}),
         (2, "seeds_2", {}),
         (2, "seeds_2", {"eta": 0.5}),
+        (2, "exp_heun_2_x0_sde", {}),
+        (2, "exp_heun_2_x0_sde", {"solver_type": "phi_1"}),
+        (2, "sa_solver_pece", {}),
+        (2, "dpmpp_2m_sde_heun", {}),
         (2, "seeds_3", {"eta": 0.5}),
         (2, "sa_solver", {}),
         (2, "sa_solver", {"predictor_order": 2, "corrector_order": 0}),
@@ -209,13 +213,15 @@ def test_er_sde_is_exact_where_denoised_is_quadratic_in_sigma(noise_scale, eta):
 
 def test_er_sdes_noise_lies_between_the_odes_and_the_sdes():
     for sigma, sigma_next in pairwise([80.0, 20.0, 5.0, 1.0, 0.2, 0.02]):
-        _, er = er_sde.er_split(1.0, "er_sde")(sigma, sigma_next)
-        _, sde = er_sde.er_split(1.0, "sde")(sigma, sigma_next)
+        _, er = er_sde.er_split(1.0, er_sde.log_scale("er_sde"))(sigma, sigma_next)
+        _, sde = er_sde.er_split(1.0, er_sde.log_scale("sde"))(sigma, sigma_next)
         assert er > 0
         if sigma <= 5:
             assert er < sde
         down, up = noise_plan.get_sde_step(sigma, sigma_next, 0.7)
-        assert er_sde.er_split(0.7, "sde")(sigma, sigma_next) == pytest.approx((down, up))
+        assert er_sde.er_split(0.7, er_sde.log_scale("sde"))(sigma, sigma_next) == pytest.approx(
+            (down, up)
+        )
 
 
 # ------------------------------------------------------------------------------------- restart
@@ -308,8 +314,8 @@ def test_bad_options():
     model, x, sigmas = problems.Gaussian(), torch.ones(1, 2), [4.0, 1.0, 0.0]
     with pytest.raises(ValueError, match="unknown noise_scale 'er' "):
         sampler("er_sde", noise_scale="er")(model, x, sigmas)
-    with pytest.raises(ValueError, match=r"fractions between 0 and 1, got \(1.0,\)"):
-        sampler("seeds_2", r=1.0)(model, x, sigmas)
+    with pytest.raises(ValueError, match=r"at a fraction above 0 and up to 1, got 1.5"):
+        sampler("seeds_2", r=1.5)(model, x, sigmas)
     with pytest.raises(ValueError, match="fractions between 0 and 1"):
         sampler("seeds_3", r_1=0.7, r_2=0.5)(model, x, sigmas)
     with pytest.raises(ValueError, match="predictor_order must be 1 to 4, got 5"):

@@ -1,9 +1,10 @@
 """Schedules over a model's table, and between given noise levels."""
 
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
+import problems
 import pytest
 import torch
 from scipy import stats
@@ -14,7 +15,8 @@ from k_diffusion.schedules import TABLE_SCHEDULES
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 ALPHAS = (1 - BETAS).cumprod(0)
 MODEL = external.DiscreteSchedule(((1 - ALPHAS) / ALPHAS).sqrt().float(), False)
-OF_MODELS = sorted(set(TABLE_SCHEDULES) - {"align_your_steps"})
+BETWEEN = {"align_your_steps", "gits", "optimal_steps"}  # interpolate what they are given
+OF_MODELS = sorted(set(TABLE_SCHEDULES) - BETWEEN)
 
 
 def times(sigmas: torch.Tensor) -> np.ndarray:
@@ -90,7 +92,7 @@ def test_align_your_steps_interpolates_between_given_levels():
 @pytest.mark.parametrize("name", sorted(TABLE_SCHEDULES))
 def test_no_table_is_an_error(name):
     make = TABLE_SCHEDULES[name]
-    good = [1.0, 2.0] if name != "align_your_steps" else [2.0, 1.0]
+    good = [1.0, 2.0] if name not in BETWEEN else [2.0, 1.0]
     with pytest.raises(ValueError, match="at least one step, got n = 0"):
         make(0, good)
     for bad in ([], [[1.0, 2.0]], good[::-1], [1.0, math.nan, 3.0], [3.0, math.nan, 1.0]):
@@ -108,3 +110,47 @@ def test_other_bad_options():
         sampling.get_sigmas_normal(4, [1.0, 1.0, 1.0, 1.0])
     with pytest.raises(ValueError, match=r"needs a table .*\.get_sigmas_sgm_uniform\(n, table\)"):
         schedules.make_sigmas("sgm_uniform", 5, 0.1, 10.0)
+
+
+def test_searched_levels_are_the_cheapest_path():
+    rng = np.random.default_rng(0)
+    costs = rng.random((7, 7))
+    paths = [[0, *inner, 6] for inner in combinations(range(1, 6), 2)]
+    want = min(paths, key=lambda p: sum(costs[a, b] for a, b in pairwise(p)))
+    assert sampling.search_levels(costs, 3) == want
+    assert sampling.search_levels(costs, 6) == list(range(7))
+    for bad in (np.ones((2, 3)), np.ones(4)):
+        with pytest.raises(ValueError, match="costs must be"):
+            sampling.search_levels(bad, 1)
+    with pytest.raises(ValueError, match="1 <= n <= 6"):
+        sampling.search_levels(costs, 7)
+
+
+def test_euler_on_searched_levels_beats_even_ones():
+    """The cost is GITS's: the error of one Euler step against the exact trajectory."""
+    problem, x = problems.Gaussian(0.3, 0.5), problems.normal(0, 64, 2, dtype=torch.float64) * 10
+    fine = torch.linspace(10.0, 0.05, 40, dtype=torch.float64)
+    path = [problem.ode_map(x, 10.0, float(s)) for s in fine]
+    costs = np.zeros((40, 40))
+    for i, j in combinations(range(40), 2):
+        step = sampling.sample_euler(problem, path[i], fine[[i, j]], disable=True)
+        costs[i, j] = problems.rms(step - path[j])
+    found = fine[sampling.search_levels(costs, 6)]
+    even = [*fine[:: 39 // 6][:6].tolist(), float(fine[-1])]
+    errors = [
+        problems.rms(sampling.sample_euler(problem, x, sigmas, disable=True) - path[-1])
+        for sigmas in (found, torch.tensor(even, dtype=torch.float64))
+    ]
+    assert errors[0] < 0.5 * errors[1]
+    got = sampling.get_sigmas_gits(7, found)
+    torch.testing.assert_close(got[:-1].double(), found, rtol=1e-6, atol=1e-6)
+
+
+def test_tables_by_their_steps():
+    tables = {2: [14.0, 3.0, 0.0], 4: [14.0, 6.0, 2.0, 0.5, 0.0]}
+    assert sampling.get_sigmas_gits(2, tables).tolist() == pytest.approx([14.0, 3.0, 0.0])
+    assert sampling.get_sigmas_gits(4, tables).tolist() == pytest.approx(tables[4])
+    assert sampling.get_sigmas_gits(7, tables)[[0, -2]].tolist() == pytest.approx([14.0, 0.5])
+    assert sampling.get_sigmas_optimal_steps(3, [0.99, 0.5, 0.01])[1].item() == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="at least one"):
+        sampling.get_sigmas_gits(3, {})

@@ -98,9 +98,10 @@ def without_noise(name):
 ODE = [name for name in S.SAMPLERS if without_noise(name) is not None]
 
 
-def test_all_but_four_samplers_have_an_ode_on_a_schedule():
+def test_all_samplers_but_these_have_an_ode_on_a_schedule():
     """Those have tests of their own: of tolerance, order, and exact laws."""
-    assert set(S.SAMPLERS) - set(ODE) == {"dpm_fast", "dpm_adaptive", "ddpm", "lcm"}
+    others = {"dpm_fast", "dpm_adaptive", "ddpm", "lcm", "consistency", "predictor_corrector"}
+    assert set(S.SAMPLERS) - set(ODE) == others
 
 
 @pytest.mark.parametrize("name", ODE)
@@ -108,7 +109,7 @@ def test_the_table_says_the_order(reference, name):
     mixture, x, want = reference
     sample = partial(S.get_sampler(name).function, mixture, x, disable=True, **without_noise(name))
     coarse, fine = (rms(sample(grid(n)) - want) for n in (256, 512))
-    assert math.log2(coarse / fine) == pytest.approx(S.get_sampler(name).order, abs=0.15)
+    assert math.log2(coarse / fine) == pytest.approx(S.get_sampler(name).order, abs=0.2)
 
 
 @pytest.mark.parametrize("name", ODE)
@@ -158,10 +159,11 @@ def test_variance_is_exact_with_churn(name, churn):
     x[0] = HI
     rows = iter(torch.eye(8, dtype=torch.float64)[1:, :, None])
     seen = []
-    S.get_sampler(name).function(
+    S.sample(
         problems.Constant(),
         x,
         sigmas,
+        name,
         callback=lambda d: seen.append((d["x"].pow(2).sum().item(), float(d["sigma_hat"]))),
         disable=True,
         s_churn=churn,
