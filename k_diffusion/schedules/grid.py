@@ -81,6 +81,9 @@ def read_sigmas(
     """
     if not isinstance(sigmas, Tensor):
         try:
+            # older versions of numpy make a number of an array of one, too
+            if getattr(sigmas, "ndim", 1) != 1:
+                raise TypeError
             host = [float(s) for s in sigmas]
         except TypeError as e:
             raise ValueError(
