@@ -52,7 +52,7 @@ class QKNorm(nn.Module):
     def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not needs_plain_ops() and not self.scale.is_inference():
             self.proj_()
-            scale = self.scale
+            scale: torch.Tensor = self.scale
         else:
             # where a parameter can't be changed: the clamped value, with the gradient of the scale
             clamped = self.scale.clamp(max=MAX_LOG_SCALE)
@@ -175,8 +175,9 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
 
     def proj_(self) -> None:
         """Clamp the scales of queries and keys, which every forward pass does too."""
-        for block in self.blocks:
-            block.self_attn.qk_norm.proj_()
+        for module in self.blocks.modules():
+            if isinstance(module, QKNorm):
+                module.proj_()
 
     def forward(
         self,
@@ -201,7 +202,8 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
 
         patches = {"p": self.patch_h, "q": self.patch_w}
         x = self.in_proj(rearrange(x, "n c (h p) (w q) -> n h w (c p q)", **patches))
-        pos = make_axial_pos(*x.shape[1:3], self.patch_h / self.patch_w, device=x.device)
+        pixel = self.patch_h / self.patch_w
+        pos = make_axial_pos(x.shape[1], x.shape[2], pixel, device=x.device)
         pos = pos.view(*x.shape[1:3], 2)
         for block in self.blocks:
             x = block(x, pos, cond)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ class _Level(unet.ConditionedSequential):
 
 
 def _orthogonal(layer: M) -> M:
-    nn.init.orthogonal_(layer.weight)
+    nn.init.orthogonal_(cast(torch.Tensor, layer.weight))
     return layer
 
 
@@ -196,7 +196,8 @@ class ImageDenoiserModelV1(nn.Module):
     def _resample_levels(self) -> None:
         """Level i is half as large as the one below it if i > skip_stages, otherwise as large."""
         weight = self.proj_in.weight
-        for i, (down, up) in enumerate(zip(self.u_net.d_blocks, reversed(self.u_net.u_blocks))):
+        levels: Any = zip(self.u_net.d_blocks, reversed(self.u_net.u_blocks))
+        for i, (down, up) in enumerate(levels):
             resampled = i > self.u_net.skip_stages
             down[0] = unet.Downsample2d().to(weight) if resampled else nn.Identity()
             up[-1] = unet.Upsample2d().to(weight) if resampled else nn.Identity()
