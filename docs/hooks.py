@@ -11,6 +11,7 @@ PAGES = {
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
     "LICENSE": "LICENSE",
+    "benchmarks/README.md": "benchmarks/README.md",
 }
 
 
@@ -18,6 +19,7 @@ def on_files(files, config):
     for page, source in PAGES.items():
         text = (ROOT / source).read_text()
         text = text.replace("](docs/", "](").replace('src="docs/', 'src="')
+        text = text.replace("](../docs/", "](../")
         files.append(File.generated(config, page, content=text))
     return files
 

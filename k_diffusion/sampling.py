@@ -101,7 +101,7 @@ def to_d(x: Tensor, sigma: Tensor | float, denoised: Tensor) -> Tensor:
 
 
 def default_noise_sampler(x: Tensor) -> NoiseSampler:
-    """Independent Gaussian noise from torch's global generator."""
+    """Independent Gaussian noise like x, (n, ...), from torch's global generator."""
     return lambda sigma, sigma_next: torch.randn_like(x)
 
 
@@ -1044,8 +1044,8 @@ def sample_dpm_fast(
 ) -> Tensor:
     """DPM-Solver-fast: n evaluations in steps of third order, finished by lower ones.
 
-    Steps are equal in log sigma, from sigma_max to sigma_min, both positive. The callback's dict
-    also has `t` and `t_up`. Raises ValueError for n < 1 or bad noise levels.
+    x: (n, ...). Steps are equal in log sigma, from sigma_max to sigma_min, both positive. The
+    callback's dict also has `t` and `t_up`. Raises ValueError for n < 1 or bad noise levels.
 
     Args:
         n: model evaluations in all.
@@ -1088,9 +1088,10 @@ def sample_dpm_adaptive(
 ) -> Any:
     """DPM-Solver-12 or -23 with adaptive steps from sigma_max to sigma_min, both positive.
 
-    The error norm is the whole batch's, so here alone an image depends on its batch, also where
-    its noise is its seed's; run images one at a time for the same ones in any batch. The callback's
-    dict also has `t`, `t_up`, `error`, `h`, and the counts `steps`, `nfe`, `n_accept`, `n_reject`.
+    x: (n, ...). The error norm is the whole batch's, so here alone an image depends on its batch,
+    also where its noise is its seed's; run images one at a time for the same ones in any batch. The
+    callback's dict also has `t`, `t_up`, `error`, `h`, and the counts `steps`, `nfe`, `n_accept`,
+    `n_reject`.
 
     Args:
         order: 3 or 2.

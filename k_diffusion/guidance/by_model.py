@@ -69,7 +69,10 @@ class CFGDenoiser(Guidance):
     def both(
         self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
     ) -> tuple[Tensor, Tensor]:
-        """The guided estimate and the unconditional one, (n, ...) each: for CFG++'s samplers."""
+        """The guided estimate and the unconditional one, (n, ...) each: for CFG++'s samplers.
+
+        x: (n, ...), sigma: (n,).
+        """
         missing = [name for name in self.uncond if cond.get(name) is None]
         if missing:
             raise ValueError(

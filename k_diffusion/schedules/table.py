@@ -118,8 +118,8 @@ def get_sigmas_align_your_steps(
 ) -> Tensor:
     """n noise levels of a given schedule, log-linearly between its own: arXiv:2404.14507.
 
-    table: the optimised noise levels, descending and positive but for a final 0, which is left out;
-    at least two. Returns (n + 1,), ending in 0.
+    table: (k,), the optimised noise levels, descending and positive but for a final 0, which is
+    left out; at least two. Returns (n + 1,), ending in 0.
     """
     return _between_levels(n, table, device)
 
@@ -147,8 +147,8 @@ def get_sigmas_optimal_steps(
 ) -> Tensor:
     """The levels of an optimised schedule: OptimalSteps (arXiv:2503.21774).
 
-    table: noise levels, or the times of a flow model, descending and positive but for a final 0;
-    `search_levels` makes one. Others than their number are interpolated log-linearly. Returns
+    table: (k,), noise levels, or the times of a flow model, descending and positive but for a final
+    0; `search_levels` makes one. Others than their number are interpolated log-linearly. Returns
     (n + 1,), in the table's units, ending in 0.
     """
     return _between_levels(n, table, device)

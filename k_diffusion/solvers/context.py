@@ -67,7 +67,7 @@ def evaluate(
 ) -> Tensor:
     """model(x, sigma), with sigma as the tensor (n,) it expects; fills it without a transfer.
 
-    Raises ValueError unless the model returns x's shape.
+    x: (n, ...). Raises ValueError unless the model returns x's shape.
     """
     sigma_in = torch.full((x.shape[0],), sigma, dtype=dtype, device=x.device)
     denoised = at_level(model, sigma)(x, sigma_in, *args, **kwargs)
@@ -84,7 +84,7 @@ def evaluate_both(
 ) -> tuple[Tensor, Tensor]:
     """A guided model's estimate, and that without guidance; of any other model the same twice.
 
-    Guidance that can tell has a method `both`, called as the model is.
+    x: (n, ...). Guidance that can tell has a method `both`, called as the model is.
     """
     both = getattr(model, "both", None)
     if both is None:
@@ -93,7 +93,8 @@ def evaluate_both(
     return both(x, sigma_in, host_sigma=sigma, **kwargs)
 
 
-# (ctx, x, sigma, sigma_next, denoised, state) -> (x at sigma_next, state)
+# (ctx, x, sigma, sigma_next, denoised, state) -> (x at sigma_next, state). x, denoised: (n, ...);
+# denoised is the estimate at sigma; state is what a step leaves for the next one, None at first.
 Step: TypeAlias = Callable[[Context, Tensor, float, float, Tensor, Any], tuple[Tensor, Any]]
 
 

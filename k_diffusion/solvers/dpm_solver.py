@@ -50,7 +50,10 @@ class PIDStepSizeController:
         return 1 + math.atan(factor - 1)
 
     def propose_step(self, error: float | Tensor) -> bool:
-        """Takes a step's error relative to the tolerance, sets the next h; is the step accepted?"""
+        """Takes a step's error relative to the tolerance, of shape (), and sets the next h.
+
+        Returns whether the step is accepted.
+        """
         inv_error = 1 / (float(error) + self.eps)
         if not self.inv_errors:
             self.inv_errors = [inv_error] * 3
@@ -68,8 +71,9 @@ class DPMSolver(nn.Module):
     """DPM-Solver (arXiv:2206.00927) of orders 1 to 3.
 
     model: (x, sigma, **extra_args) -> denoised. eps_callback: called after each evaluation.
-    info_callback: called with a dict at each step. Times are floats or 0-d tensors. Steps return
-    the sample at t_next and the evaluations so far, which a step of another order can use again.
+    info_callback: called with a dict at each step. Times are floats or 0-d tensors.
+    x: (n, ...). Steps return the sample at t_next and the evaluations so far, which a step of
+    another order can use again.
     """
 
     def __init__(

@@ -19,7 +19,10 @@ def phi_2(h: float) -> float:
 
 
 def toward(x: Tensor, denoised: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """The exact solution for a constant denoiser: x' = r x + (1 - r) D, r = sigma_next / sigma."""
+    """The exact solution for a constant denoiser: x' = r x + (1 - r) D, r = sigma_next / sigma.
+
+    x, denoised: (n, ...).
+    """
     return x * (sigma_next / sigma) + denoised * ((sigma - sigma_next) / sigma)
 
 

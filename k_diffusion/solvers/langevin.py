@@ -14,7 +14,7 @@ def langevin(ctx: Context, x: Tensor, sigma: float, noise: Tensor, snr: float) -
     """A step of Langevin dynamics at a noise level: algorithm 4.
 
     Its size is 2 (snr |noise| / |score|)^2 by each image's own norms, at most sigma^2, beyond which
-    it overshoots.
+    it overshoots. x, noise: (n, ...).
     """
     score = (ctx.denoise(x, sigma) - x) * (1 / sigma**2)
     axes = tuple(range(1, x.ndim))

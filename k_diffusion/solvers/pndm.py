@@ -14,7 +14,7 @@ from .runge_kutta import euler
 
 
 def runge_kutta_4(ctx: Context, x: Tensor, sigma: float, sigma_next: float, d: Tensor) -> Tensor:
-    """The average of four slopes, d and three new ones."""
+    """A step by the average of four slopes, d and three new ones. x, d: (n, ...)."""
     h, middle = sigma_next - sigma, (sigma + sigma_next) / 2
 
     def slope(d: Tensor, at: float) -> Tensor:

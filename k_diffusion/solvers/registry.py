@@ -16,7 +16,10 @@ from .context import Args, Callback, Model
 
 
 class Sampler(Protocol):
-    """A public sampler. Options are its method's own; its signature and help list them."""
+    """A public sampler. Options are its method's own; its signature and help list them.
+
+    x: (n, ...). Returns the sample, of the same shape.
+    """
 
     __name__: str
 
