@@ -14,4 +14,5 @@ configs or the config of a checkpoint, `python -m k_diffusion.models.attention` 
 backends of this machine.
 """
 
-print(textwrap.fill(" ".join(TEXT.split()), 88, break_on_hyphens=False))
+if __name__ == "__main__":
+    print(textwrap.fill(" ".join(TEXT.split()), 88, break_on_hyphens=False))

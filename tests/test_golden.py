@@ -48,7 +48,6 @@ def test_second_case(name):
     check_second(cases_2.CASES[name](), name)
 
 
-@pytest.mark.xfail(strict=False, reason="some differ in half precision, or backwards")
 @pytest.mark.parametrize("name", cases_2.SAMPLING)
 def test_second_sampling_case(name):
     torch.manual_seed(0)

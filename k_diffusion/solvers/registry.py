@@ -132,7 +132,8 @@ def sampler(run: Callable[..., Any], **row: Any) -> Callable[[Callable[..., Any]
             public.__signature__ = signature.replace(parameters=own)
         function: Any = torch.no_grad()(public)
         info = SamplerInfo(name, function, body=None if public is body else body, **row)
-        function.__doc__ = compose(body.__doc__ or "", [p.name for p in own], info.facts, aliases)
+        doc = compose(body.__doc__ or "", [p.name for p in own], info.facts, aliases)
+        function.__doc__ = public.__doc__ = doc  # the second for tools that unwrap
         (FLOW_SAMPLERS if info.flow else SAMPLERS)[name] = info
         return function
 
