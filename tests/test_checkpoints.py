@@ -86,11 +86,11 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path, monkeypatch):
     assert not (tmp_path / "made_by_a_checkpoint").exists()
 
 
-def test_the_state_file_holds_a_name_alone(tmp_path):
+def test_the_state_file_holds_the_path(tmp_path):
     (path,) = save(tmp_path, 12, name="runs/a")
     assert path == tmp_path / "runs/a_00000012.pth"
     text = (tmp_path / "runs/a_state.json").read_text()
-    assert json.loads(text) == {"latest_checkpoint": "a_00000012.pth"}
+    assert json.loads(text) == {"latest_checkpoint": path.as_posix()}
 
 
 def test_which_checkpoints_are_tried(tmp_path):

@@ -103,7 +103,7 @@ def test_what_a_run_writes(trained):
     grids = {f"a_demo_{step:08}.png" for step in (4, 7)}
     assert names == steps | grids | {"a_state.json", "a_metrics.csv", "a_loss.png"}
     state = json.loads((trained / "runs/a_state.json").read_text())
-    assert state == {"latest_checkpoint": "a_00000007.pth"}
+    assert state == {"latest_checkpoint": "runs/a_00000007.pth"}
     rows = log.read_rows(trained / "runs/a_metrics.csv")
     assert [row["step"] for row in rows] == ["2", "4", "6", "7"]
     assert all(0 < float(row["loss"]) < 10 for row in rows)

@@ -12,5 +12,5 @@ def test_the_papers_noise_scale(eta, sigma, sigma_next):
     ratio = (math.exp(sigma_next**0.3) + 10) / (math.exp(sigma**0.3) + 10)
     down = sigma_next * ratio**eta
     up = math.sqrt(sigma_next**2 - down**2)
-    got = er_sde.er_split(eta, "er_sde")(sigma, sigma_next)
+    got = er_sde.er_split(eta, er_sde.NOISE_SCALES["er_sde"])(sigma, sigma_next)
     assert got == pytest.approx((down, up), rel=1e-9)

@@ -287,7 +287,7 @@ def test_levels_of_the_other_models(quick):
         levels.Level(8, 6, 64, "2", 1, (attention.GlobalAttentionSpec(64),), "global", "sdpa")
     ]
     run = dry.dry_run(runs.tiny_config(model={**UNET, "skip_stages": 1}), batch_size=2)
-    assert [(x.h, x.w, x.attention, x.backend) for x in run.levels] == [(4, 6, "global", "sdpa")]
+    assert [(x.h, x.w, x.attention, x.backend) for x in run.levels] == [(8, 12, "global", "sdpa")]
     run = dry.dry_run(runs.tiny_config(model=WINDOWS), batch_size=2)
     assert [x.attention for x in run.levels] == ["windows 4 x 4", "none"]
     assert [g.shift for g in run.levels[0].geometries] == [0, 2]

@@ -154,7 +154,7 @@ def test_resume_from_a_file_and_an_end_step_that_is_done(train, capsys):
     train("--name", "b", "--resume", "a_00000002.pth", "--end-step", 4)
     same_run(train.folder, "a", "b", 4)
     train("--name", "b", "--end-step", 4)
-    assert "step 4 is done; pass an --end-step above it" in capsys.readouterr().out
+    assert "step 4 is done; pass a larger --end-step to continue" in capsys.readouterr().out
 
 
 def test_another_architecture_says_what_differs(train):

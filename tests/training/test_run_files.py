@@ -18,6 +18,6 @@ def test_a_crash_while_saving_leaves_the_state_file_at_the_checkpoint_before(tmp
     with pytest.raises(OSError, match="no space"):
         run_files.save_checkpoint(name, 2, {"config": {}, "model": {}})
     state = json.loads(run_files.state_path(name).read_text())
-    assert state == {"latest_checkpoint": first.name}
+    assert state == {"latest_checkpoint": first.as_posix()}
     assert run_files.find_checkpoints(name) == [first]
     assert checkpoints.read_checkpoint(first) == {"config": {}, "model": {}}

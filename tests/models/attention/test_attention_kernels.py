@@ -138,7 +138,7 @@ def test_flash_attention_4_alone_is_not_flash_attention_2(install, monkeypatch):
             choose_backend(Request(GlobalAttentionSpec(64), 7, 5, "cuda", torch.bfloat16)) == name
         )
     reason = flash.why_not_flash2(Request(GlobalAttentionSpec(64), 7, 5, "cuda", torch.bfloat16))
-    assert reason == 'flash_attn is not installed (pip install "k-diffusion[flash]")'
+    assert reason == "flash_attn is not installed (pip install flash-attn --no-build-isolation)"
 
 
 # ---------------------------------------------------------------- NATTEN
