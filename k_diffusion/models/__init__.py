@@ -1,4 +1,4 @@
-"""The denoiser models, `image_v1`, `image_transformer_v1` and `image_transformer_v2`, and their parts.
+"""The models `image_v1`, `image_transformer_v1` and `image_transformer_v2`, and their parts.
 
 `unet` and `transformer` hold the blocks; `attention` computes one operation by many backends.
 """
