@@ -116,7 +116,7 @@ NOISE_SOURCES: dict[str, Callable[[Tensor, Tensor, Tensor], NoiseSampler]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: torch 2.8 can't compile the making of a frozen one
 class Run:
     """A run of a sampler: the arguments that all samplers share, and the loop, which is its call.
 
