@@ -156,6 +156,7 @@ def write_mnist(root, pixels, labels):
 
 
 def test_mnist(tmp_path):
+    pytest.importorskip("torchvision")
     pixels = images(5, (28, 28), 1)
     write_mnist(tmp_path, pixels, [3, 1, 4, 1, 5])
     mnist = datasets.make_dataset(section("mnist", tmp_path), as_array)
@@ -184,6 +185,7 @@ def write_cifar10(root, pixels, labels, monkeypatch):
 
 
 def test_cifar10(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision")
     pixels = images(4, (32, 32))
     write_cifar10(tmp_path, pixels, [9, 0, 2, 9], monkeypatch)
     cifar = datasets.make_dataset(section("cifar10", tmp_path), as_array)
@@ -193,6 +195,7 @@ def test_cifar10(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["mnist", "cifar10"])
 def test_a_download_that_fails_says_where_the_data_was_sought(tmp_path, kind, monkeypatch):
+    pytest.importorskip("torchvision")
     def offline(*args, **kwargs):
         raise OSError("no network")
 
