@@ -196,6 +196,7 @@ def test_cifar10(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["mnist", "cifar10"])
 def test_a_download_that_fails_says_where_the_data_was_sought(tmp_path, kind, monkeypatch):
     pytest.importorskip("torchvision")
+
     def offline(*args, **kwargs):
         raise OSError("no network")
 
