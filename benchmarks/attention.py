@@ -277,7 +277,7 @@ def cannot_run(
 def main(argv: Sequence[str] | None = None) -> None:
     p = bench.parser(__doc__)
     p.add_argument("--kernel-size", type=int, default=7)
-    p.add_argument("--budget", type=float, default=2.5, help="seconds a row of runs in turn takes")
+    p.add_argument("--budget", type=float, default=2.5, help="seconds for a row of runs in turn")
     p.add_argument("--geometry", action="append", choices=list(BACKENDS), help="default: all")
     args = bench.parse(p, argv)
     geometries: list[Geometry] = [

@@ -1,4 +1,4 @@
-"""Sampling: images a second, eager and compiled.
+"""Sampling: images per second, eager and compiled.
 
 Both draw the same images, measured in turn. Utilisation is the time of the model's
 multiply-accumulates at the rate of a matrix product measured in turn with the rest, by the time of

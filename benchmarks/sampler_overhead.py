@@ -1,4 +1,4 @@
-"""What samplers cost beside the model: time a step with a model that does nothing, and Brownian
+"""What samplers cost beside the model: time per step with a model that does nothing, and Brownian
 noise side by side with torchsde's.
 
 Medians of several runs in turn, after a warm-up. Time is the whole of a step: the loop, the
@@ -36,14 +36,14 @@ def in_turn(runs: dict[str, bench.Run], device: torch.device, repeats: int) -> d
 
 
 def samplers(x: torch.Tensor, steps: int, repeats: int) -> None:
-    """Prints each sampler's time a step, and as many Euler steps' time."""
+    """Prints each sampler's time per step, and as many Euler steps' time."""
 
     def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         return x * 0.5
 
     sigmas = K.sampling.get_sigmas_karras(steps, 0.03, 15.0)
     noise = torch.randn_like(x)
-    print(f"{'sampler':<24} {'us a step':>10} {'x euler':>8} {'with its own noise':>19}")
+    print(f"{'sampler':<24} {'us per step':>10} {'x euler':>8} {'with its own noise':>19}")
     without: dict[str, bench.Run] = {}
     with_own: dict[str, bench.Run] = {}
     for name, info in sorted(K.sampling.SAMPLERS.items(), key=lambda item: item[0] != "euler"):
@@ -109,7 +109,7 @@ def brownian(x: torch.Tensor, steps: int, repeats: int) -> None:
 
 
 def against(folder: Path, shape: list[int], steps: int, repeats: int) -> None:
-    """Prints each published sampler's time a step, theirs and ours."""
+    """Prints each published sampler's time per step, theirs and ours."""
     here = Path(__file__).parent
     script = here / "harness" / "step_times.py"
     flags = ["--shape", *map(str, shape), "--steps", str(steps), "--repeats", str(repeats)]
@@ -120,7 +120,7 @@ def against(folder: Path, shape: list[int], steps: int, repeats: int) -> None:
         ]
         for _ in range(2)
     ]
-    print(f"{'us a step':<24} {'theirs':>10} {'ours':>10} {'ratio':>8}")
+    print(f"{'us per step':<24} {'theirs':>10} {'ours':>10} {'ratio':>8}")
     for name in rounds[0][0]:
         theirs, ours = (min(times[i][name] for times in rounds) for i in (0, 1))
         print(f"{name:<24} {theirs:>10.0f} {ours:>10.0f} {ours / theirs:>8.2f}")

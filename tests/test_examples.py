@@ -29,17 +29,17 @@ def test_examples_are_short():
         "write_your_own_sampler.py",
     ]
     for name in names:
-        assert (EXAMPLES / name).read_text().count("\n") < 80
+        assert (EXAMPLES / name).read_text().count("\n") < 60
 
 
 def test_train_on_your_folder(tmp_path):
-    for i in range(8):
+    for i in range(32):
         noise = np.random.default_rng(i).integers(0, 256, (20, 24, 3), dtype=np.uint8)
         (tmp_path / "cats").mkdir(exist_ok=True)
         Image.fromarray(noise).save(tmp_path / f"cats/{i}.png")
-    args = "cats", "--size", 16, "--steps", 2, "--batch-size", 4, "--width", 64
+    args = "cats", "--size", 16, "--steps", 2, "--width", 64
     text = run("train_on_your_folder.py", *args, folder=tmp_path)
-    assert re.search(r"step 1: loss \d", text)
+    assert re.search(r"step 0: loss \d", text)
     assert Image.open(tmp_path / "samples.png").size == (4 * 50 + 2, 4 * 50 + 2)
 
 

@@ -64,8 +64,8 @@ def in_turn(
     They are measured in turn, A B A B ..., so that a machine that slows down does so for all of
     them: after two runs of each to warm up, one if that takes a second, as many rounds as take
     `budget` seconds, within the bounds of `rounds`. Short runs are repeated until they take
-    `shortest` seconds a round, and those below a quarter of a second begin each turn with one that
-    isn't timed: they then find the caches and the allocator as their own run left them.
+    `shortest` seconds per round, and those below a quarter of a second begin each turn with one
+    that isn't timed: they then find the caches and the allocator as their own run left them.
     """
     numbers, brief = {}, set()
     for name, run in runs.items():

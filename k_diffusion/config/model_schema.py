@@ -157,7 +157,7 @@ class Model(DenoiserSection):
         lengths = {name: len(value) for name, value in lists.items()}
         if len(set(lengths.values())) > 1:
             text = ", ".join(f"{name} has {n}" for name, n in lengths.items())
-            raise fail(f"one entry a level: {text}")
+            raise fail(f"one entry per level: {text}")
 
 
 def _rows(num_classes: int) -> int:
@@ -276,7 +276,7 @@ class ImageTransformerV1(Model):
 
 
 class ImageTransformerV2(Model):
-    """Hourglass transformer. One entry a level, from the pixels up.
+    """Hourglass transformer. One entry per level, from the pixels up.
 
     d_ffs, mapping_d_ff: 3 times the width where not given. self_attns: neighborhood attention with
     kernel_size 7 below and global attention on top. dropout_rate: one for all levels or one each.

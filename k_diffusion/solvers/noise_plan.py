@@ -116,8 +116,8 @@ def churned(sigmas: Sequence[float], s_churn: float, s_tmin: float, s_tmax: floa
 class Restart:
     """An interval of noise levels that is run again: Xu et al. 2023 (arXiv:2306.14878), section 3.
 
-    steps: in a pass from sigma_max down to sigma_min. times: passes. Raises ValueError for an
-    interval that is none, steps < 1 or times < 0.
+    steps: in a pass from sigma_max down to sigma_min. times: passes. Raises ValueError
+    unless 0 < sigma_min < sigma_max < inf, steps >= 1 and times >= 0.
     """
 
     sigma_min: float

@@ -81,7 +81,7 @@ def describe(
         f"{args.name}: {state.config['model']['type']}, {n_params(state.model):,} parameters"
         f"; {section['type']}, {state.dataset_length:,} images{classes}",
         data.describe(),
-        f"{accelerator.num_processes} process(es) on {accelerator.device}, {per_step} images a "
+        f"{accelerator.num_processes} process(es) on {accelerator.device}, {per_step} images per "
         f"step, precision {accelerator.mixed_precision}, seed {state.seed}",
     ]
     return "\n".join(filter(None, lines))

@@ -119,7 +119,7 @@ class TrainState:
         if sizes != saved_sizes or wrong:
             raise CheckpointError(
                 f"the optimizer's state in {source} is not of this optimizer and model: parameters "
-                f"a group {saved_sizes}, here {sizes}; convert it and pass --resume-inference to "
+                f"per group {saved_sizes}, here {sizes}; convert it and pass --resume-inference to "
                 "start from its weights alone"
             )
         self.opt.load_state_dict({"state": saved["state"], "param_groups": groups})

@@ -184,7 +184,7 @@ ERRORS = [
     (v2(sigma_min=80), "model: sigma_min 80.0 must be below sigma_max 80.0"),
     (
         v2(depths=[1, 1, 1]),
-        "model: one entry a level: depths has 3, widths has 2, d_ffs has 2, self_attns has 3, "
+        "model: one entry per level: depths has 3, widths has 2, d_ffs has 2, self_attns has 3, "
         "dropout_rate has 3",
     ),
     (v2(has_variance=True), "model: has_variance needs a model with a variance head: image_v1"),

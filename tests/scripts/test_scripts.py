@@ -117,7 +117,7 @@ def test_what_a_run_writes(trained):
 def test_what_a_run_says_without_a_terminal(trained):
     text = (trained / "output.txt").read_text()
     assert "1,797 images, 10 classes" in text
-    assert "1 process(es) on cpu, 6 images a step, precision no, seed 1" in text
+    assert "1 process(es) on cpu, 6 images per step, precision no, seed 1" in text
     for line in (
         "step 1, epoch 0",
         "step 2, epoch 0",

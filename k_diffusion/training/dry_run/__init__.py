@@ -66,7 +66,7 @@ class DryRun:
             ["parameters", f"{self.parameters:,}"],
             *([name, size(bytes_)] for name, bytes_ in self.states.items()),
             ["these together", size(always)],
-            ["forward, an image", count(self.macs)],
+            ["forward, 1 image", count(self.macs)],
             ["a training step", f"{count(3 * step * self.macs)}: {what} {step} images"],
         ]
         levels = [
@@ -85,7 +85,7 @@ class DryRun:
             ),
         ]
         activations = [
-            ["checkpointing", "for backward", "at most", "an image", "with all the above"],
+            ["checkpointing", "for backward", "at most", "per image", "with all the above"],
             *(
                 [
                     f"{mode} (this run)" if mode == self.checkpointing else mode,
@@ -99,7 +99,7 @@ class DryRun:
         ]
         return "\n".join(
             [
-                f"{self.setting}; a step: {n} images x {batches} batches x {processes} processes",
+                f"{self.setting}; per step {n} images x {batches} batches x {processes} processes",
                 "",
                 *aligned(facts),
                 "",
@@ -140,8 +140,8 @@ def dry_run(
 ) -> DryRun:
     """What training would cost with a config, as `load_config` returns it; it needs no data.
 
-    mixed_precision: a row of AUTOCAST. batch_size: images a process takes at a time, `accumulate`
-    times a step. checkpointing: a row of CHECKPOINTING.
+    mixed_precision: a row of AUTOCAST. batch_size: images per process and batch, `accumulate`
+    batches per step. checkpointing: a row of CHECKPOINTING.
 
     Raises ValueError for what the model or the device can't do.
     """
