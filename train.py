@@ -1,18 +1,20 @@
 #!/usr/bin/env python3
 """Train a diffusion model from a config file. For several processes: accelerate launch train.py"""
 
+import k_diffusion.common.launcher  # before torch: the launcher may be gone when it's loaded
 import k_diffusion.common.threads  # before torch, which loads OpenMP
 
 # isort: split
 import copy
 import math
 import sys
+from contextlib import suppress
 
 import torch
 
 import k_diffusion as K
-from k_diffusion import distributed, models
-from k_diffusion.common import options
+from k_diffusion import distributed, generation, models
+from k_diffusion.common import console, options
 from k_diffusion.common.files import writable
 from k_diffusion.data import stream, training_data
 from k_diffusion.training import (
@@ -39,6 +41,7 @@ def main() -> None:
     if args.dry_run:
         dry_run.main(args, config)
         return
+    console.forgive()
     writable(run_files.state_path(args.name))
     accelerator = setup.make_accelerator(args, config)
     setup.refuse_metrics(args, accelerator.print)
@@ -77,7 +80,7 @@ def main() -> None:
         state.seed = args.seed
     if args.reset_ema:
         state.reset_ema()
-    end = args.end_step or math.inf
+    begin, end = state.step, args.end_step or math.inf
     if state.step >= end:
         accelerator.print(f"step {state.step} is done; pass a larger --end-step to continue")
         accelerator.end_training()
@@ -101,16 +104,18 @@ def main() -> None:
 
     def make_demo() -> None:
         path = run_files.run_file(args.name, f"demo_{state.step:08}.png")
-        n, gen = args.sample_n, state.demo_gen
-        logger.image(demo.write_demo(accelerator, denoiser_ema, config, path, n, gen), state.step)
+        rest = config, path, args.sample_n, state.demo_gen, stop.asked
+        with suppress(generation.SamplingStopped):
+            logger.image(demo.write_demo(accelerator, denoiser_ema, *rest), state.step)
 
     def save(together: bool = True) -> None:
         logger.read(state, together)  # a lost run is an error here, and nothing to save
         if accelerator.is_main_process:
-            path = run_files.save_checkpoint(args.name, state.step, state.state_dict())
+            with stop.saving():
+                path = run_files.save_checkpoint(args.name, state.step, state.state_dict())
             logger.say(f"saved {path}")
             if args.wandb_save_model:
-                setup.save_to_wandb(path)
+                logger.attempt("wandb", lambda: setup.save_to_wandb(path))
 
     with signals.StopSignal() as stop:
         try:
@@ -126,21 +131,22 @@ def main() -> None:
                     checkpointing=args.checkpointing,
                 )
                 logger.step(state, loss, norm)
-                if state.step % args.save_every == 0 or state.step == end:
+                if state.step % args.save_every == 0 or state.step == end or stop.save_agreed:
                     save()
                 if state.step % args.demo_every == 0 or state.step == end:
                     make_demo()
-            if state.step < end:
+            if begin < state.step < end:
                 save()
         except log.NonFiniteLoss:
             raise
         except Exception as error:  # of the data, say: what was learned is kept
             if state.whole:
-                logger.say(f"stopped by an error ({type(error).__name__}) at step {state.step}")
                 save(together=False)
+                logger.say(f"stopped by an error ({type(error).__name__}) at step {state.step}")
             raise
         logger.write(state)
         logger.plot()
+        accelerator.wait_for_everyone()  # torchrun kills those that still save when one has left
         logger.close()
     if state.step < end:
         sys.exit(stop.exit_code)

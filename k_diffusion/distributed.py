@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .common import launcher
 from .common.text import need
 
 # What torchrun and the usual kinds of mpirun tell each of their processes.
@@ -25,7 +26,7 @@ def make_accelerator(find_unused_parameters: bool = False, **options: Any) -> An
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     if processes := processes_missing():
-        run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        run = [launcher.__file__, "--standalone", f"--nproc-per-node={processes}"]
         os.execv(sys.executable, [sys.executable, *run, *sys.argv])
     # without it, Accelerate takes the processes of torchrun for single ones where there's no GPU
     on_cpu = options.pop("cpu", False) or not torch.accelerator.is_available()
@@ -72,6 +73,13 @@ def agree_on_seed(seed: int | None) -> int:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([secrets.randbits(31) if seed is None else seed])[0]
+
+
+def any_process(accelerator: Any, wish: bool) -> bool:
+    """Whether it is True on any process. All must call it."""
+    if accelerator.num_processes == 1:
+        return wish
+    return bool(accelerator.gather(torch.tensor([wish], device=accelerator.device)).any())
 
 
 def gather_shares(accelerator: Any, mine: torch.Tensor, n: int) -> torch.Tensor | None:

@@ -10,9 +10,13 @@ from tqdm.auto import tqdm
 
 from . import sampling
 from .common.modules import eval_mode
-from .distributed import gather_shares
+from .distributed import any_process, gather_shares
 
 STEPS = 50  # of the images that training shows
+
+
+class SamplingStopped(Exception):
+    """Sampling was given up, as its caller asked."""
 
 
 def generate(
@@ -28,16 +32,18 @@ def generate(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     disable: bool | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[torch.Tensor]:
     """Sample one image per seed, batch by batch.
 
     model: a denoiser, guided or not, (x, sigma, class_cond=) -> denoised. shape: of an image,
     (c, h, w). sigmas: (steps + 1,), the schedule. classes: one id per seed, for a
     class-conditional model of num_classes. sampler: a row of `sampling.SAMPLERS`. disable: hides
-    the progress bar; None hides it where there's no terminal.
+    the progress bar; None hides it where there's no terminal. stop: asked after each step, whether
+    to give up.
 
     Yields (n, c, h, w) in float32, n <= batch_size, in the order of the seeds. Raises ValueError
-    for class ids out of range or an unknown sampler.
+    for class ids out of range or an unknown sampler, SamplingStopped once `stop` says so.
     """
     check_classes(classes, num_classes)
     if classes is not None and len(classes) != len(seeds):
@@ -63,6 +69,11 @@ def generate(
                 **(sampler_args or {}),
             ).float()
 
+    def step(_: object) -> None:
+        bar.update()
+        if stop():
+            raise SamplingStopped
+
     starts = range(0, len(seeds), batch_size)
     with tqdm(
         total=len(starts) * (len(sigmas) - 1),
@@ -74,7 +85,7 @@ def generate(
         disable=disable,
     ) as bar:
         for start in starts:
-            yield run(slice(start, start + batch_size), lambda _: bar.update())
+            yield run(slice(start, start + batch_size), step)
 
 
 def check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
@@ -94,8 +105,13 @@ def sample_share(
     seeds: Sequence[int],
     *,
     batch_size: int = 64,
+    stop: Callable[[], bool] = lambda: False,
 ) -> torch.Tensor | None:
-    """One image per seed, shared out over the processes; all of them on the main one, else None."""
+    """One image per seed, shared out over the processes; all of them on the main one, else None.
+
+    stop: asked after each sampling step. Once it is True on any process, SamplingStopped is raised
+    on all of them, when the others are done with their share.
+    """
     model, num_classes = config["model"], config["dataset"]["num_classes"]
     share = slice(accelerator.process_index, None, accelerator.num_processes)
     classes = [i % num_classes for i in range(len(seeds))][share] if num_classes else None
@@ -111,8 +127,15 @@ def sample_share(
         batch_size=batch_size,
         device=accelerator.device,
         disable=None if accelerator.is_main_process else True,
+        stop=stop,
     )
-    empty = torch.empty(0, *shape, device=accelerator.device)
+    images = torch.empty(0, *shape, device=accelerator.device)
+    stopped = False
     with accelerator.autocast():
-        images = torch.cat([empty, *batches])
+        try:
+            images = torch.cat([images, *batches])
+        except SamplingStopped:
+            stopped = True
+    if any_process(accelerator, stopped):
+        raise SamplingStopped
     return gather_shares(accelerator, images, len(seeds))

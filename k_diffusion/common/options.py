@@ -7,18 +7,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from . import console
+
 
 def friendly_errors(main: Callable[[], None]) -> Callable[[], None]:
     """Ends a script with an error's text instead of a traceback, where the user can mend it.
 
-    K_DIFFUSION_DEBUG=1 shows the traceback.
+    K_DIFFUSION_DEBUG=1 shows the traceback. A reader of its output that leaves, as `head` does, is
+    no error: the script goes on without.
     """
 
     @functools.wraps(main)
+    @console.outlasting()
     def run() -> None:
         name = Path(sys.argv[0]).name
         try:
             main()
+            sys.stdout.flush()  # on a full disk
         except (ValueError, ImportError, OSError, FloatingPointError) as error:
             if os.environ.get("K_DIFFUSION_DEBUG", "0") not in {"", "0"}:
                 raise

@@ -7,7 +7,9 @@ position t goes on as if it had never stopped, whatever the number of workers.
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -56,10 +58,32 @@ class Stream(Sampler[list[tuple[int, int]]]):
             at += self.batch_size * self.processes
 
 
+# What is sent to the process group, by Ctrl-C say, is for the main process, which still needs data.
+_SIGNALS = {
+    n for s in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if (n := getattr(signal, s, None))
+}
+
+
+class _Loader(DataLoader[dict[str, Any]]):
+    """A DataLoader whose workers start with signals blocked, until they have left the group."""
+
+    def __iter__(self) -> Any:
+        if not self.num_workers or os.name != "posix":
+            return super().__iter__()
+        resource_tracker.ensure_running()  # it would unblock them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _own_session(worker: int) -> None:
-    # signals to the process group, such as Ctrl-C, are for the main process, which still needs data
-    if hasattr(os, "setsid"):
+    if os.name == "posix":
         os.setsid()
+        while waiting := signal.sigpending() & _SIGNALS:
+            signal.sigwait(waiting)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def make_loader(
@@ -68,7 +92,7 @@ def make_loader(
     """A DataLoader over the stream. Small data sets held in memory are read without workers."""
     if getattr(data.data, "in_memory", False):
         num_workers = 0
-    return DataLoader(
+    return _Loader(
         data,
         batch_sampler=stream,
         num_workers=num_workers,

@@ -31,7 +31,7 @@ class ListSamplers(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **kwargs)
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        print(sampler_table())
+        print(sampler_table(), flush=True)
         parser.exit()
 
 

@@ -1,5 +1,6 @@
 """Demo grids: a fixed set of seeds sampled by the averaged model as it learns."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ def write_demo(
     path: Path,
     n: int,
     generator: torch.Generator,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Path | None:
     """Sample the demo grid and write it; returns its path on the main process.
 
     generator: its state, which is left as it is, gives the seeds: every grid of a run starts from
-    the same noise.
+    the same noise. stop: as of `sample_share`.
     """
     copy = torch.Generator().set_state(generator.get_state())
     seeds = torch.randint(0, 2**63 - 1, (n,), generator=copy).tolist()
-    images = sample_share(accelerator, denoiser, config, seeds)
+    images = sample_share(accelerator, denoiser, config, seeds, stop=stop)
     if images is None:
         return None
     columns = grid_columns(config["dataset"]["num_classes"], n, *images.shape[2:])

@@ -4,7 +4,9 @@ import csv
 import math
 import sys
 import time
-import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +47,8 @@ class Log:
     """Collects losses on the device, and every `every` steps reads, averages and writes them.
 
     Writes NAME_metrics.csv and NAME_loss.png, and to the accelerator's trackers. All processes make
-    the same calls; the main one writes.
+    the same calls; the main one writes. What can't be written, to a full disk or a tracker that
+    fails, is said once and ends no run; rows of the CSV are kept until they can be.
     """
 
     def __init__(
@@ -60,8 +63,13 @@ class Log:
         now = time.monotonic()
         self.started = now - state.elapsed
         self.last = Progress(now, state.step, state.samples)
+        self.failed: set[str] = set()  # what was said to
         main = accelerator.is_main_process
-        self.csv = CSVLogger(f"{name}_metrics.csv", COLUMNS) if main else None
+        self.csv_path = Path(f"{name}_metrics.csv")
+        self.csv: CSVLogger | None = None
+        self.rows: list[list[Any]] = []  # of the CSV, not yet written
+        if main:
+            self.attempt(str(self.csv_path), self.write_rows)
         # a file gets a line every `every` steps instead of a bar
         self.bar = tqdm(
             total=end_step,
@@ -76,6 +84,36 @@ class Log:
         if self.accelerator.is_main_process:
             tqdm.write(text)
             sys.stdout.flush()
+
+    def attempt(self, what: str, write: Callable[[], object]) -> bool:
+        """Write something the run can do without; its failure is said once. Returns its success."""
+        try:
+            write()
+        except Exception as error:
+            if what not in self.failed:
+                self.failed.add(what)
+                self.say(f"can't write {what} ({type(error).__name__}: {error}); going on")
+            return False
+        if what in self.failed:
+            self.failed.remove(what)
+            self.say(f"{what} is written again")
+        return True
+
+    def write_rows(self) -> None:
+        """Write the rows to the CSV. Raises OSError; the next call then tries again."""
+        try:
+            if self.csv is None:
+                self.csv = CSVLogger(self.csv_path, COLUMNS)
+            while self.rows:
+                self.csv.write(*self.rows[0])
+                del self.rows[0]
+        except OSError:
+            # opened anew, it begins with a line of its own
+            if self.csv is not None:
+                with suppress(OSError):
+                    self.csv.file.close()
+            self.csv = None
+            raise
 
     def skip(self, batch: dict[str, Any]) -> None:
         """Report a batch's corrupt images, each file once."""
@@ -135,9 +173,12 @@ class Log:
             "ema_decay": state.ema_sched.get_value(),
             "grad_norm": "" if self.norm is None else float(self.norm),
         }
-        self.accelerator.log({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
-        if self.csv is not None:
-            self.csv.write(*row.values())
+        if self.accelerator.is_main_process:
+            self.rows.append(list(row.values()))
+            self.attempt(str(self.csv_path), self.write_rows)
+        numbers = {k: v for k, v in row.items() if k != "step" and v != ""}
+        for tracker in self.accelerator.trackers:
+            self.attempt(tracker.name, partial(tracker.log, numbers, step=state.step))
         self.show(state, loss)
 
     def show(self, state: TrainState, loss: float) -> None:
@@ -159,30 +200,39 @@ class Log:
             return
         self.say(f"wrote {path}")
         for tracker in self.accelerator.trackers:
-            if tracker.name == "wandb":
-                import wandb
-
-                tracker.log({"demo_grid": wandb.Image(str(path))}, step=step)
-            elif tracker.name == "tensorboard":
-                import numpy as np
-                from PIL import Image
-
-                picture = np.asarray(Image.open(path).convert("RGB"))[None]
-                tracker.log_images({"demo_grid": picture}, step=step, dataformats="NHWC")
+            self.attempt(tracker.name, partial(send_image, tracker, path, step))
         self.plot()
 
     def plot(self) -> None:
         """Draw NAME_loss.png from the CSV."""
-        if self.csv is None:
-            return
-        try:
-            plot_loss(self.csv.filename, Path(f"{self.name}_loss.png"))
-        except ImportError as error:
-            warnings.warn(str(error), stacklevel=2)
+        if self.csv is not None:
+            path = Path(f"{self.name}_loss.png")
+            self.attempt(str(path), partial(plot_loss, self.csv_path, path))
 
     def close(self) -> None:
         self.bar.close()
+        if self.rows:
+            self.say(
+                f"{self.csv_path} lacks its last {len(self.rows)} rows, which were not written"
+            )
+        for tracker in self.accelerator.trackers:
+            self.attempt(tracker.name, tracker.finish)
+        self.accelerator.trackers = []
         self.accelerator.end_training()
+
+
+def send_image(tracker: Any, path: Path, step: int) -> None:
+    """Send a demo grid to a tracker, if it takes pictures."""
+    if tracker.name == "wandb":
+        import wandb
+
+        tracker.log({"demo_grid": wandb.Image(str(path))}, step=step)
+    elif tracker.name == "tensorboard":
+        import numpy as np
+        from PIL import Image
+
+        picture = np.asarray(Image.open(path).convert("RGB"))[None]
+        tracker.log_images({"demo_grid": picture}, step=step, dataformats="NHWC")
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

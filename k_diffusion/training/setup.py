@@ -57,17 +57,26 @@ def _tensorboard(folder: Path) -> Any:
 
 
 def start_trackers(accelerator: Any, args: argparse.Namespace, state: TrainState) -> None:
-    """Start the accelerator's trackers, and tell them the flags, the run's seed and its config."""
+    """Start the accelerator's trackers, and tell them the flags, the run's seed and its config.
+
+    Raises OSError for one that can't start, as without a key or its folder.
+    """
     if not accelerator.log_with:
         return
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     flags |= {"seed": state.seed, "config_file": flags.pop("config")}
     options = {"entity": args.wandb_entity, "group": args.wandb_group}
-    accelerator.init_trackers(
-        args.wandb_project or args.name,
-        config={**flags, "parameters": n_params(state.model), "config": state.config},
-        init_kwargs={"wandb": {k: v for k, v in options.items() if v}},
-    )
+    try:
+        accelerator.init_trackers(
+            args.wandb_project or args.name,
+            config={**flags, "parameters": n_params(state.model), "config": state.config},
+            init_kwargs={"wandb": {k: v for k, v in options.items() if v}},
+        )
+    except Exception as error:
+        raise OSError(
+            f"a tracker can't start ({error}); mend that or leave out its flag, --wandb-project or "
+            "--tensorboard"
+        ) from error
 
 
 def describe(
