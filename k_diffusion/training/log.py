@@ -66,10 +66,8 @@ class Log:
         self.failed: set[str] = set()  # what was said to
         main = accelerator.is_main_process
         self.csv_path = Path(f"{name}_metrics.csv")
-        self.csv: CSVLogger | None = None
+        self.csv: CSVLogger | None = None  # from the first row on
         self.rows: list[list[Any]] = []  # of the CSV, not yet written
-        if main:
-            self.attempt(str(self.csv_path), self.write_rows)
         # a file gets a line every `every` steps instead of a bar
         self.bar = tqdm(
             total=end_step,

@@ -20,17 +20,31 @@ class Accelerator:
 
     def __init__(self, other=1.0):
         self.other = other
-        self.logged = []
 
     def reduce(self, x, reduction):
         assert reduction == "mean"
         return (x + self.other * x) / 2
 
-    def log(self, values, step):
-        self.logged.append((step, values))
-
     def end_training(self):
         pass
+
+
+class Tracker:
+    """Keeps what it is told, or fails."""
+
+    name = "tracker"
+
+    def __init__(self):
+        self.logged, self.fails, self.finished = [], False, False
+
+    def log(self, values, step):
+        if self.fails:
+            raise RuntimeError("no network")
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished = True
+        self.log({}, None)
 
 
 def make_state():
@@ -62,6 +76,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_rows(folder, capsys):
     accelerator, state = Accelerator(), make_state()
+    accelerator.trackers = [Tracker()]
     logger = log.Log(accelerator, "runs/a", state, 6, every=3)
     steps(logger, state, [1, 2, 6, 4, 4], norm=0.5)
     logger.write(state)
@@ -74,8 +89,9 @@ def test_rows(folder, capsys):
         average = 0.98 * average + 0.02 * loss
     assert float(rows[0]["loss_avg"]) == pytest.approx(average)
     assert (rows[1]["lr"], rows[1]["ema_decay"], rows[1]["grad_norm"]) == ("0.1", "0.9", "0.5")
-    assert [step for step, _ in accelerator.logged] == [3, 5]
-    assert accelerator.logged[0][1]["loss"] == 3
+    logged = accelerator.trackers[0].logged
+    assert [step for step, _ in logged] == [3, 5]
+    assert logged[0][1]["loss"] == 3
     # no bar where there's no terminal, but a line for the first step and for each row
     text = capsys.readouterr()
     assert text.err == ""
@@ -99,7 +115,7 @@ def test_a_resumed_run_says_at_once_that_it_runs(folder, capsys):
     logger = log.Log(Accelerator(), "a", state, 100, every=25)
     steps(logger, state, [2, 4])
     assert capsys.readouterr().out.startswith("step 41, epoch 0, 0 s, ")
-    assert not log.read_rows(folder / "a_metrics.csv")
+    assert not (folder / "a_metrics.csv").exists()
     assert state.losses == [2]  # which the row of step 50 counts
 
 
@@ -184,13 +200,80 @@ def test_the_loss_curve(tmp_path):
     assert len(blue) > 100  # an exponential on a logarithmic axis: a line over the whole height
 
 
-def test_a_run_without_matplotlib(folder, monkeypatch):
+def test_a_run_without_matplotlib(folder, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     state = make_state()
     logger = log.Log(Accelerator(), "a", state, None, every=1)
     steps(logger, state, [1.0])
-    with pytest.warns(UserWarning, match=r'loss curve needs matplotlib; .* "k-diffusion\[train\]"'):
-        logger.plot()
+    logger.plot()
+    logger.plot()
+    text = capsys.readouterr().out
+    assert text.count('loss curve needs matplotlib; install it with: pip install "k-diff') == 1
+
+
+def test_a_tracker_that_fails_ends_no_run(folder, capsys):
+    accelerator, state = Accelerator(), make_state()
+    bad, good = accelerator.trackers = [Tracker(), Tracker()]
+    bad.name = "bad"
+    logger = log.Log(accelerator, "a", state, None, every=1)
+    bad.fails = True
+    steps(logger, state, [1.0, 2.0])
+    bad.fails = False
+    steps(logger, state, [3.0])
+    bad.fails = True
+    logger.close()
+    text = capsys.readouterr().out
+    assert text.count("can't write bad (RuntimeError: no network); going on") == 2
+    assert text.count("bad is written again") == 1
+    assert [step for step, _ in good.logged] == [1, 2, 3, None]
+    assert bad.finished
+    assert len(log.read_rows(folder / "a_metrics.csv")) == 3
+
+
+class FullDisk:
+    """A file, of whose next write half arrives."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, text):
+        self.file.write(text[: len(text) // 2])
+        self.file.flush()
+        raise OSError(28, "No space left on device")
+
+    def close(self):
+        self.file.close()
+        raise OSError(28, "No space left on device")
+
+
+def test_rows_outlast_a_full_disk(folder, capsys, monkeypatch):
+    state = make_state()
+    logger = log.Log(Accelerator(), "a", state, None, every=1)
+    steps(logger, state, [1.0])
+    logger.csv.file = FullDisk(logger.csv.file)
+    logger.csv.writer = csv.writer(logger.csv.file)
+    steps(logger, state, [2.0])
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "CSVLogger", full)
+        steps(logger, state, [3.0])
+    steps(logger, state, [4.0])
+    rows = log.read_rows(folder / "a_metrics.csv")
+    assert [(row["step"], float(row["loss"])) for row in rows] == [(str(i), i) for i in range(1, 5)]
+    text = capsys.readouterr().out
+    assert (
+        text.count("can't write a_metrics.csv (OSError: [Errno 28] No space left on device)") == 1
+    )
+    assert text.count("a_metrics.csv is written again") == 1
+
+    monkeypatch.setattr(log, "CSVLogger", full)
+    logger.csv = None
+    steps(logger, state, [5.0, 6.0])
+    logger.close()
+    assert "a_metrics.csv lacks its last 2 rows, which were not written" in capsys.readouterr().out
 
 
 def test_only_the_main_process_writes(folder, capsys):
