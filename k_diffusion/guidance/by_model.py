@@ -44,7 +44,7 @@ class CFGDenoiser(Guidance):
     """Classifier-free guidance (arXiv 2207.12598): D_uncond + scale * (D_cond - D_uncond).
 
     model: (x, sigma, **cond) -> denoised, called once with both halves as one batch of 2 n. scale:
-    1 is the model itself. combine: how the halves are combined: one of `RULES`, or your own.
+    1 is the model itself. combine: how the halves are combined: `linear`, `APG`, ....
     uncond: for each condition that guidance strengthens, the (n, ...) or (1, ...) tensor that
     stands for its absence, e.g. `class_cond=torch.full((n,), num_classes)`; a condition may be a
     dict or a list of tensors, as its absence then is. Both halves get the other conditions: tensors

@@ -27,8 +27,8 @@ class CFGZeroStar:
 
     zero_above: at noise levels above it the velocity is 0 and the estimate x / (1 + sigma), for
     flows whose first steps err more than that (the paper's zero-init). Pass the schedule's second
-    level to leave out its first step; by default none is. sigma_data: the standard deviation of the data.
-    Raises ValueError unless both are positive.
+    level to leave out its first step; by default none is. sigma_data: the standard deviation of
+    the data. Raises ValueError unless both are positive.
     """
 
     takes_x = True
@@ -146,12 +146,12 @@ class FDG:
         return given + change
 
 
-# By the names of command lines, with their defaults.
-RULES: dict[str, Callable[[], Combine]] = {
-    "linear": lambda: linear,
-    "rescaled": Rescaled,
-    "apg": APG,
-    "cfg-zero-star": CFGZeroStar,
-    "tcfg": TCFG,
-    "fdg": FDG,
+# By the names of command lines, with their defaults, for data of a standard deviation.
+RULES: dict[str, Callable[[float], Combine]] = {
+    "linear": lambda sigma_data: linear,
+    "rescaled": lambda sigma_data: Rescaled(),
+    "apg": lambda sigma_data: APG(),
+    "cfg-zero-star": lambda sigma_data: CFGZeroStar(sigma_data=sigma_data),
+    "tcfg": lambda sigma_data: TCFG(),
+    "fdg": lambda sigma_data: FDG(),
 }

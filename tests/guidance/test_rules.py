@@ -105,7 +105,7 @@ def test_rules_without_a_difference_are_the_estimate(name, sigma):
     given, _, x = three()
     x = x if sigma else given
     sigma = torch.full((3,), sigma, dtype=torch.float64)
-    rule = RULES[name]()
+    rule = RULES[name](1.0)
     rule = partial(rule, x=x) if getattr(rule, "takes_x", False) else rule
     torch.testing.assert_close(rule(given, given, 5.0, sigma), given)
 
@@ -178,7 +178,7 @@ def test_rules_hold_for_autoguidance_too_and_compile_as_one_graph(name):
         def forward(self, x, sigma):
             return (x / (1 + sigma[:, None, None])).sub(self.by).tanh()
 
-    guided = AutoguidedDenoiser(Shrink(0.9), Shrink(0.5), 3.0, combine=RULES[name]())
+    guided = AutoguidedDenoiser(Shrink(0.9), Shrink(0.5), 3.0, combine=RULES[name](1.0))
     x = normal(0, 3, 4, 6, dtype=torch.float64)
     want = guided(x, SIGMA)
     assert (want - Shrink(0.9)(x, SIGMA)).abs().max() > 1e-3
