@@ -1,7 +1,7 @@
 """Errors of all samplers against model evaluations, on a Gaussian mixture with an exact denoiser.
 
 Prints the tables and, with --write, puts them between the markers of docs/samplers.md and draws
-docs/images/convergence.png. In float64 on the CPU, one core, under a minute.
+docs/images/convergence.png. In float64 on the CPU, one core, in two minutes.
 
     python benchmarks/convergence.py [--write]
 """
