@@ -10,18 +10,30 @@ A scale is a number, or a function of sigma: (n,) that gives one for each sample
 """
 
 from .by_loss import GradientGuidedDenoiser
-from .by_model import AutoguidedDenoiser, CFGDenoiser, IntervalDenoiser, ThresholdedDenoiser
+from .by_model import (
+    AutoguidedDenoiser,
+    CFGDenoiser,
+    IntervalDenoiser,
+    PerturbedDenoiser,
+    ThresholdedDenoiser,
+)
 from .combine import APG, CFGPlusPlus, Combine, Guidance, Rescaled, Scale, linear
+from .rules import FDG, RULES, TCFG, CFGZeroStar
 
 __all__ = [
     "APG",
+    "FDG",
+    "RULES",
+    "TCFG",
     "AutoguidedDenoiser",
     "CFGDenoiser",
     "CFGPlusPlus",
+    "CFGZeroStar",
     "Combine",
     "GradientGuidedDenoiser",
     "Guidance",
     "IntervalDenoiser",
+    "PerturbedDenoiser",
     "Rescaled",
     "Scale",
     "ThresholdedDenoiser",

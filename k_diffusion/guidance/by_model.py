@@ -4,15 +4,16 @@ Here too is where guidance applies, an interval of noise levels, and the limits 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..common.tensors import append_dims, widen
+from ..models.perturbation import Perturbation
 from ..solvers.context import at_level
-from .combine import Combine, Guidance, Scale, linear, scale_at
+from .combine import Combine, Guidance, Scale, combined, linear
 
 
 def _both(name: str, without: Any, value: Any, n: int) -> Any:
@@ -43,7 +44,7 @@ class CFGDenoiser(Guidance):
     """Classifier-free guidance (arXiv 2207.12598): D_uncond + scale * (D_cond - D_uncond).
 
     model: (x, sigma, **cond) -> denoised, called once with both halves as one batch of 2 n. scale:
-    1 is the model itself. combine: how the halves are combined: `linear`, `Rescaled`, `APG`.
+    1 is the model itself. combine: how the halves are combined: `linear`, `APG`, ....
     uncond: for each condition that guidance strengthens, the (n, ...) or (1, ...) tensor that
     stands for its absence, e.g. `class_cond=torch.full((n,), num_classes)`; a condition may be a
     dict or a list of tensors, as its absence then is. Both halves get the other conditions: tensors
@@ -85,7 +86,7 @@ class CFGDenoiser(Guidance):
         model = at_level(self.model, host_sigma)
         out = model(torch.cat([x, x]), torch.cat([sigma, sigma]), **both)
         without, given = widen(out).chunk(2)
-        guided = self.combine(given, without, scale_at(self.scale, sigma, given), sigma)
+        guided = combined(self.combine, given, without, self.scale, sigma, x)
         return guided.to(out.dtype), without.to(out.dtype)
 
 
@@ -113,8 +114,37 @@ class AutoguidedDenoiser(Guidance):
         """The guided estimate. x: (n, ...), sigma: (n,)."""
         out, weak = (at_level(m, host_sigma)(x, sigma, **cond) for m in (self.model, self.weak))
         given, without = widen(out), widen(weak)
-        guided = self.combine(given, without, scale_at(self.scale, sigma, given), sigma)
+        guided = combined(self.combine, given, without, self.scale, sigma, x)
         return guided.to(out.dtype)
+
+
+class PerturbedDenoiser(Guidance):
+    """A transformer's estimate with some of its blocks weakened, to be guided away from.
+
+    As the weak model of `AutoguidedDenoiser(model, PerturbedDenoiser(model, ...), scale)` it makes
+    perturbed-attention guidance (arXiv:2403.17377) and skip-layer guidance, whose scales in the
+    literature are ours less 1. What is weakened is told in each call, so that the model itself, and
+    other threads that use it, are as they were; compiled models have a graph of it.
+
+    model: a denoiser around an `image_transformer_v1` or `image_transformer_v2`. skip: blocks to
+    leave out. identity: blocks whose attention map is replaced by the identity. Both are names as
+    in `state_dict`, "mid_level.3" or "blocks.3", or prefixes, "mid_level" for all of its blocks.
+    With neither it is the model itself. Raises ValueError for a model without a transformer, and
+    for names that it doesn't have, or without attention in `identity`.
+    """
+
+    def __init__(self, model: nn.Module, skip: Iterable[str] = (), identity: Iterable[str] = ()):
+        super().__init__()
+        self.model = model
+        self.perturbation = Perturbation(tuple(skip), tuple(identity))
+        self.perturbation.check(model)
+
+    def forward(
+        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
+    ) -> Tensor:
+        """The weakened estimate. x: (n, ...), sigma: (n,)."""
+        model = at_level(self.model, host_sigma)
+        return model(x, sigma, perturbation=self.perturbation, **cond)
 
 
 class IntervalDenoiser(Guidance):

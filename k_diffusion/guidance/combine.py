@@ -15,7 +15,8 @@ from ..solvers.context import start_run
 
 Scale: TypeAlias = float | Callable[[Tensor], Tensor]
 # (given, without, scale, sigma) -> guided: two estimates and how far to go from one to the other.
-Combine: TypeAlias = Callable[[Tensor, Tensor, Any, Tensor], Tensor]
+# A rule with `takes_x` set gets the noised sample as x, too, from which noise and velocity follow.
+Combine: TypeAlias = Callable[..., Tensor]
 
 
 def scale_at(scale: Scale, sigma: Tensor, like: Tensor) -> Any:
@@ -26,11 +27,26 @@ def scale_at(scale: Scale, sigma: Tensor, like: Tensor) -> Any:
     return append_dims(scale(sigma).to(like.dtype), like.ndim) if callable(scale) else scale
 
 
-def _dims(x: Tensor) -> tuple[int, ...]:
+def combined(
+    combine: Combine, given: Tensor, without: Tensor, scale: Scale, sigma: Tensor, x: Tensor
+) -> Tensor:
+    """The guided estimate by a rule. given, without, x: (n, ...). sigma: (n,)."""
+    more = {"x": x.to(given.dtype)} if getattr(combine, "takes_x", False) else {}
+    return combine(given, without, scale_at(scale, sigma, given), sigma, **more)
+
+
+def dims(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but the batch's. x: (n, ...)."""
     return tuple(range(1, x.ndim))
 
 
-def _tiny(x: Tensor) -> float:
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """The inner products of samples, (n, 1, ...). x, y: (n, ...)."""
+    return (x * y).sum(dims(x), keepdim=True)
+
+
+def tiny(x: Tensor) -> float:
+    """The least positive normal number of a tensor's type. x: (...)."""
     return torch.finfo(x.dtype).tiny
 
 
@@ -74,8 +90,8 @@ class Rescaled:
     def __call__(self, given: Tensor, without: Tensor, scale: Any, sigma: Tensor) -> Tensor:
         """The guided estimate. given, without: (n, ...). sigma: (n,)."""
         guided = linear(given, without, scale, sigma)
-        std, std_guided = (y.std(_dims(y), correction=0, keepdim=True) for y in (given, guided))
-        ratio = std / std_guided.clamp(min=_tiny(std))
+        std, std_guided = (y.std(dims(y), correction=0, keepdim=True) for y in (given, guided))
+        ratio = std / std_guided.clamp(min=tiny(std))
         # A guided estimate without contrast has none to restore.
         ratio = torch.where(std_guided > 0, ratio, 1)
         return torch.lerp(guided, guided * ratio, self.phi)
@@ -114,12 +130,12 @@ class APG:
             diff = self._averaged(diff, sigma)
         diff = diff * (self.max_norm / self._norm(diff)).clamp(max=1)
         unit = given / self._norm(given)
-        parallel = (diff * unit).sum(_dims(diff), keepdim=True) * unit
+        parallel = inner(diff, unit) * unit
         return given + (scale - 1) * (diff + (self.eta - 1) * parallel)
 
     @staticmethod
     def _norm(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x, dim=_dims(x), keepdim=True).clamp(min=_tiny(x))
+        return torch.linalg.vector_norm(x, dim=dims(x), keepdim=True).clamp(min=tiny(x))
 
     def _averaged(self, diff: Tensor, sigma: Tensor) -> Tensor:
         if self._last is not None and self._last[0].shape == diff.shape:

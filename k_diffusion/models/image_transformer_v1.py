@@ -13,6 +13,7 @@ from .checks import check_floats, check_multiple, check_shape, check_type
 from .conditioning import ConditionedModel
 from .flags import checkpoint
 from .levels import Level, transformer_level
+from .perturbation import Perturbation, run_blocks
 from .rope import apply_rotary_emb, make_axial_pos
 from .transformer import (
     AdaRMSNorm,
@@ -82,7 +83,10 @@ class LearnedAxialRoPE(nn.Module):
 
 
 class SelfAttentionBlock(nn.Module):
-    """Residual global self-attention. x: (n, h, w, d_model), cond: (n, d_model)."""
+    """Residual global self-attention. x: (n, h, w, d_model), cond: (n, d_model).
+
+    identity: the attention map is the identity, for perturbed-attention guidance.
+    """
 
     def __init__(self, d_model: int, dropout: float = 0.0, attn_backend: str | None = None):
         super().__init__()
@@ -95,9 +99,13 @@ class SelfAttentionBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out_proj = apply_wd(zero_init(Linear(d_model, d_model, bias=False)))
 
-    def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor, identity: bool = False
+    ) -> torch.Tensor:
         """x: (n, h, w, d). pos: (h, w, 2). cond: (n, d_cond)."""
         q, k, v = split_heads(self.qkv_proj(self.norm(x, cond)), self.n_heads)
+        if identity:
+            return x + self.out_proj(self.dropout(v.flatten(-2)))
         q, k = self.qk_norm(q, k)
         # This model rotates neighbouring features (2i, 2i + 1). The scores are the same whatever
         # the order of the features, so it is enough to move each pair to (i, i + d_head / 2).
@@ -120,9 +128,11 @@ class TransformerBlock(nn.Module):
         self.self_attn = SelfAttentionBlock(d_model, dropout, attn_backend)
         self.ff = FeedForwardBlock(d_model, d_ff, d_model, dropout)
 
-    def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor, identity: bool = False
+    ) -> torch.Tensor:
         """x: (n, h, w, d). pos: (h, w, 2). cond: (n, d_cond)."""
-        x = checkpoint(self.self_attn, x, pos, cond)
+        x = checkpoint(self.self_attn, x, pos, cond, identity)
         return checkpoint(self.ff, x, cond)
 
 
@@ -185,12 +195,14 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         sigma: torch.Tensor,
         aug_cond: torch.Tensor | None = None,
         class_cond: torch.Tensor | None = None,
+        perturbation: Perturbation | None = None,
     ) -> torch.Tensor:
         """The network's output for a preconditioned input at noise levels `sigma`.
 
         x: (n, in_features, h, w), h and w multiples of the patch size. sigma: (n,). aug_cond:
-        (n, 9), zeros if None. class_cond: (n,) integers below num_classes. Returns
-        (n, out_features, h, w). Raises ValueError for other shapes and for a missing class_cond.
+        (n, 9), zeros if None. class_cond: (n,) integers below num_classes. perturbation: blocks
+        to weaken. Returns (n, out_features, h, w). Raises ValueError for other shapes and for a
+        missing class_cond.
         """
         check_shape("x", x, ("n", self.in_features, "h", "w"))
         _, _, h, w = x.shape
@@ -205,8 +217,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         pixel = self.patch_h / self.patch_w
         pos = make_axial_pos(x.shape[1], x.shape[2], pixel, device=x.device)
         pos = pos.view(*x.shape[1:3], 2)
-        for block in self.blocks:
-            x = block(x, pos, cond)
+        x = run_blocks(self.blocks, x, pos, cond, perturbation, "blocks")
         x = self.out_proj(self.out_norm(x))
         return rearrange(x, "n h w (c p q) -> n c (h p) (w q)", **patches)
 

@@ -21,6 +21,7 @@ from .checks import check_floats, check_multiple, check_shape, check_type
 from .conditioning import ConditionedModel
 from .flags import checkpoint, get_rope_parity
 from .levels import Level as LevelDescription, transformer_level
+from .perturbation import Perturbation, run_blocks
 from .rope import AxialRoPE, apply_rotary_emb, apply_rotary_emb_, cos_sin, make_axial_pos
 from .transformer import (
     AdaRMSNorm,
@@ -105,7 +106,8 @@ class MappingSpec:
 class SelfAttentionBlock(nn.Module):
     """Residual cosine-similarity self-attention with axial RoPE, of any geometry.
 
-    x: (n, h, w, d_model), pos: (h, w, 2), cond: (n, cond_features).
+    x: (n, h, w, d_model), pos: (h, w, 2), cond: (n, cond_features). identity: the attention map is
+    the identity, for perturbed-attention guidance.
     """
 
     def __init__(
@@ -128,9 +130,13 @@ class SelfAttentionBlock(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.geometry}"
 
-    def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor, identity: bool = False
+    ) -> torch.Tensor:
         skip = x
         q, k, v = split_heads(self.qkv_proj(self.norm(x, cond)), self.n_heads)
+        if identity:
+            return self.out_proj(self.dropout(v.flatten(-2))) + skip
         if get_rope_parity() and isinstance(self.geometry, GlobalAttentionSpec):
             pos = pos.to(q.dtype)
         theta = self.pos_emb(pos)
@@ -158,10 +164,12 @@ class TransformerBlock(nn.Module):
         )
         self.ff = FeedForwardBlock(spec.width, spec.d_ff, cond_features, spec.dropout)
 
-    def forward(self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor, identity: bool = False
+    ) -> torch.Tensor:
         """x: (n, h, w, width). pos: (h, w, 2). cond: (n, cond_features)."""
         if self.self_attn is not None:
-            x = checkpoint(self.self_attn, x, pos, cond)
+            x = checkpoint(self.self_attn, x, pos, cond, identity)
         return checkpoint(self.ff, x, cond)
 
 
@@ -176,12 +184,16 @@ class Level(nn.ModuleList):
         indices = range(start, start + spec.depth)
         super().__init__(TransformerBlock(spec, cond_features, i) for i in indices)
 
-    def forward(self, x: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
-        """x: (n, h, w, width). cond: (n, cond_features)."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        cond: torch.Tensor,
+        perturbation: Perturbation | None = None,
+        name: str = "",
+    ) -> torch.Tensor:
+        """x: (n, h, w, width). cond: (n, cond_features). name: the level's, for perturbations."""
         pos = make_axial_pos(x.shape[1], x.shape[2], device=x.device).view(*x.shape[1:3], 2)
-        for block in self:
-            x = block(x, pos, cond)
-        return x
+        return run_blocks(self, x, pos, cond, perturbation, name)
 
 
 class TokenMerge(nn.Module):
@@ -286,13 +298,14 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         aug_cond: torch.Tensor | None = None,
         class_cond: torch.Tensor | None = None,
         mapping_cond: torch.Tensor | None = None,
+        perturbation: Perturbation | None = None,
     ) -> torch.Tensor:
         """The network's output for a preconditioned input at noise levels `sigma`.
 
         x: (n, in_channels, h, w). sigma: (n,). aug_cond: (n, 9), zeros if None. class_cond: (n,)
-        integers below num_classes. mapping_cond: (n, mapping_cond_dim). Returns
-        (n, out_channels, h, w). Raises ValueError for other shapes, and for conditions missing or
-        not known to the model.
+        integers below num_classes. mapping_cond: (n, mapping_cond_dim). perturbation: blocks to
+        weaken. Returns (n, out_channels, h, w). Raises ValueError for other shapes, and for
+        conditions missing or not known to the model.
         """
         check_shape("x", x, ("n", self.in_channels, "h", "w"))
         reason = "patch size x 2 for each level above the first"
@@ -304,13 +317,14 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         cond = self.condition(sigma, aug_cond, class_cond, mapping_cond)
         x = self.patch_in(x.movedim(1, -1))
         skips = []
-        for level, merge in zip(self.down_levels, self.merges):
-            x = level(x, cond)
+        for i, (level, merge) in enumerate(zip(self.down_levels, self.merges)):
+            x = level(x, cond, perturbation, f"down_levels.{i}")
             skips.append(x)
             x = merge(x)
-        x = self.mid_level(x, cond)
-        for level, split, skip in reversed(list(zip(self.up_levels, self.splits, skips))):
-            x = level(split(x, skip), cond)
+        x = self.mid_level(x, cond, perturbation, "mid_level")
+        ups = enumerate(zip(self.up_levels, self.splits, skips))
+        for i, (level, split, skip) in reversed(list(ups)):
+            x = level(split(x, skip), cond, perturbation, f"up_levels.{i}")
         return self.patch_out(self.out_norm(x)).movedim(-1, 1)
 
     def describe_levels(self, h: int, w: int) -> list[LevelDescription]:

@@ -74,6 +74,14 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
     text = "checkpoint of a weaker model to guide away from"
     add("--autoguidance", **file, help=text)
     add("--autoguidance-scale", default=2.0, **number, help="its strength; 1: no guidance")
+    text = f"how --cfg-scale combines the two estimates: {', '.join(guidance.RULES)}"
+    add("--cfg-rule", choices=guidance.RULES, default="linear", metavar="NAME", help=text)
+    names: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "NAME"}
+    text = "guide away from the transformer without these blocks, such as mid_level.1"
+    add("--skip-layers", **names, help=text)
+    text = "guide away from it with the identity for the attention maps of these, such as mid_level"
+    add("--identity-attention", **names, help=text)
+    add("--perturbed-scale", default=2.0, **number, help="strength of both; 1: no guidance")
 
 
 def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
@@ -167,9 +175,10 @@ def make_guidance(
 ) -> nn.Module:
     """A denoiser with the guidance that the flags ask for.
 
-    Raises ValueError where the model has no classes to guide by, the checkpoint of the weaker model
-    is one of other images or classes, or flags don't go together.
+    Raises ValueError where the model has no classes to guide by, or no such blocks, the checkpoint
+    of the weaker model is one of other images or classes, or flags don't go together.
     """
+    model = denoiser
     if args.autoguidance is not None:
         weak, other = load_denoiser(args.autoguidance)
         for part, key in (
@@ -184,15 +193,20 @@ def make_guidance(
                 )
         scale = args.autoguidance_scale
         denoiser = guidance.AutoguidedDenoiser(denoiser, weak.to(device), scale)
+    if args.skip_layers or args.identity_attention:
+        perturbed = guidance.PerturbedDenoiser(model, args.skip_layers, args.identity_attention)
+        denoiser = guidance.AutoguidedDenoiser(denoiser, perturbed, args.perturbed_scale)
     if args.cfg_scale == 1:
-        if args.cfg_interval:
-            raise ValueError("--cfg-interval needs a --cfg-scale other than 1")
+        for flag, given in (("interval", args.cfg_interval), ("rule", args.cfg_rule != "linear")):
+            if given:
+                raise ValueError(f"--cfg-{flag} needs a --cfg-scale other than 1")
         return denoiser
     num_classes = config["dataset"]["num_classes"]
     if not num_classes:
         raise ValueError("--cfg-scale needs a class-conditional model; this one has no classes")
     null = torch.tensor([num_classes], device=device)
-    guided = guidance.CFGDenoiser(denoiser, args.cfg_scale, class_cond=null)
+    rule = guidance.RULES[args.cfg_rule](config["model"]["sigma_data"])
+    guided = guidance.CFGDenoiser(denoiser, args.cfg_scale, combine=rule, class_cond=null)
     return guidance.IntervalDenoiser(guided, *args.cfg_interval) if args.cfg_interval else guided
 
 

@@ -327,3 +327,31 @@ def test_labels_of_the_figure_keep_their_order_and_a_gap():
     assert moved[3] == -5
     rows = {"a": [2.0, 1.0], "b": [3.0, 4.0], "c": [2.0, 1.0]}
     assert convergence.merge_equal(rows) == {"b": [3.0, 4.0], "a = c": [2.0, 1.0]}
+
+
+def test_derivations_agree_where_they_are_the_same(benchmarks_importable, monkeypatch):
+    """ER-SDE-Solver-1 is exact on both sides; what differs goes down with the steps."""
+    pytest.importorskip("diffusers")
+    applications = load("applications")
+    monkeypatch.setattr(applications, "STEPS", [10, 30])
+    monkeypatch.setattr(applications, "EXACT", 40)
+    digits = applications.digits_denoiser()
+    few = applications.problems.Mixture(
+        torch.full((40,), 1 / 40, dtype=torch.float64),
+        digits.means[:40].view(40, 1, 8, 8),
+        digits.stds[:40],
+    )
+    monkeypatch.setattr(applications, "digits_denoiser", lambda: few)
+    rows = applications.rows(2)
+    assert max(relative for relative, _ in rows.pop(next(iter(rows)))) < 1e-12
+    for name, ((coarse, less), (fine, more)) in rows.items():
+        assert 0 < fine < coarse, name
+        assert more > less, name
+
+
+def test_psnr_of_one_level_of_255_is_48_db(benchmarks_importable):
+    applications = load("applications")
+    x = torch.ones(2, 1, 8, 8)
+    relative, psnr = applications.relative(x * (1 + 2 / 255), x)
+    assert relative == pytest.approx(2 / 255, rel=1e-4)
+    assert psnr == pytest.approx(48.13, abs=0.01)

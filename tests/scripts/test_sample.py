@@ -12,7 +12,7 @@ from PIL import Image
 from problems import normal
 from torch import nn
 
-from k_diffusion import checkpoints, config, guidance
+from k_diffusion import checkpoints, config, guidance, loading
 from k_diffusion.encoders import clip
 from k_diffusion.scripts import sample
 
@@ -178,10 +178,12 @@ def test_list_samplers(script, capsys):
 def build(model_config, **flags):
     class Flags:
         cfg_scale, cfg_interval, autoguidance, autoguidance_scale = 1.0, None, None, 2.0
+        cfg_rule, skip_layers, identity_attention, perturbed_scale = "linear", [], [], 2.0
 
     for name, value in flags.items():
         setattr(Flags, name, value)
-    return sample.make_guidance(nn.Identity(), model_config, Flags, torch.device("cpu"))
+    denoiser = flags.get("denoiser", nn.Identity())
+    return sample.make_guidance(denoiser, model_config, Flags, torch.device("cpu"))
 
 
 def test_guidance_by_flags(tmp_path):
@@ -195,6 +197,23 @@ def test_guidance_by_flags(tmp_path):
     assert (guided.guided.scale, guided.guided.uncond["class_cond"].tolist()) == (3.0, [3])
     assert isinstance(guided.guided.model, guidance.AutoguidedDenoiser)
     assert guided.guided.model.scale == 2.0
+
+
+def test_rules_and_perturbations_by_flags(tmp_path):
+    denoiser, loaded = loading.load_denoiser(write_model(tmp_path / "m.safetensors", 3))
+    guided = build(loaded, cfg_scale=2.0, cfg_rule="cfg-zero-star").combine
+    assert isinstance(guided, guidance.CFGZeroStar)
+    assert guided.sigma_data == 0.5
+    flags = {"skip_layers": ["mid_level.0"], "identity_attention": ["mid_level"]}
+    guided = build(loaded, denoiser=denoiser, perturbed_scale=3.0, **flags)
+    assert guided.scale == 3.0
+    assert guided.model is guided.weak.model is denoiser
+    assert guided.weak.perturbation.skip == ("mid_level.0",)
+    assert guided.weak.perturbation.identity == ("mid_level",)
+    with pytest.raises(ValueError, match="--cfg-rule needs a --cfg-scale other than 1"):
+        build(loaded, cfg_rule="apg")
+    with pytest.raises(ValueError, match="'mid' names no blocks"):
+        build(loaded, denoiser=denoiser, skip_layers=["mid"])
 
 
 @pytest.mark.parametrize(
