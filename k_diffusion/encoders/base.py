@@ -60,10 +60,17 @@ class Encoder(nn.Module):
 
         Nothing here waits for the GPU, as a check does. Raises ValueError for other shapes.
         """
+        return self.embed((self.resized(images) + 1) * 127.5)
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Images as RGB in the encoder's size, (n, 3, *size).
+
+        images: (n, c, h, w), c of 3 or 1.
+        """
         images = as_rgb(images).to(self.mean)
-        if self.size is not None and images.shape[2:] != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        return self.embed((images + 1) * 127.5)
+        if self.size is None or images.shape[2:] == self.size:
+            return images
+        return F.interpolate(images, self.size, mode="bicubic", antialias=True)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """The features (n, width) of pixels (n, 3, h, w) in [0, 255], of the encoder's size."""

@@ -114,7 +114,70 @@ def squared_spherical_distance(x: Tensor, y: Tensor) -> Tensor:
     return 2 * torch.atan2(chord, other) ** 2
 
 
-def prompt_loss(encoder: CLIPEncoder, prompt: str) -> Callable[[Tensor], Tensor]:
-    """The loss of images (n, c, h, w) against a text, (n,): for `GradientGuidedDenoiser`."""
-    target = encoder.encode_texts([prompt])
-    return lambda images: squared_spherical_distance(encoder.encode_images(images), target)
+class PromptLoss:
+    """A weighted sum of images' distances to prompts, for `GradientGuidedDenoiser`.
+
+    targets: (k, width), unit embeddings of texts or images. weights: k numbers; a negative one
+    pushes away. shift: the largest random shift of the images before CLIP sees them, as a fraction
+    of their sides, which keeps guidance from changing pixels that CLIP alone notices. All images
+    get the same shift, a new one at each call; the sequence starts anew with every run of a
+    sampler, so that an image depends on its seed alone, whatever its batch.
+    """
+
+    def __init__(
+        self, encoder: CLIPEncoder, targets: Tensor, weights: Sequence[float], shift: float = 0.0
+    ):
+        if len(weights) != len(targets):
+            raise ValueError(f"{len(targets)} prompts need as many weights, got {len(weights)}")
+        if not 0 <= shift < 1:
+            raise ValueError(f"shift is a fraction of the image, from 0 to below 1, got {shift}")
+        self.encoder, self.targets, self.shift = encoder, targets, shift
+        self.weights = torch.tensor(weights, device=targets.device)
+        self.start_run()
+
+    def start_run(self) -> None:
+        """Start the sequence of shifts anew."""
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss (n,) of images (n, c, h, w) in [-1, 1]."""
+        if self.shift:
+            images = self.encoder.resized(images)
+            offset = self.shift * (2 * torch.rand(2, generator=self.generator) - 1)
+            images = shifted(images, *offset.tolist())
+        embeddings = self.encoder.encode_images(images)
+        distances = squared_spherical_distance(embeddings[:, None], self.targets)
+        return (distances * self.weights).sum(1)
+
+
+def shifted(images: Tensor, down: float, right: float) -> Tensor:
+    """Images shifted by fractions of their sides, bilinearly; their borders are continued.
+
+    images: (n, c, h, w).
+    """
+    theta = images.new_tensor([[1, 0, -2 * right], [0, 1, -2 * down]])
+    grid = F.affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def prompt_loss(
+    encoder: CLIPEncoder,
+    texts: str | Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    images: Sequence[Tensor] = (),
+    shift: float = 0.0,
+) -> PromptLoss:
+    """The loss of images (n, c, h, w) against prompts, (n,).
+
+    texts: one or several. images: prompts, too, each (c, h, w) in [-1, 1]. weights: of the texts,
+    then of the images; 1 each by default. shift: see `PromptLoss`. Raises ValueError without any
+    prompt, and for another number of weights.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts and not images:
+        raise ValueError("guidance by CLIP needs a text or an image as its prompt")
+    with torch.no_grad():
+        targets = [encoder.encode_texts(texts)] if texts else []
+        targets += [encoder(image[None]) for image in images]
+    given = [1.0] * (len(texts) + len(images)) if weights is None else weights
+    return PromptLoss(encoder, torch.cat(targets), given, shift)

@@ -72,7 +72,7 @@ def script(monkeypatch, tmp_path):
     encoder = clip.CLIPEncoder(TinyCLIP(), lambda texts: torch.tensor([len(t) for t in texts]))
     loads = []
     monkeypatch.setattr(
-        clip, "load_clip", lambda name, device: (loads.append(name), encoder.to(device))[1]
+        clip, "load_clip", lambda name, device, _: (loads.append(name), encoder.to(device))[1]
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("K_DIFFUSION_DEBUG", "1")
