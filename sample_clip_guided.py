@@ -45,18 +45,18 @@ def parse_args() -> argparse.Namespace:
     return p.parse_args()
 
 
-def make_loss(args: argparse.Namespace, encoder: clip.CLIPEncoder) -> clip.PromptLoss:
-    """The loss against all prompts of the flags."""
+def read_prompts(args: argparse.Namespace) -> dict[str, Any]:
+    """The prompts of the flags, as `clip.prompt_loss` takes them. Raises ValueError without any."""
     texts = [] if args.prompt is None else [(args.prompt, 1.0)]
     texts += [(text, weight(given)) for text, given in args.add_prompt]
     images = [(file, weight(given)) for file, given in args.image_prompt]
-    return clip.prompt_loss(
-        encoder,
-        [text for text, _ in texts],
-        [given for _, given in texts + images],
-        [from_pil_image(open_image(file)) for file, _ in images],
-        shift=1 / 14 if args.shifts else 0.0,
-    )
+    if not texts and not images:
+        raise ValueError("nothing to guide by: pass a text, or --image-prompt FILE WEIGHT")
+    return {
+        "texts": [text for text, _ in texts],
+        "weights": [given for _, given in texts + images],
+        "images": [from_pil_image(open_image(file)) for file, _ in images],
+    }
 
 
 def weight(text: str) -> float:
@@ -73,10 +73,12 @@ def weight(text: str) -> float:
 @options.friendly_errors
 def main() -> None:
     args = parse_args()
+    prompts = read_prompts(args)
 
     def guide(denoiser: nn.Module, device: torch.device) -> nn.Module:
         weights = "openai" if args.clip_weights is None else str(args.clip_weights)
-        loss = make_loss(args, clip.load_clip(args.clip_model, device, weights))
+        encoder = clip.load_clip(args.clip_model, device, weights)
+        loss = clip.prompt_loss(encoder, **prompts, shift=1 / 14 if args.shifts else 0.0)
         scale = args.clip_guidance_scale
         guided = K.guidance.GradientGuidedDenoiser(denoiser, loss, scale)
         return K.guidance.ThresholdedDenoiser(guided) if args.threshold else guided
