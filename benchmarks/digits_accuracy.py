@@ -1,8 +1,8 @@
 """How many class-conditional samples of a digits model are recognised as their class.
 
-The judge is scikit-learn's SVC, fitted to the real digits; the model never sees it. For scale,
-the script first prints how well the same kind of judge, fitted to half of the real digits, reads
-the other half.
+The judge is the encoder `digits`, scikit-learn's SVC fitted to the real digits; the model never
+sees it. For scale, the script first prints how well a judge of four fifths of the real digits reads
+the others.
 
     python benchmarks/digits_accuracy.py digits_00001000.pth [-n 1000] [--cfg-scale 1]
 """
@@ -15,17 +15,22 @@ import time
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from sklearn.svm import SVC
 
 import k_diffusion as K
 from k_diffusion import generation, guidance, loading
+from k_diffusion.data.datasets import Digits
+from k_diffusion.encoders.digits import Recognizer
 
 
-def judge(images: np.ndarray, classes: np.ndarray) -> SVC:
-    """A classifier of flat 8 x 8 digits with values 0 to 16."""
-    return SVC(gamma=0.001, C=10).fit(images, classes)
+def judge(split: str = "all") -> Recognizer:
+    """The classifier fitted to the real digits of a split."""
+    return Recognizer(*real(split))
+
+
+def real(split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The real digits of a split, (n, 1, 8, 8) in [-1, 1], and their classes."""
+    digits = Digits(np.asarray, split)
+    return torch.tensor(digits.images)[:, None] / 127.5 - 1, torch.tensor(digits.classes)
 
 
 def main() -> None:
@@ -38,12 +43,8 @@ def main() -> None:
     p.add_argument("--cfg-scale", type=float, default=1.0)
     args = p.parse_args()
 
-    digits = load_digits()
-    half = train_test_split(
-        digits.data, digits.target, test_size=0.5, random_state=0, stratify=digits.target
-    )
-    real = judge(half[0], half[2]).score(half[1], half[3])
-    print(f"real digits, half read by a judge of the other half: {real:.1%}")
+    share = judge("train").accuracy(*real("test"))
+    print(f"held-out real digits, read by a judge of the others: {share:.1%}")
 
     denoiser, config = loading.load_denoiser(args.checkpoint)
     model = config["model"]
@@ -68,8 +69,7 @@ def main() -> None:
         )
     )
     seconds = time.perf_counter() - start
-    pixels = (images.clamp(-1, 1).flatten(1).numpy() + 1) * 8
-    right = judge(digits.data, digits.target).predict(pixels) == np.array(classes)
+    right = (judge().classify(images) == torch.tensor(classes)).double()
     per_class = " ".join(f"{c}:{right[c::10].mean():.0%}" for c in range(10))
     print(f"samples read as their class: {right.mean():.1%} of {args.n} ({per_class})")
     print(f"{args.sampler}, {args.steps} steps, guidance {args.cfg_scale}: {seconds:.1f} s")

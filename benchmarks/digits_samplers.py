@@ -133,10 +133,11 @@ def main() -> None:
     if (config["dataset"]["type"], config["dataset"].get("split")) != ("digits", "train"):
         p.error("the model must know the training digits only: train it as this script's head says")
     train, held_out = real("train"), real("test")
-    classifier = judge((train.pixels + 1) * 8, train.classes)
+    classifier = judge("train")
 
     def share(images: Images) -> float:
-        return classifier.score((images.pixels + 1) * 8, images.classes)
+        pixels = torch.from_numpy(images.pixels).view(-1, 1, 8, 8)
+        return classifier.accuracy(pixels, torch.from_numpy(images.classes))
 
     floor, floor_error = energy(train, held_out)
     torch.set_num_threads(1)  # a thread for each sampler is faster

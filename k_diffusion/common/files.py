@@ -50,12 +50,14 @@ def download_file(path: PathLike, url: str, digest: str | None = None) -> PathLi
     """Download `url` to `path` unless it is there already, and return `path`.
 
     digest: the SHA-256 of the file in hexadecimal; a file at `path` that hasn't got it is replaced.
-    The file appears under its name only once it is complete and has the digest. Raises OSError
-    where it isn't, leaving nothing behind.
+    The file appears under its name only once it is complete and has the digest; one with another
+    digest is kept as NAME.wrong. Raises OSError for a download that isn't complete or has another
+    digest.
     """
     path = Path(path)
-    if path.exists() and (digest is None or _sha256(path) == digest.lower()):
+    if path.exists() and (digest is None or sha256(path) == digest.lower()):
         return path
+    aside = path.with_name(f"{path.name}.wrong")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
     part = Path(name)
@@ -68,19 +70,23 @@ def download_file(path: PathLike, url: str, digest: str | None = None) -> PathLi
                     progress.update(file.write(chunk))
             if total is not None and file.tell() != total:
                 raise OSError(f"{url}: got {file.tell()} of {total} bytes; try again")
-        if digest is not None and (got := _sha256(part)) != digest.lower():
-            raise OSError(f"{url} has SHA-256 {got}, not {digest.lower()}")
+        if digest is not None and (got := sha256(part)) != digest.lower():
+            part.replace(aside)
+            raise OSError(f"{url} has SHA-256 {got}, not {digest.lower()}; it is kept as {aside}")
         # mkstemp makes files private; a download is an ordinary file.
         umask = os.umask(0)
         os.umask(umask)
         part.chmod(0o666 & ~umask)
+        if path.exists():
+            path.replace(aside)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     return path
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

@@ -58,10 +58,8 @@ class Digits(Dataset):
 
 
 class LocatedDataset(Dataset):
-    """imagefolder: all images below a folder. cifar10, mnist: downloaded to `location` where they
-    are missing."""
+    """What data sets have that are read from `location`."""
 
-    type: Literal["imagefolder", "cifar10", "mnist"]
     location: str | None = None
 
     @model_validator(mode="after")
@@ -71,11 +69,32 @@ class LocatedDataset(Dataset):
         return self
 
 
-class ImageFolderClassDataset(LocatedDataset):
-    """One subfolder for each class. num_classes null: as many as have images."""
+class BenchmarkDataset(LocatedDataset):
+    """Downloaded to `location` where it is missing. mnist and fashion-mnist may be IDX files there.
 
-    type: Literal["imagefolder-class"]  # type: ignore[assignment]
+    split test: the images that its authors hold out.
+    """
+
+    type: Literal["cifar10", "mnist", "fashion-mnist"]
+    split: Literal["train", "test"] = "train"
+
+
+class ImageFolderDataset(LocatedDataset):
+    """All images below a folder. split test: every fifth of them, by path. train: the others."""
+
+    type: Literal["imagefolder"]
+    split: Literal["all", "train", "test"] = "all"
+
+
+class ImageFolderClassDataset(LocatedDataset):
+    """One subfolder for each class. num_classes null: as many as have images.
+
+    split test: every fifth image of each class, by path. train: the others.
+    """
+
+    type: Literal["imagefolder-class"]
     num_classes: Count | None = None  # type: ignore[assignment]
+    split: Literal["all", "train", "test"] = "all"
 
 
 class HuggingFaceDataset(Dataset):
@@ -106,7 +125,8 @@ class ForeignDataset(Dataset):
 AnyDataset = Annotated[
     NoDataset
     | Digits
-    | LocatedDataset
+    | BenchmarkDataset
+    | ImageFolderDataset
     | ImageFolderClassDataset
     | HuggingFaceDataset
     | CustomDataset,
@@ -204,7 +224,7 @@ class Config(Section):
 
     schema_: str | None = Field(None, alias="$schema", exclude=True)
     model: AnyModel
-    dataset: AnyDataset = LocatedDataset(type="imagefolder")
+    dataset: AnyDataset = ImageFolderDataset(type="imagefolder")
     optimizer: AnyOptimizer = Adam(type="adamw")
     lr_sched: AnySched = ConstantSched(type="constant")
     ema_sched: EMASched = EMASched()

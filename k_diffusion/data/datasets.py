@@ -3,7 +3,8 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections import Counter
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from ..common.files import PathLike
 from ..common.images import CorruptImageError, convert_mode, open_image
 from ..common.text import need, unknown_name
+from .idx import IDXFolder, has_idx
 
 Transform = Callable[[Image.Image], Any]
 _INSTALL = '"k-diffusion[datasets]"'
@@ -84,6 +86,25 @@ class FolderOfImages(Dataset[tuple[Any]]):
         return (image if self.transform is None else self.transform(image),)
 
 
+def in_split(classes: Sequence[int], split: str) -> list[int]:
+    """The indices of a data set's split: "test" is every fifth item of each class, "train" the
+    others, "all" both.
+
+    Raises ValueError for another split.
+    """
+    splits = {"all": (True, True), "train": (True, False), "test": (False, True)}
+    if split not in splits:
+        raise unknown_name("dataset.split", split, splits)
+    train, test = splits[split]
+    seen: Counter[int] = Counter()
+    kept = []
+    for i, label in enumerate(classes):
+        seen[label] += 1
+        if train if seen[label] % 5 else test:
+            kept.append(i)
+    return kept
+
+
 class Digits(Dataset[tuple[Any, int]]):
     """scikit-learn's handwritten digits, 8 x 8 and greyscale: items (image, class).
 
@@ -94,12 +115,7 @@ class Digits(Dataset[tuple[Any, int]]):
 
     def __init__(self, transform: Transform, split: str = "all"):
         digits = need("sklearn.datasets", "the digits data set").load_digits()
-        place = np.eye(10, dtype=int)[digits.target].cumsum(0)  # of each digit in its class, from 1
-        held_out = place[np.arange(len(place)), digits.target] % 5 == 0
-        splits = {"all": held_out | True, "train": ~held_out, "test": held_out}
-        if split not in splits:
-            raise unknown_name("dataset.split of the digits", split, splits)
-        kept = splits[split]
+        kept = in_split(digits.target, split)
         self.images = np.rint(digits.images[kept] * (255 / 16)).astype(np.uint8)
         self.classes = digits.target[kept].tolist()
         self.transform = transform
@@ -142,7 +158,10 @@ class Custom(Dataset[Any]):
 
 
 def _imagefolder(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
-    return FolderOfImages(section["location"], transform, mode=None)
+    data = FolderOfImages(section["location"], transform, mode=None)
+    kept = in_split([0] * len(data), section.get("split", "all"))
+    data.paths = [data.paths[i] for i in kept]
+    return data
 
 
 class FolderOfClasses(Dataset[tuple[Any, int]]):
@@ -151,18 +170,24 @@ class FolderOfClasses(Dataset[tuple[Any, int]]):
     Class ids count the subfolders that have images, in the order of their names; `counts` maps
     those names to numbers of images, `empty` names the others. Raises ValueError for a missing
     folder or one without images in subfolders, `CorruptImageError` when an image can't be read.
+
+    split: "test" is every fifth image of each class, "train" the others, "all" both.
     """
 
-    def __init__(self, root: PathLike, transform: Transform | None = None):
+    def __init__(self, root: PathLike, transform: Transform | None = None, split: str = "all"):
         self.root, self.transform = _image_folder(root), transform
         folders = sorted(path for path in self.root.iterdir() if path.is_dir())
         images = {folder.name: _images_below(folder) for folder in folders}
         self.empty = [name for name, paths in images.items() if not paths]
-        self.counts = {name: len(paths) for name, paths in images.items() if paths}
-        self.paths = [path for paths in images.values() for path in paths]
-        if not self.paths:
+        images = {name: paths for name, paths in images.items() if paths}
+        if not images:
             raise ValueError(f"{self.root} needs one subfolder with images for each class")
-        self.classes = [i for i, count in enumerate(self.counts.values()) for _ in range(count)]
+        paths = [path for paths in images.values() for path in paths]
+        classes = [i for i, paths in enumerate(images.values()) for _ in paths]
+        kept = in_split(classes, split)
+        self.paths, self.classes = [paths[i] for i in kept], [classes[i] for i in kept]
+        counts = Counter(self.classes)
+        self.counts = {name: counts[i] for i, name in enumerate(images)}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -193,7 +218,7 @@ def _images_below(folder: Path) -> list[Path]:
 def _imagefolder_class(
     section: Mapping[str, Any], transform: Transform, folder: Path
 ) -> Dataset[Any]:
-    data = FolderOfClasses(section["location"], transform)
+    data = FolderOfClasses(section["location"], transform, section.get("split", "all"))
     if 0 < (section["num_classes"] or 0) < len(data.counts):
         raise ValueError(
             f"dataset.num_classes is {section['num_classes']}, but {section['location']} has "
@@ -202,10 +227,22 @@ def _imagefolder_class(
     return data
 
 
+def _mnist(name: str, section: Mapping[str, Any], transform: Transform) -> Dataset[Any]:
+    """IDX files at the location; else torchvision's folders in it, or its download."""
+    folder = Path(section["location"])
+    if has_idx(folder):
+        return IDXFolder(folder, transform, section.get("split", "train"))
+    return _torchvision(name, section, transform)
+
+
 def _torchvision(name: str, section: Mapping[str, Any], transform: Transform) -> Dataset[Any]:
+    split = section.get("split", "train")
+    if split not in ("train", "test"):
+        raise unknown_name(f"dataset.split of {section['type']}", split, ("train", "test"))
     cls = getattr(need("torchvision.datasets", section["type"], _INSTALL), name)
     try:
-        return cls(section["location"], train=True, download=True, transform=transform)
+        train = split == "train"
+        return cls(section["location"], train=train, download=True, transform=transform)
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"{section['type']} is not at {section['location']} (dataset.location), and can't be "
@@ -274,7 +311,8 @@ DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]
     "imagefolder": _imagefolder,
     "imagefolder-class": _imagefolder_class,
     "cifar10": lambda section, transform, folder: _torchvision("CIFAR10", section, transform),
-    "mnist": lambda section, transform, folder: _torchvision("MNIST", section, transform),
+    "mnist": lambda section, transform, folder: _mnist("MNIST", section, transform),
+    "fashion-mnist": lambda section, transform, folder: _mnist("FashionMNIST", section, transform),
     "huggingface": _huggingface,
     "custom": _custom,
 }
@@ -298,5 +336,7 @@ def make_dataset(
         raise ValueError(f"no data to train on: set dataset.location of {section['type']!r}")
     data = DATASETS[section["type"]](section, transform, Path(folder))
     if not len(data):  # type: ignore[arg-type]
-        raise ValueError(f"the data set {section['type']!r} is empty")
+        part = section.get("split", "all")
+        part = "" if part == "all" else f"split {part!r} of the "
+        raise ValueError(f"the {part}data set {section['type']!r} is empty")
     return data

@@ -2,13 +2,17 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.files import PathLike
 from ..common.text import need, unknown_name
+from .base import Encoder
+from .weights import given_file, unavailable
 
 # OpenAI's names and open_clip's: these weights were trained with the quick form of GELU.
 MODELS = {
@@ -24,46 +28,30 @@ MODELS = {
 }
 
 
-class CLIPEncoder(nn.Module):
-    """Embeds images and texts as unit vectors, (n, d), comparable with each other.
+class CLIPEncoder(Encoder):
+    """Embeds images and texts as unit vectors, (n, width), comparable with each other.
 
     model: has `encode_image(images)` and `encode_text(tokens)`, and optionally a `visual` with its
     `image_size`, `image_mean` and `image_std`. tokenize: texts -> tokens (n, ...).
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: nn.Module, tokenize: Callable[[list[str]], Tensor]):
-        super().__init__()
-        self.model = model
-        self.tokenize = tokenize
         visual = getattr(model, "visual", None)
         size = getattr(visual, "image_size", 224)
-        self.size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
-        for name, default in (
-            ("mean", (0.48145466, 0.4578275, 0.40821073)),
-            ("std", (0.26862954, 0.26130258, 0.27577711)),
-        ):
-            values = getattr(visual, f"image_{name}", None) or default
-            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        mean = getattr(visual, "image_mean", None) or (0.48145466, 0.4578275, 0.40821073)
+        std = getattr(visual, "image_std", None) or (0.26862954, 0.26130258, 0.27577711)
+        super().__init__("clip", 0, size if isinstance(size, int) else tuple(size), mean, std)
+        self.model = model
+        self.tokenize = tokenize
+        with torch.no_grad():
+            parameter = next(model.parameters())
+            self.to(parameter)
+            blank = parameter.new_zeros(1, 3, *(self.size or ()))
+            self.width = self.network(blank).shape[1]
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """The embeddings of images (n, c, h, w) in [-1, 1], c of 3 or 1; differentiable.
-
-        Images of any size are resized, whole, to the model's. Raises ValueError for another c.
-        """
-        if images.ndim != 4 or images.shape[1] not in {1, 3}:
-            raise ValueError(
-                f"CLIP sees images (n, c, h, w) of 3 channels, or 1 for greyscale; got shape "
-                f"{tuple(images.shape)}"
-            )
-        images = images.to(self.mean.dtype)
-        if images.shape[2:] != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        # greyscale becomes three channels here
-        normalized = ((images + 1) / 2 - self.mean) / self.std
-        return F.normalize(self.model.encode_image(normalized).float(), dim=-1)  # type: ignore[operator]
+    def network(self, x: Tensor) -> Tensor:
+        """The unit embeddings (n, width) of normalized images x (n, 3, h, w); differentiable."""
+        return F.normalize(self.model.encode_image(x).float(), dim=-1)  # type: ignore[operator]
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -79,16 +67,41 @@ def load_clip(
 ) -> CLIPEncoder:
     """OpenAI's CLIP by one of the names in MODELS, frozen; its weights are downloaded once.
 
-    pretrained: open_clip's tag of the weights, None for random ones. Raises ValueError for an
-    unknown name, ImportError without open_clip.
+    pretrained: open_clip's tag of the weights, or the path of a file of them; None for random ones.
+    Raises ValueError for an unknown name or a file that has no such weights, ImportError without
+    open_clip, OSError where the download fails.
     """
     if name not in MODELS:
         raise unknown_name("CLIP model", name, MODELS)
-    open_clip: Any = need("open_clip", f"the CLIP model {name}", '"k-diffusion[clip]"')
+    what = f"the CLIP model {name}"
+    open_clip: Any = need("open_clip", what, '"k-diffusion[clip]"')
     logging.getLogger(__name__).debug("loading CLIP %s (%s)", MODELS[name], pretrained)
-    model = open_clip.create_model(MODELS[name], pretrained=pretrained, device=device)
-    encoder = CLIPEncoder(model, open_clip.get_tokenizer(MODELS[name]))
-    return encoder.to(device).eval().requires_grad_(False)
+    is_tag = pretrained is None or pretrained in open_clip.list_pretrained_tags_by_model(
+        MODELS[name]
+    )
+    if not is_tag:
+        given_file(str(pretrained), what)
+    try:
+        model = open_clip.create_model(MODELS[name], pretrained=pretrained, device=device)
+    except (OSError, RuntimeError, UnpicklingError) as error:
+        if not is_tag:
+            raise ValueError(f"{pretrained} has no weights of {what}: {error}") from error
+        hub = f"the hub's {MODELS[name]} ({pretrained})"
+        raise unavailable(what, error, hub, "the hub's cache ($HF_HOME)") from error
+    return CLIPEncoder(model, open_clip.get_tokenizer(MODELS[name])).freeze(device)
+
+
+def make_clip(
+    weights: PathLike | None = None,
+    device: torch.device | str = "cpu",
+    model: str = "ViT-L/14@336px",
+) -> CLIPEncoder:
+    """CLIP by one of the names in MODELS, that of CMMD by default, as an encoder of images.
+
+    weights: a file of them; else OpenAI's are downloaded by open_clip, to its cache. Raises as
+    `load_clip` does.
+    """
+    return load_clip(model, device, "openai" if weights is None else str(weights))
 
 
 def squared_spherical_distance(x: Tensor, y: Tensor) -> Tensor:
@@ -101,7 +114,70 @@ def squared_spherical_distance(x: Tensor, y: Tensor) -> Tensor:
     return 2 * torch.atan2(chord, other) ** 2
 
 
-def prompt_loss(encoder: CLIPEncoder, prompt: str) -> Callable[[Tensor], Tensor]:
-    """The loss of images (n, c, h, w) against a text, (n,): for `GradientGuidedDenoiser`."""
-    target = encoder.encode_texts([prompt])
-    return lambda images: squared_spherical_distance(encoder.encode_images(images), target)
+class PromptLoss:
+    """A weighted sum of images' distances to prompts, for `GradientGuidedDenoiser`.
+
+    targets: (k, width), unit embeddings of texts or images. weights: k numbers; a negative one
+    pushes away. shift: the largest random shift of the images before CLIP sees them, as a fraction
+    of their sides, which keeps guidance from changing pixels that CLIP alone notices. All images
+    get the same shift, a new one at each call; the sequence starts anew with every run of a
+    sampler, so that an image depends on its seed alone, whatever its batch.
+    """
+
+    def __init__(
+        self, encoder: CLIPEncoder, targets: Tensor, weights: Sequence[float], shift: float = 0.0
+    ):
+        if len(weights) != len(targets):
+            raise ValueError(f"{len(targets)} prompts need as many weights, got {len(weights)}")
+        if not 0 <= shift < 1:
+            raise ValueError(f"shift is a fraction of the image, from 0 to below 1, got {shift}")
+        self.encoder, self.targets, self.shift = encoder, targets, shift
+        self.weights = torch.tensor(weights, device=targets.device)
+        self.start_run()
+
+    def start_run(self) -> None:
+        """Start the sequence of shifts anew."""
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The loss (n,) of images (n, c, h, w) in [-1, 1]."""
+        if self.shift:
+            images = self.encoder.resized(images)
+            offset = self.shift * (2 * torch.rand(2, generator=self.generator) - 1)
+            images = shifted(images, *offset.tolist())
+        embeddings = self.encoder.encode_images(images)
+        distances = squared_spherical_distance(embeddings[:, None], self.targets)
+        return (distances * self.weights).sum(1)
+
+
+def shifted(images: Tensor, down: float, right: float) -> Tensor:
+    """Images shifted by fractions of their sides, bilinearly; their borders are continued.
+
+    images: (n, c, h, w).
+    """
+    theta = images.new_tensor([[1, 0, -2 * right], [0, 1, -2 * down]])
+    grid = F.affine_grid(theta.expand(len(images), 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def prompt_loss(
+    encoder: CLIPEncoder,
+    texts: str | Sequence[str] = (),
+    weights: Sequence[float] | None = None,
+    images: Sequence[Tensor] = (),
+    shift: float = 0.0,
+) -> PromptLoss:
+    """The loss of images (n, c, h, w) against prompts, (n,).
+
+    texts: one or several. images: prompts, too, each (c, h, w) in [-1, 1]. weights: of the texts,
+    then of the images; 1 each by default. shift: see `PromptLoss`. Raises ValueError without any
+    prompt, and for another number of weights.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts and not images:
+        raise ValueError("guidance by CLIP needs a text or an image as its prompt")
+    with torch.no_grad():
+        targets = [encoder.encode_texts(texts)] if texts else []
+        targets += [encoder(image[None]) for image in images]
+    given = [1.0] * (len(texts) + len(images)) if weights is None else weights
+    return PromptLoss(encoder, torch.cat(targets), given, shift)

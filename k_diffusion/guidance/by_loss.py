@@ -22,6 +22,8 @@ class GradientGuidedDenoiser(Guidance):
     for a loss of another shape, or one that doesn't depend on x.
     """
 
+    parts = ("model", "loss")
+
     def __init__(self, model: nn.Module, loss: Callable[[Tensor], Tensor], scale: Scale = 1.0):
         super().__init__()
         self.model = model

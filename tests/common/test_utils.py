@@ -237,18 +237,21 @@ def test_download_replaces_a_broken_file(tmp_path, source):
     target.write_bytes(b"half")
     utils.download_file(target, source.as_uri(), digest)
     assert target.read_bytes() == source.read_bytes()
+    assert (tmp_path / "target.bin.wrong").read_bytes() == b"half"
 
 
-def test_a_download_with_another_digest_changes_nothing(tmp_path, source):
+def test_a_download_with_another_digest_is_kept_aside(tmp_path, source):
     target = tmp_path / "out" / "target.bin"
-    with pytest.raises(OSError, match=r"has SHA-256 .*, not 0000"):
+    aside = target.with_name("target.bin.wrong")
+    with pytest.raises(OSError, match=r"has SHA-256 .*, not 0000.*kept as .*target.bin.wrong"):
         utils.download_file(target, source.as_uri(), "0" * 64)
-    assert list(target.parent.iterdir()) == []
+    assert list(target.parent.iterdir()) == [aside]
+    assert aside.read_bytes() == source.read_bytes()
     target.write_bytes(b"mine")
     with pytest.raises(OSError, match="has SHA-256"):
         utils.download_file(target, source.as_uri(), "0" * 64)
     assert target.read_bytes() == b"mine"
-    assert list(target.parent.iterdir()) == [target]
+    assert set(target.parent.iterdir()) == {target, aside}
 
 
 def test_a_download_cut_off_is_an_error(tmp_path):

@@ -57,7 +57,7 @@ def test_the_splits_of_the_digits():
     assert counts[1].tolist() == (counts[0] // 5).tolist()
     with pytest.raises(
         ValueError,
-        match=r"unknown dataset.split of the digits 'valid'.*; there are all, train, test",
+        match=r"unknown dataset.split 'valid'.*; there are all, train, test",
     ):
         items("valid")
 
@@ -91,6 +91,39 @@ def test_imagefolder_class(tmp_path):
     assert [folder[i][0].tolist() for i in range(4)] == pixels.tolist()
     with pytest.raises(ValueError, match=r"num_classes is 1, but .* has 2 subfolders"):
         datasets.make_dataset({**made, "num_classes": 1}, as_array)
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "imagefolder-class"])
+def test_the_splits_of_folders(tmp_path, kind):
+    pixels = images(17)
+    save_images(tmp_path / "cat", pixels[:6])
+    save_images(tmp_path / "dog", pixels[6:])
+
+    def levels(split):
+        made = datasets.make_dataset(section(kind, tmp_path, split=split), as_array)
+        assert kind == "imagefolder" or set(made.counts) == {"cat", "dog"}
+        return [made[i][0].tobytes() for i in range(len(made))]
+
+    every, train, test = levels("all"), levels("train"), levels("test")
+    assert sorted(train + test) == sorted(every)
+    assert len(test) == 3  # of 17, or of 6 and 11
+    assert [x for x in every if x in train] == train
+    for folder in tmp_path.iterdir():
+        for path in sorted(folder.iterdir())[4:]:
+            path.unlink()
+    if kind == "imagefolder-class":
+        with pytest.raises(ValueError, match="the split 'test' of the data set .* is empty"):
+            levels("test")
+
+
+def test_the_held_out_images_of_torchvisions_sets(tmp_path):
+    pytest.importorskip("torchvision")
+    pixels = images(5, (28, 28), 1)
+    write_mnist(tmp_path, pixels, [3, 1, 4, 1, 5])
+    mnist = datasets.make_dataset(section("mnist", tmp_path, split="test"), as_array)
+    assert len(mnist) == 1
+    with pytest.raises(ValueError, match="unknown dataset.split of mnist 'all'"):
+        datasets.make_dataset(section("mnist", tmp_path, split="all"), as_array)
 
 
 def test_classes_are_the_subfolders_with_images(tmp_path):
@@ -193,7 +226,7 @@ def test_cifar10(tmp_path, monkeypatch):
     assert [cifar[i][0].tolist() for i in range(4)] == pixels.tolist()
 
 
-@pytest.mark.parametrize("kind", ["mnist", "cifar10"])
+@pytest.mark.parametrize("kind", ["mnist", "fashion-mnist", "cifar10"])
 def test_a_download_that_fails_says_where_the_data_was_sought(tmp_path, kind, monkeypatch):
     pytest.importorskip("torchvision")
 
@@ -330,6 +363,7 @@ def test_no_data_to_train_on():
     [
         ("digits", "sklearn.datasets"),
         ("mnist", "torchvision.datasets"),
+        ("fashion-mnist", "torchvision.datasets"),
         ("cifar10", "torchvision.datasets"),
         ("huggingface", "datasets"),
     ],

@@ -6,8 +6,8 @@ from problems import normal
 from torch import nn
 
 from k_diffusion import sampling
-from k_diffusion.encoders import clip
-from k_diffusion.guidance import GradientGuidedDenoiser
+from k_diffusion.encoders import clip, make_encoder
+from k_diffusion.guidance import GradientGuidedDenoiser, ThresholdedDenoiser
 
 
 class TinyCLIP(nn.Module):
@@ -103,6 +103,88 @@ def test_sampling_by_a_prompt_brings_images_nearer_to_it():
     assert (loss(near) < 0.7 * loss(plain)).all()
 
 
+def trajectory(model, loss, scale):
+    """The losses of the estimates, step by step, (steps, n)."""
+    losses = []
+    if scale:
+        model = GradientGuidedDenoiser(model, loss, scale)
+    measure = clip.PromptLoss(loss.encoder, loss.targets, loss.weights.tolist())
+    x = normal(3, 4, 3, 32, 32, std=10)
+    sampling.sample_dpmpp_2m(
+        ThresholdedDenoiser(model),
+        x,
+        sampling.get_sigmas_karras(12, 0.02, 10),
+        callback=lambda info: losses.append(measure(info["denoised"]).detach()),
+        disable=True,
+    )
+    return torch.stack(losses)
+
+
+def test_the_loss_falls_along_the_trajectory_of_a_real_architecture():
+    """A small CLIP of open_clip's with random weights, with shifts and static thresholding."""
+    model = pytest.importorskip("open_clip.model")
+    torch.manual_seed(0)
+    vision = model.CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=8, image_size=32)
+    text = model.CLIPTextCfg(context_length=8, vocab_size=64, width=32, heads=2, layers=1)
+    net = model.CLIP(16, vision, text, quick_gelu=True)
+    encoder = clip.CLIPEncoder(net, lambda texts: torch.arange(8)[None]).freeze()
+    assert (encoder.name, encoder.width, encoder.size) == ("clip", 16, (32, 32))
+    loss = clip.prompt_loss(encoder, "anything", shift=1 / 14)
+    shrink = nn.Module()
+    shrink.forward = lambda x, sigma: x / (1 + 4 * sigma[:, None, None, None] ** 2)
+    plain, guided = (trajectory(shrink, loss, scale) for scale in (0, 500))
+    assert (guided[-1] < 0.95 * guided[0]).all()
+    assert (guided[-1] < 0.95 * plain[-1]).all()
+    assert (guided[6:].mean(1) < plain[6:].mean(1)).all()
+
+
+def test_weights_of_prompts_add_up():
+    encoder, x = tiny(), normal(0, 3, 3, 6, 6)
+    image = normal(1, 3, 6, 6)
+    parts = [clip.prompt_loss(encoder, "a")(x), clip.prompt_loss(encoder, "bcd")(x)]
+    parts.append(clip.prompt_loss(encoder, images=[image])(x))
+    loss = clip.prompt_loss(encoder, ["a", "bcd"], [1.0, -0.5, 2.0], [image])
+    torch.testing.assert_close(loss(x), parts[0] - 0.5 * parts[1] + 2 * parts[2])
+    torch.testing.assert_close(
+        clip.prompt_loss(encoder, images=[image])(image[None])[0].item(), 0.0
+    )
+    with pytest.raises(ValueError, match="2 prompts need as many weights, got 1"):
+        clip.prompt_loss(encoder, ["a", "b"], [1.0])
+    with pytest.raises(ValueError, match="needs a text or an image"):
+        clip.prompt_loss(encoder)
+    with pytest.raises(ValueError, match="from 0 to below 1, got 2"):
+        clip.prompt_loss(encoder, "a", shift=2)
+
+
+def test_images_are_shifted_by_fractions_of_their_sides():
+    x = normal(0, 2, 3, 5, 8)
+    torch.testing.assert_close(clip.shifted(x, 0.2, 0.25)[:, :, 1:, 2:], x[:, :, :-1, :-2])
+    assert clip.shifted(x, 0.2, 0)[:, :, 0].sub(x[:, :, 0]).abs().max() < 1e-5  # continued
+    half = clip.shifted(x, 0, 0.5 / 8)
+    torch.testing.assert_close(half[..., 1:], (x[..., 1:] + x[..., :-1]) / 2)
+
+
+def test_the_shifts_of_a_run_start_anew_and_are_bounded(monkeypatch):
+    seen = []
+
+    def record(images, down, right):
+        seen.append((down, right))
+        return images
+
+    monkeypatch.setattr(clip, "shifted", record)
+    loss = clip.prompt_loss(tiny(), "a digit", shift=1 / 14)
+    guided = GradientGuidedDenoiser(nn.Identity(), loss)
+    for _ in range(2):
+        guided.start_run()
+        for _ in range(50):
+            loss(normal(0, 1, 3, 6, 6))
+    assert seen[:50] == seen[50:]
+    values = torch.tensor(seen)
+    assert values.abs().max() <= 1 / 14
+    assert len(values.unique()) == 100
+    assert values.amax() > 0.9 / 14 > -0.9 / 14 > values.amin()
+
+
 # ---------------------------------------------------------------------------------------- loading
 
 
@@ -127,6 +209,33 @@ def test_every_name_is_one_of_open_clips_with_openai_weights():
     open_clip = pytest.importorskip("open_clip")
     known = open_clip.list_pretrained()
     assert [name for name in clip.MODELS.values() if (name, "openai") not in known] == []
+
+
+def test_weights_from_a_file_or_not_at_all(tmp_path, monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+    given = []
+
+    def create(name, pretrained, device):
+        given.append((name, pretrained))
+        if pretrained == "openai":
+            raise RuntimeError("Failed to download weights")
+        if pretrained.endswith("other.pt"):
+            raise RuntimeError("Missing keys")
+        return TinyCLIP()
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: None)
+    for name in "own.pt", "other.pt":
+        (tmp_path / name).touch()
+    own = make_encoder("clip", tmp_path / "own.pt")
+    assert (own.width, own.name) == (5, "clip")
+    assert given == [("ViT-L-14-336-quickgelu", str(tmp_path / "own.pt"))]
+    with pytest.raises(ValueError, match=r"other.pt has no weights of the CLIP model ViT-B/16"):
+        clip.load_clip(pretrained=str(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match=r"no weights of the CLIP model RN50 at .*gone.pt"):
+        clip.load_clip("RN50", pretrained=str(tmp_path / "gone.pt"))
+    with pytest.raises(OSError, match=r"\(Failed to download weights\): connect to the network, "):
+        clip.load_clip()
 
 
 def test_unknown_names_are_errors():

@@ -72,7 +72,7 @@ def script(monkeypatch, tmp_path):
     encoder = clip.CLIPEncoder(TinyCLIP(), lambda texts: torch.tensor([len(t) for t in texts]))
     loads = []
     monkeypatch.setattr(
-        clip, "load_clip", lambda name, device: (loads.append(name), encoder.to(device))[1]
+        clip, "load_clip", lambda name, device, _: (loads.append(name), encoder.to(device))[1]
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("K_DIFFUSION_DEBUG", "1")
@@ -128,6 +128,37 @@ def test_images_come_nearer_to_the_prompt_the_stronger_the_guidance(script, caps
     assert "wrote s10_00000.png to s10_00002.png" in capsys.readouterr().out
 
 
+def test_shifts_and_threshold_are_flags(script):
+    model = write_model(Path("m.safetensors"))
+    flags = ("a digit", "--checkpoint", model, "-n", 2, "--steps", 4, "--seed", 4, "-cgs", 50)
+    made = {}
+    for off in ("", "--no-shifts", "--no-threshold"):
+        script(*flags, "--prefix", f"x{off}", *filter(None, [off]))
+        made[off] = images(f"x{off}", 2)
+    assert (made[""] - made["--no-shifts"]).abs().max() > 2
+    assert (made[""] - made["--no-threshold"]).abs().max() > 2
+
+
+def test_texts_and_images_as_weighted_prompts(script):
+    model = write_model(Path("m.safetensors"))
+    Image.linear_gradient("L").resize((8, 8)).convert("RGB").save("prompt.png")
+    flags = ("--checkpoint", model, "-n", 2, "--steps", 5, "--seed", 4, "-cgs", 5)
+
+    def sampled(*prompts):
+        script(*flags, "--prefix", "y", *prompts)
+        return images("y", 2).movedim(-1, 1) / 127.5 - 1
+
+    picture = ("--image-prompt", "prompt.png")
+    loss = clip.prompt_loss(
+        script.encoder, images=[pixels("prompt.png").movedim(-1, 0) / 127.5 - 1]
+    )
+    other = sampled("a digit")
+    towards, away = (sampled("a digit", *picture, weight) for weight in (4, -4))
+    assert (loss(towards) < loss(other)).all()
+    assert (loss(other) < loss(away)).all()
+    assert torch.equal(sampled(*picture, 0, "--add-prompt", "a digit", 1), other)
+
+
 def test_image_i_of_a_seed_is_the_same_in_any_batch(script):
     model = write_model(Path("m.safetensors"))
     flags = ("a", "--checkpoint", model, "-n", 4, "--steps", 4, "--seed", 4, "-cgs", 20)
@@ -159,9 +190,13 @@ def test_errors_are_sentences_and_come_before_the_work(script, monkeypatch):
         (("--grid", "file/grid.png"), "can't make the folder"),
         (("--cfg-scale", "2"), "needs a class-conditional model"),
         (("--cfg-interval", "1", "2"), "needs a --cfg-scale"),
+        (("--add-prompt", "b", "much"), "a prompt's weight must be a number, got 'much'"),
+        (("--image-prompt", "file", "1"), "can't read the image file"),
     ]:
         with pytest.raises(SystemExit, match=message):
             script("a", "--checkpoint", model, "-n", 2, "--steps", 2, *flags)
+    with pytest.raises(SystemExit, match="nothing to guide by: pass a text, or --image-prompt"):
+        script("--checkpoint", model)
     assert list(Path().glob("*.png")) == []
 
 

@@ -1,0 +1,56 @@
+"""Weights of encoders: from a given path, a cache folder, or a download."""
+
+import os
+from pathlib import Path
+
+from ..common.files import PathLike, download_file, sha256
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: $K_DIFFUSION_CACHE, or k-diffusion in the user's cache folder."""
+    if own := os.environ.get("K_DIFFUSION_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k-diffusion"
+
+
+def given_file(path: PathLike, what: str, digest: str | None = None) -> Path:
+    """A file of weights that the user names.
+
+    Raises ValueError where there is none, or one with another SHA-256, which is left alone.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no weights of {what} at {path}; check the path")
+    if digest is not None and (got := sha256(path)) != digest:
+        raise ValueError(
+            f"{path} is not the file of {what}: it has SHA-256 {got}, not {digest}; pass a whole "
+            "copy of that file"
+        )
+    return path
+
+
+def find_weights(given: PathLike | None, what: str, url: str, digest: str) -> Path:
+    """The file of `what`'s weights: `given`, that of the cache folder, or a download into it.
+
+    digest: its SHA-256. A file in the cache folder with another one is kept as NAME.wrong and never
+    used. Raises ValueError for a given file that isn't the right one, OSError where the download
+    fails.
+    """
+    if given is not None:
+        return given_file(given, what, digest)
+    path = cache_folder() / url.rsplit("/", 1)[-1]
+    try:
+        return Path(download_file(path, url, digest))
+    except OSError as error:
+        raise unavailable(what, error, url, path) from error
+
+
+def unavailable(what: str, error: object, url: str, path: PathLike) -> OSError:
+    """The error for weights that can't be downloaded from `url`, with the three ways to have them.
+
+    path: the file or folder of the cache.
+    """
+    return OSError(
+        f"can't download the weights of {what} from {url} ({error}): connect to the network, put "
+        f"them into {path}, or pass the path of a copy as weights"
+    )

@@ -1,0 +1,1 @@
+"""How good samples are: metrics, and the protocols that make them comparable."""
