@@ -89,7 +89,7 @@ class DDPGradientStatsHook:
         self.large: list[torch.Tensor] = []
         ddp_module.register_comm_hook(ddp_module.process_group, self._hook)
 
-    def _hook(self, group: Any, bucket: Any) -> Any:
+    def _hook(self, group, bucket):  # DDP compares annotations, if there are any
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
         self.small.append(_squared_norm(bucket.buffer()))

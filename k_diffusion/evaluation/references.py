@@ -113,17 +113,20 @@ def _entry(path: Path, entry: str | None) -> dict[str, Any]:
 
 
 # What pickled arrays name: numpy's own functions that build them, in its versions' modules.
+_BUILDERS: Any = (
+    ("multiarray", np.empty(0).__reduce__()[0]),
+    ("multiarray", np.float64(0).__reduce__()[0]),
+    ("numeric", np.empty(0).__reduce_ex__(5)[0]),
+)
 _NUMPY: dict[tuple[str, str], Any] = {
     (f"numpy.{core}.{module}", build.__name__): build
     for core in ("core", "_core")
-    for module, build in (
-        ("multiarray", np.empty(0).__reduce__()[0]),
-        ("multiarray", np.float64(0).__reduce__()[0]),
-        ("numeric", np.empty(0).__reduce_ex__(5)[0]),
-    )
+    for module, build in _BUILDERS
 }
 _BUILTINS = {
-    ("builtins", t.__name__): t for t in (set, frozenset, complex, bytearray, slice, range)
+    (module, t.__name__): t
+    for module in ("builtins", "__builtin__")  # the latter in protocols before 3
+    for t in (set, frozenset, complex, bytes, bytearray, slice, range)
 }
 _ALLOWED: dict[tuple[str, str], Any] = {
     **_NUMPY,
@@ -154,8 +157,6 @@ def read_plain_pickle(path: Path) -> Any:
     with path.open("rb") as file:
         try:
             return _PlainUnpickler(file).load()
-        except FileNotFoundError:
-            raise
         except Exception as error:  # a damaged pickle raises whatever its bytes happen to do
             raise ReferenceFileError(
                 f"{path} was not read: {error or type(error).__name__}"

@@ -120,7 +120,7 @@ def test_gradients_of_fid_with_fewer_samples_than_features():
 def test_singular_values_by_either_way(n, monkeypatch):
     m = features(14, n, 10) * torch.logspace(0, -9, 10).double()
     want = torch.linalg.svdvals(m).sum()
-    torch.testing.assert_close(metrics._nuclear_norm(m), want, rtol=1e-12, atol=0)
+    torch.testing.assert_close(metrics._nuclear_norm(m), want, rtol=1e-9, atol=0)
     m = features(15, n, 10)
     monkeypatch.setattr(torch.linalg, "svdvals", None)  # well-conditioned ones don't need it
     want = torch.linalg.svd(m).S.sum()
@@ -154,13 +154,16 @@ def test_square_roots():
 
 
 def test_fd_at_infinity_takes_the_bias_away():
-    x, y = features(20, 3000, 12), features(21, 40000, 12, 1.1, 0.1)
-    true = 12 * 0.1**2 + 12 * 0.1**2  # between the Gaussians drawn from
-    got = E.fd_infinity(x, E.FeatureStatistics(12).update(y))
-    plain = E.fid(x[:300], y).item()
-    assert got.low < true < got.high
-    assert abs(got.value - true) < abs(plain - true)
-    assert got == E.fd_infinity(x, y, seed=0)
+    d = 12
+    known = E.FeatureStatistics.from_moments(torch.zeros(d), 1.1**2 * torch.eye(d), 10**6)
+    true = d * 0.1**2
+    sets = [features(20 + i, 2000, d) for i in range(20)]
+    extrapolated = [E.fd_infinity(x, known) for x in sets]
+    plain = sum(E.frechet_distance(x, known).item() for x in sets) / 20
+    bias = plain - true
+    assert bias > 0.02
+    assert sum(e.value for e in extrapolated) / 20 == pytest.approx(true, abs=0.3 * bias)
+    assert all(e.low < e.value < e.high for e in extrapolated)
 
 
 def test_the_regression_is_that_of_scipy(monkeypatch):
