@@ -21,6 +21,7 @@ from k_diffusion.training import (
     demo,
     dry_run,
     log,
+    noise_scale,
     optim,
     resume,
     run_files,
@@ -44,7 +45,7 @@ def main() -> None:
     console.forgive()
     writable(run_files.state_path(args.name))
     accelerator = setup.make_accelerator(args, config)
-    setup.refuse_metrics(args, accelerator.print)
+    setup.refuse_metrics(args)
     seed = distributed.agree_on_seed(args.seed)
 
     # build
@@ -68,6 +69,7 @@ def main() -> None:
     if args.compile:
         models.compile_model(inner, args.compile)
     prepared, opt = accelerator.prepare(inner, opt)
+    state.noise_scale = noise_scale.make_noise_scale(args, accelerator, inner)
     wrap = K.config.make_denoiser_wrapper(config)
     denoiser, denoiser_ema = wrap(prepared), wrap(state.model_ema)
     density = K.config.make_sample_density(config["model"])

@@ -36,3 +36,11 @@ def append_dims(x: torch.Tensor, target_dims: int) -> torch.Tensor:
 def recordable(x: Any) -> Any:
     """A tensor made under inference_mode can't take part in a gradient; its copy can."""
     return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
+
+
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """x in float64; on the CPU where its device has no such numbers.
+
+    x: (...), any shape.
+    """
+    return (x.cpu() if x.device.type == "mps" else x).double()

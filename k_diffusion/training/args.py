@@ -57,6 +57,11 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         choices=UNITS,
         help="compile the model whole (without a value), or block by block, which is sooner ready",
     )
+    add(
+        "--gns",
+        action="store_true",
+        help="measure the gradient noise scale: how large a batch pays",
+    )
     add = p.add_argument_group("data").add_argument
     add(
         "--num-workers", type=options.non_negative, default=8, metavar="N", help="loading processes"
@@ -116,5 +121,4 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     )
     add("--clip-model", default="ViT-B/16", metavar="MODEL", help="of CLIP")
     add("--dinov2-model", default="vitl14", metavar="MODEL", help="of DINOv2")
-    add("--gns", action="store_true", help="measure the gradient noise scale")
     return p.parse_args()

@@ -18,7 +18,7 @@ from ..common.text import need
 from .ema import ema_update_dict
 from .state import TrainState
 
-COLUMNS = ["step", "epoch", "time", "loss", "loss_avg", "lr", "ema_decay", "grad_norm"]
+COLUMNS = ["step", "epoch", "time", "loss", "loss_avg", "lr", "ema_decay", "grad_norm", "gns"]
 _AVERAGE_DECAY = 0.98
 
 
@@ -154,6 +154,8 @@ class Log:
                 )
             state.losses.append(loss)
             ema_update_dict(state.ema_stats, {"loss": loss}, _AVERAGE_DECAY)
+        if state.noise_scale is not None:
+            state.noise_scale.read(self.accelerator, together)
 
     def write(self, state: TrainState) -> None:
         """Write a row: the mean loss since the last one, its moving average, and where we are."""
@@ -170,6 +172,7 @@ class Log:
             "lr": state.sched.get_last_lr()[0],
             "ema_decay": state.ema_sched.get_value(),
             "grad_norm": "" if self.norm is None else float(self.norm),
+            "gns": "" if state.noise_scale is None else state.noise_scale.estimate.get_gns(),
         }
         if self.accelerator.is_main_process:
             self.rows.append(list(row.values()))
@@ -185,11 +188,13 @@ class Log:
         speed = now.since(self.last, self.end_step)
         self.last, self.said = now, True
         average = f"{state.ema_stats['loss']:.4g}"
-        self.bar.set_postfix(epoch=state.epoch, loss=average, speed=speed.split(",")[0])
+        gns = state.noise_scale and f"{state.noise_scale.estimate.get_gns():.4g}"
+        shown = {"epoch": state.epoch, "loss": average, **({"gns": gns} if gns else {})}
+        self.bar.set_postfix(**shown, speed=speed.split(",")[0])
         if self.bar.disable:
             self.say(
                 f"step {state.step}, epoch {state.epoch}, {state.elapsed:.0f} s, {speed}: loss "
-                f"{loss:.4g}, on average {average}"
+                f"{loss:.4g}, on average {average}" + (f", noise scale {gns}" if gns else "")
             )
 
     def image(self, path: Path | None, step: int) -> None:
@@ -237,7 +242,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a run's CSV by step; where a resumed run wrote a step again, its last row."""
     with path.open(newline="") as file:
         # a row may be cut off where a run was killed
-        rows = [row for row in csv.DictReader(file) if row["grad_norm"] is not None]
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
     return [row for _, row in sorted({int(row["step"]): row for row in rows}.items())]
 
 

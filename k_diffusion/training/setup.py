@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,10 @@ from ..data.training_data import TrainingData
 from .state import TrainState
 
 
-def refuse_metrics(args: argparse.Namespace, say: Callable[[str], object]) -> None:
-    """Say what this version can't measure. Raises ValueError if it was all that was asked for."""
+def refuse_metrics(args: argparse.Namespace) -> None:
+    """Raises ValueError if all that was asked for is what this version can't measure."""
     if args.evaluate_only:
         raise ValueError("--evaluate-only: this version has no metrics; sample.py draws samples")
-    if args.gns:
-        say("--gns has no effect: this version doesn't measure the gradient noise scale")
 
 
 def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any:

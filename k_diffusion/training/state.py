@@ -10,6 +10,7 @@ from torch import nn
 
 from ..checkpoints import CheckpointError, check_weights
 from .ema import EMAWarmup
+from .noise_scale import NoiseScale
 
 
 @dataclass
@@ -18,8 +19,8 @@ class TrainState:
 
     model, model_ema: the inner models, unwrapped. scaler: of the gradients, in fp16. step: steps
     done. samples: images seen, by all processes. losses: of the steps since the last row of the
-    log. Random numbers are a function of (seed, step) and (seed, sample), so the seed is all there
-    is to keep of them.
+    log. noise_scale: of the gradient, under --gns. Random numbers are a function of (seed, step)
+    and (seed, sample), so the seed is all there is to keep of them.
     """
 
     config: dict[str, Any]
@@ -31,6 +32,7 @@ class TrainState:
     seed: int
     dataset_length: int
     scaler: Any = None
+    noise_scale: NoiseScale | None = None
     step: int = 0
     samples: int = 0
     elapsed: float = 0.0
@@ -65,7 +67,7 @@ class TrainState:
             "ema_sched": self.ema_sched.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
-            "gns_stats": None,
+            "gns_stats": self.noise_scale and self.noise_scale.estimate.state_dict(),
             "ema_stats": self.ema_stats,
             "demo_gen": self.demo_gen.get_state(),
             "elapsed": self.elapsed,
@@ -101,6 +103,8 @@ class TrainState:
         self.elapsed = float(state.get("elapsed", 0.0))
         self.losses = list(state.get("losses", ()))
         self.ema_stats = dict(state.get("ema_stats") or {})
+        if self.noise_scale is not None and state.get("gns_stats"):
+            self.noise_scale.estimate.load_state_dict(state["gns_stats"])
         if "demo_gen" in state:
             self.demo_gen.set_state(state["demo_gen"])
 

@@ -1,5 +1,6 @@
 """One optimizer step."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -68,22 +69,24 @@ def train_step(
 
     denoiser: around the prepared (DDP-wrapped) inner model; opt: the prepared optimizer.
     checkpointing: a row of `models.flags.CHECKPOINTING`. Noise levels are stratified over all
-    processes and batches of the step, and all random numbers follow from the seed, the step and the
-    process. In fp16, a step whose gradients overflowed leaves the weights, and so the learning rate
-    and the average, as they are. Returns the mean loss of this process and the norm of the gradient
-    (None without clipping), on the device.
+    processes and batches of the step, unless the state measures the noise scale: strata would
+    correlate the samples. All random numbers follow from the seed, the step and the process. In
+    fp16, a step whose gradients overflowed leaves the weights, and so the learning rate and the
+    average, as they are. Returns the mean loss of this process and the norm of the gradient
+    (None without clipping or noise scale), on the device.
     """
     config = state.config
     opt.zero_grad(set_to_none=True)
     losses = []
     seen = 0
+    measured = state.noise_scale
     for i in range(accumulate):
         batch = next(batches)
         torch.manual_seed(derive_seed(state.seed, 2, state.step, i, accelerator.process_index))
         last = i == accumulate - 1
         with (
             nullcontext() if last else accelerator.no_sync(denoiser.inner_model),
-            enable_stratified_accelerate(accelerator, step=i, steps=accumulate),
+            enable_stratified_accelerate(accelerator, measured is not None, i, accumulate),
             models.checkpointing(**CHECKPOINTING[checkpointing]),
         ):
             loss = batch_loss(denoiser, batch, sample_density, config, accelerator.device).mean()
@@ -93,8 +96,12 @@ def train_step(
 
     norm = None
     max_norm = config["optimizer"]["max_grad_norm"]
-    if max_norm is not None:
-        norm = accelerator.clip_grad_norm_(denoiser.parameters(), max_norm)
+    if max_norm is not None or measured is not None:
+        most = math.inf if max_norm is None else max_norm
+        norm = accelerator.clip_grad_norm_(denoiser.parameters(), most)
+        if measured is not None:
+            scale = 1.0 if state.scaler is None else state.scaler.get_scale()
+            measured.step(norm, accumulate, seen, accelerator.num_processes, scale)
     with state.changing():
         opt.step()
         if not opt.step_was_skipped:

@@ -5,6 +5,7 @@ Weights are filled from a hash of their names, so a renamed parameter shows up a
 """
 
 import copy
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -401,6 +402,27 @@ def ema_and_lr():
         "exp": learning_rates("ExponentialLR", num_steps=4, decay=0.6, warmup=0.5),
         "const": learning_rates("ConstantLRWithWarmup", warmup=0.8),
     }
+
+
+@case
+def fid_kid():
+    x, y = normal(80, (200, 16)), normal(81, (300, 16)) * 1.3 + 0.2
+    e = K.evaluation
+    return {
+        "fid": e.fid(x, y),
+        "kid": e.kid(x, y),
+        "kid_parts": e.kid(x, y, max_size=64),
+        "mmd": e.squared_mmd(x, y),
+        "poly": e.polynomial_kernel(x[:5], y[:4]),
+    }
+
+
+@case
+def gns():
+    scale = K.gns.GradientNoiseScale(beta=0.9)
+    values = [scale.update(5.0 + math.sin(i), 2.0 + 0.1 * i, 4, 32) for i in range(10)]
+    stats = torch.tensor(scale.get_stats())
+    return {"g": torch.tensor(values), "stats": stats, "json": scale.state_dict()}
 
 
 @case

@@ -56,6 +56,7 @@ def make_state():
         losses=[],
         ema_stats={},
         scaler=None,
+        noise_scale=None,
         sched=SimpleNamespace(get_last_lr=lambda: [0.1, 0.03]),
         ema_sched=SimpleNamespace(get_value=lambda: 0.9),
     )
@@ -125,6 +126,22 @@ def test_losses_are_means_over_processes(folder):
     assert float(log.read_rows(folder / "a_metrics.csv")[0]["loss"]) == 3
 
 
+def test_the_noise_scale(folder, capsys):
+    state, reads = make_state(), []
+    estimate = SimpleNamespace(get_gns=lambda: 1234.5)
+    state.noise_scale = SimpleNamespace(
+        estimate=estimate, read=lambda accelerator, together: reads.append(together)
+    )
+    accelerator = Accelerator()
+    logger = log.Log(accelerator, "a", state, None, every=2)
+    steps(logger, state, [1, 2])
+    assert log.read_rows(folder / "a_metrics.csv")[0]["gns"] == "1234.5"
+    assert accelerator.logged[0][1]["gns"] == 1234.5
+    assert capsys.readouterr().out.endswith(", noise scale 1234\n")
+    logger.read(state, together=False)
+    assert reads == [True, True]  # of the first step and the row, none of nothing
+
+
 def test_reading_in_between_changes_no_number(folder):
     """What a save does, at any step."""
     read, plain = make_state(), make_state()
@@ -178,7 +195,7 @@ def write_rows(path, *rows):
 
 
 def row(step, loss):
-    return [step, 0, 1.0, loss, loss, 1e-3, 0.9, 0.1]
+    return [step, 0, 1.0, loss, loss, 1e-3, 0.9, 0.1, ""]
 
 
 def test_the_last_row_of_a_step_counts(tmp_path):

@@ -50,7 +50,7 @@ def same_run(folder, a, b, step):
     "args",
     [
         (),
-        ("--grad-accum-steps", 2, "--set", "model.augment_prob=0.5"),
+        ("--grad-accum-steps", 2, "--gns", "--set", "model.augment_prob=0.5"),
         ("--mixed-precision", "bf16", "--set", "model.dropout_rate=0.1"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import multiprocessing
 import k_diffusion as K
 from k_diffusion import distributed
 from k_diffusion.training import optim, step
+from k_diffusion.training.noise_scale import NoiseScale
 from k_diffusion.training.signals import StopSignal
 from k_diffusion.training.state import TrainState
 
@@ -251,6 +252,15 @@ def in_each_process(rank, port, folder):
     train(accelerator, state, denoiser, opt, parts, accumulate=2)
     result["accumulated"] = gradients(state.model)
 
+    # the noise scale, by micro-batches of both, and by the hook that is published
+    state, _, denoiser, opt = make(**FULL)
+    hook = K.gns.DDPGradientStatsHook(denoiser.inner_model)
+    state.noise_scale = NoiseScale(state.model)
+    train(accelerator, state, denoiser, opt, parts, accumulate=2)
+    result["hook"] = hook.get_stats()
+    state.noise_scale.read(accelerator)
+    result["noise scale"] = state.noise_scale.estimate.get_stats()
+
     # images shared out unevenly, and more processes than images
     for n in 7, 1:
         mine = torch.arange(rank, n, 2.0)[:, None]
@@ -276,6 +286,51 @@ def two(tmp_path_factory):
         port = free.getsockname()[1]
     multiprocessing.spawn(in_each_process, (port, str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def squared_norm(gradients):
+    return sum(g.square().sum().item() for g in gradients.values())
+
+
+def mean_gradient(parts):
+    state, accelerator, denoiser, opt = make(**FULL)
+    train(accelerator, state, denoiser, opt, parts, accumulate=len(parts))
+    return gradients(state.model)
+
+
+def test_noise_scale_of_two_processes_is_that_of_one(two, fixed_noise):
+    """Squared norms by hand, of four micro-batches of 2."""
+    parts = [images(2, start) for start in (0, 2, 4, 6)]
+    small = sum(squared_norm(mean_gradient([part])) for part in parts) / 4
+    large = squared_norm(mean_gradient(parts))
+    want = (8 * large - 2 * small) / 6, (small - large) / (1 / 2 - 1 / 8)
+    state, accelerator, denoiser, opt = make(optimizer={"max_grad_norm": 0.01})
+    state.noise_scale = NoiseScale(state.model)
+    _, norm = train(accelerator, state, denoiser, opt, parts, accumulate=4)
+    state.noise_scale.read(accelerator)
+    for got in state.noise_scale.estimate.get_stats(), *(result["noise scale"] for result in two):
+        assert got == pytest.approx(want, rel=1e-4)
+    assert norm.item() ** 2 == pytest.approx(large, rel=1e-4)  # before clipping
+    # what a process accumulates before it communicates is the published hook's small batch
+    halves = [squared_norm(mean_gradient(half)) for half in (parts[:2], parts[2:])]
+    for result in two:
+        assert result["hook"] == pytest.approx((sum(halves) / 2, large), rel=1e-4)
+
+
+def test_noise_levels_are_independent_where_the_noise_scale_is_measured(monkeypatch):
+    state, accelerator, denoiser, opt = make(**FULL)
+    state.noise_scale = NoiseScale(state.model)
+    strata, draw = [], step.enable_stratified_accelerate
+
+    def record(accelerator, disable, *args):
+        strata.append(disable)
+        return draw(accelerator, disable, *args)
+
+    monkeypatch.setattr(step, "enable_stratified_accelerate", record)
+    train(accelerator, state, denoiser, opt, [images(3), images(3)], accumulate=2)
+    state.noise_scale = None
+    train(accelerator, state, denoiser, opt, [images(3), images(3)], accumulate=2)
+    assert strata == [True, True, False, False]
 
 
 @pytest.mark.parametrize("key", ["gradients", "accumulated"])
