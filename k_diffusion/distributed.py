@@ -70,9 +70,14 @@ def processes_missing() -> int:
 
 def agree_on_seed(seed: int | None) -> int:
     """The given seed, or a new one, the same on all processes."""
+    return broadcast(secrets.randbits(31) if seed is None else seed)
+
+
+def broadcast(value: Any) -> Any:
+    """The main process's value, on all processes."""
     from accelerate.utils import broadcast_object_list
 
-    return broadcast_object_list([secrets.randbits(31) if seed is None else seed])[0]
+    return broadcast_object_list([value])[0]
 
 
 def any_process(accelerator: Any, wish: bool) -> bool:

@@ -10,7 +10,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -229,21 +229,16 @@ class ReferenceKey(NamedTuple):
         return folder / f"{name}_{digest}.npz"
 
 
-def cached_statistics(
-    folder: Path, key: ReferenceKey, compute: Callable[[], FeatureStatistics]
-) -> FeatureStatistics:
-    """The statistics of a key, read from the cache folder, or computed and kept there.
-
-    A file that is damaged or of another n is computed again.
-    """
-    path = key.path(folder)
+def find_statistics(folder: Path, key: ReferenceKey) -> FeatureStatistics | None:
+    """The statistics of a key in the cache folder; None where they aren't, or are damaged."""
     try:
-        found = FeatureStatistics.load(path)
-        if (found.n, found.protocol) == (key.n, key.protocol):
-            return found
+        found = FeatureStatistics.load(key.path(folder))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # not there, or damaged
-    statistics = compute()
+        return None
+    return found if (found.n, found.protocol) == (key.n, key.protocol) else None
+
+
+def keep_statistics(folder: Path, key: ReferenceKey, statistics: FeatureStatistics) -> None:
+    """Write the statistics of a key to the cache folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    statistics.save(path)
-    return statistics
+    statistics.save(key.path(folder))

@@ -10,7 +10,8 @@ from k_diffusion.evaluation import FeatureStatistics, read_reference, write_samp
 from k_diffusion.evaluation.references import (
     ReferenceFileError,
     ReferenceKey,
-    cached_statistics,
+    find_statistics,
+    keep_statistics,
     read_plain_pickle,
 )
 
@@ -218,23 +219,19 @@ def test_samples_that_do_not_fit(tmp_path):
 # --------------------------------------------------------------------------------- cache
 
 
-def test_cached_statistics(tmp_path):
+def test_statistics_are_kept_by_their_key(tmp_path):
     key = ReferenceKey({"type": "digits"}, "train", (8, 8), "random", 20)
-    calls = []
-
-    def compute():
-        calls.append(1)
-        return FeatureStatistics(3, "random").update(normal(1, (20, 3)))
-
-    first = cached_statistics(tmp_path / "cache", key, compute)
-    again = cached_statistics(tmp_path / "cache", key, compute)
-    assert len(calls) == 1
-    assert torch.equal(first.mean, again.mean)
-    (path,) = (tmp_path / "cache").iterdir()
+    folder = tmp_path / "cache"
+    assert find_statistics(folder, key) is None
+    statistics = FeatureStatistics(3, "random").update(normal(1, (20, 3)))
+    keep_statistics(folder, key, statistics)
+    assert torch.equal(find_statistics(folder, key).mean, statistics.mean)
+    (path,) = folder.iterdir()
     assert path.name.startswith("digits_train_8x8_random_20_")
+    keep_statistics(folder, key, FeatureStatistics(3, "random").update(normal(1, (19, 3))))
+    assert find_statistics(folder, key) is None  # of another n
     path.write_bytes(path.read_bytes()[:100])  # damaged
-    cached_statistics(tmp_path / "cache", key, compute)
-    assert len(calls) == 2
+    assert find_statistics(folder, key) is None
 
 
 def test_everything_counts_in_the_key(tmp_path):

@@ -1,0 +1,153 @@
+"""Real images to compare with, in the data set's order, and their features."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..common.images import CorruptImageError
+from ..data.datasets import FolderOfImages
+from ..data.training_data import TrainingData, make_training_data
+from ..distributed import broadcast
+from .extraction import Eye, look_at
+from .references import ReferenceKey, find_statistics, keep_statistics
+from .registry import FeatureSet
+from .statistics import FeatureStatistics
+
+# What a `dataset` section says beyond type and location, for a folder that has no config.
+_PLAIN = {"image_key": 0, "class_key": 1, "background": "white"}
+
+
+def folder_section(folder: Path) -> dict[str, Any]:
+    """The `dataset` section for a folder: its subfolders are classes where all images are in them.
+
+    Raises ValueError where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder, config or reference file at {folder}; check the path")
+    extensions = FolderOfImages.IMG_EXTENSIONS
+    loose = any(path.suffix.lower() in extensions for path in folder.iterdir())
+    folders = [path for path in folder.iterdir() if path.is_dir()]
+    by_class = not loose and len(folders) > 1
+    kind = {"type": "imagefolder-class", "num_classes": None} if by_class else None
+    return {
+        **_PLAIN,
+        "location": str(folder.resolve()),
+        **(kind or {"type": "imagefolder", "num_classes": 0}),
+    }
+
+
+class RealImages(Dataset[dict[str, Any]]):
+    """The images of a data set in its order, unaugmented, (c, h, w) in [-1, 1].
+
+    section: the `dataset` section of a config. size: (h, w). channels: 1 or 3. folder: where a
+    custom data set's file lies. A corrupt image is an error: another n would be another number.
+    """
+
+    def __init__(
+        self, section: Mapping[str, Any], size: tuple[int, int], channels: int, folder: Any = "."
+    ):
+        model = {"input_size": size, "input_channels": channels, "augment_prob": 0.0}
+        config = {"model": model, "dataset": dict(section)}
+        self.section, self.size, self.channels = dict(section), tuple(size), channels
+        self.data: TrainingData = make_training_data(config, folder, strict=True)
+        self.num_classes = self.data.num_classes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.data[index, 0]
+        return {"image": item["original"], "class": item.get("class", 0)}
+
+    def batches(
+        self, indices: Sequence[int], batch_size: int, device: Any = "cpu", num_workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images (k, c, h, w), classes (k,)) of the indices, in their order; class 0 without."""
+        if getattr(self.data.data, "in_memory", False):
+            num_workers = 0
+        loader: DataLoader[dict[str, Any]] = DataLoader(
+            torch.utils.data.Subset(self, indices),
+            batch_size,
+            num_workers=num_workers,
+            multiprocessing_context="spawn" if num_workers else None,
+        )
+        try:
+            for batch in loader:
+                yield batch["image"].to(device), batch["class"]
+        except CorruptImageError as error:
+            raise ValueError(f"{error}; mend or remove it: all images count here") from error
+
+    def spaced(self, n: int) -> list[int]:
+        """n indices, evenly spaced: data sets are often sorted by class.
+
+        Raises ValueError for more than there are.
+        """
+        if not 0 < n <= len(self):
+            raise ValueError(f"the data set has {len(self)} images, {n} were asked for")
+        return [i * len(self) // n for i in range(n)]
+
+    def load(self, limit: int) -> tuple[Tensor, Tensor]:
+        """At most `limit` images, evenly spaced, with their classes: (n, c, h, w), (n,)."""
+        images, classes = zip(*self.batches(self.spaced(min(limit, len(self))), 256))
+        return torch.cat(images), torch.cat(classes)
+
+    def key(self) -> dict[str, Any]:
+        """What tells these images from others: the section, the size, and the files as they are."""
+        section = {k: v for k, v in self.section.items() if k not in {"cond_dropout_rate"}}
+        digest = hashlib.sha256()
+        for path in getattr(self.data.data, "paths", ()):
+            stat = path.stat()
+            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        return {**section, "channels": self.channels, "files": digest.hexdigest()[:16]}
+
+
+def real_sets(
+    accelerator: Any,
+    reals: RealImages,
+    eyes: Mapping[str, Eye],
+    n: int,
+    *,
+    cache: Path | None = None,
+    features: bool = True,
+    batch_size: int = 64,
+    num_workers: int = 0,
+) -> dict[str, FeatureSet] | None:
+    """n real images, evenly spaced, as each protocol sees them: on the main process, else None.
+
+    eyes: by the protocol's name. features: (n, width), for metrics that need them; else statistics,
+    which `cache`, a folder, keeps for the next time. All processes call it together.
+    """
+    keys = {
+        name: ReferenceKey(reals.key(), str(reals.section.get("split")), reals.size, name, n)
+        for name in eyes
+    }
+    found: dict[str, FeatureSet] = {}
+    if cache is not None and not features and accelerator.is_main_process:
+        known = {name: find_statistics(cache, key) for name, key in keys.items()}
+        found = {name: statistics for name, statistics in known.items() if statistics}
+    missing = broadcast([name for name in eyes if name not in found])
+    if missing:
+        mine = reals.spaced(n)[accelerator.process_index :: accelerator.num_processes]
+        batches = reals.batches(mine, batch_size, accelerator.device, num_workers)
+        shown = tqdm(
+            batches,
+            desc="real images",
+            unit="batch",
+            leave=None,
+            total=math.ceil(len(mine) / batch_size),
+            disable=None if accelerator.is_main_process else True,
+        )
+        seen = look_at(accelerator, (x for x, _ in shown), n, {k: eyes[k] for k in missing})
+        for name, x in (seen.features if seen else {}).items():
+            statistics = FeatureStatistics(x.shape[1], name).update(x)
+            if cache is not None:
+                keep_statistics(cache, keys[name], statistics)
+            found[name] = x if features else statistics
+    return found if accelerator.is_main_process else None

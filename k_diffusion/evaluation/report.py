@@ -1,0 +1,284 @@
+"""Results of an evaluation as files: CSV, JSON, a plot, and one self-contained page."""
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..common.files import write_atomically
+from ..common.text import need
+from .registry import METRICS
+
+FIGURES = ("value", "error", "low", "high")
+_FIRST = ("metric", "protocol", *FIGURES, "n", "n_reference")
+
+Row = dict[str, Any]
+
+
+def read_results(folder: Path) -> list[Row]:
+    """The rows of a folder's results.json, [] where there is none. Raises ValueError if damaged."""
+    path = folder / "results.json"
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} can't be read: {error}; delete it, or name another folder"
+        ) from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} isn't a list of results; name another folder")
+    return rows
+
+
+def write_results(folder: Path, rows: Sequence[Row], title: str) -> None:
+    """Write results.csv, results.json, index.html and, of a sweep, sweep.png.
+
+    rows: each with metric, protocol, value, error, low, high, n, n_reference, line and settings,
+    and maybe `grid`, the name of a picture in the folder. A file is there whole or not at all.
+    """
+    text = json.dumps(list(rows), indent=1, allow_nan=False)
+    write_atomically(folder / "results.json", lambda file: file.write(text.encode()))
+    table = to_csv(rows)
+    write_atomically(folder / "results.csv", lambda file: file.write(table.encode()))
+    picture = plot(rows)
+    if picture:
+        write_atomically(folder / "sweep.png", lambda file: file.write(picture))
+    page = to_html(rows, title, folder, picture)
+    write_atomically(folder / "index.html", lambda file: file.write(page.encode()))
+
+
+def clean(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """The rows as CSV: metric, numbers, then a column for each setting."""
+    keys = _setting_keys(rows)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*_FIRST, *keys])
+    for row in rows:
+        settings = row["settings"]
+        cells = [*(row.get(key) for key in _FIRST), *(settings.get(key) for key in keys)]
+        writer.writerow(["" if cell is None else _shown(cell) for cell in cells])
+    return out.getvalue()
+
+
+def _setting_keys(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row["settings"]))
+
+
+def _shown(value: Any) -> Any:
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def swept(rows: Sequence[Row]) -> list[str]:
+    """The settings that differ between rows."""
+    seen = {
+        key: {json.dumps(row["settings"].get(key)) for row in rows} for key in _setting_keys(rows)
+    }
+    return [key for key, values in seen.items() if len(values) > 1 and key != "checkpoint_sha256"]
+
+
+def columns(rows: Sequence[Row]) -> tuple[list[str], list[tuple[list[str], list[str]]]]:
+    """A table, one row for each setting: its heads, and (settings, numbers) as texts."""
+    keys = swept(rows)
+    names = list(dict.fromkeys(name_of(row) for row in rows))
+    table: dict[str, tuple[list[str], dict[str, str]]] = {}
+    for row in rows:
+        settings = row["settings"]
+        of = [
+            Path(str(v)).name if k in _FILES else str(_shown(v))
+            for k, v in ((key, settings.get(key, "")) for key in keys)
+        ]
+        cells = table.setdefault(json.dumps(settings, sort_keys=True), (of, {}))[1]
+        cells[name_of(row)] = number(row)
+    lines = [(of, [cells.get(name, "") for name in names]) for of, cells in table.values()]
+    return [*keys, *names], lines
+
+
+_FILES = frozenset({"checkpoint", "samples", "autoguidance"})
+
+
+def name_of(row: Row) -> str:
+    """`FD[lite0]`, or the metric alone where it has no protocol."""
+    return row["metric"] + (f"[{row['protocol']}]" if row.get("protocol") else "")
+
+
+def number(row: Row) -> str:
+    """The value with its standard error."""
+    if row.get("error") is None:
+        return f"{row['value']:.4g}"
+    if not row["error"]:
+        return f"{row['value']:.4g} ± 0"
+    places = min(8, max(0, -math.floor(math.log10(row["error"]))))
+    return f"{row['value']:.{places}f} ± {row['error']:.{places}f}"
+
+
+def better(row: Row) -> str:
+    """Whether lower or higher is better, as an arrow."""
+    name = row.get("key", "")
+    lower = METRICS[name].lower if name in METRICS else name == "bits_per_dim"
+    return "↓" if lower else "↑"
+
+
+# ------------------------------------------------------------------------------------ the plot
+
+
+def plot(rows: Sequence[Row]) -> bytes | None:
+    """A sweep's metrics against its numeric setting with most values, as PNG; None without one."""
+    keys = swept(rows)
+    axes_of = {
+        key: {row["settings"].get(key) for row in rows}
+        for key in keys
+        if all(isinstance(row["settings"].get(key), (int, float)) for row in rows)
+    }
+    if not axes_of:
+        return None
+    x = max(axes_of, key=lambda key: len(axes_of[key]))
+    try:
+        need("matplotlib", "the plot of a sweep")
+    except ImportError:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name_of(row) for row in rows))
+    width = min(3, len(names))
+    height = math.ceil(len(names) / width)
+    figure = Figure(figsize=(4.4 * width, 3.3 * height), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    others = [key for key in keys if key != x]
+    for i, name in enumerate(names):
+        axes = figure.add_subplot(height, width, i + 1)
+        lines: dict[str, list[Row]] = {}
+        for row in rows:
+            if name_of(row) == name:
+                values = (str(_shown(row["settings"].get(key))) for key in others)
+                label = ", ".join(Path(value).name for value in values)
+                lines.setdefault(label, []).append(row)
+        for j, (label, line) in enumerate(lines.items()):
+            line = sorted(line, key=lambda row: row["settings"][x])
+            at = [row["settings"][x] for row in line]
+            values = [row["value"] for row in line]
+            ends = [
+                [
+                    abs(row["value"] - (row[k] if row.get(k) is not None else row["value"]))
+                    for row in line
+                ]
+                for k in ("low", "high")
+            ]
+            style = "os^Dv<>P"[j % 8]
+            axes.errorbar(at, values, ends, marker=style, capsize=2, label=label or None)
+        axes.set_title(f"{name} {better(next(r for r in rows if name_of(r) == name))}")
+        axes.set_xlabel(x.replace("_", " "))
+        if min(axes_of[x]) > 0 and max(axes_of[x]) >= 4 * min(axes_of[x]):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(axes_of[x]), [f"{v:g}" for v in sorted(axes_of[x])])
+            axes.minorticks_off()
+        elif len(axes_of[x]) <= 6:
+            axes.set_xticks(sorted(axes_of[x]))
+        axes.grid(alpha=0.25)
+        if others and i == 0:
+            axes.legend(fontsize="small")
+    out = io.BytesIO()
+    canvas.print_png(out)
+    return out.getvalue()
+
+
+# ------------------------------------------------------------------------------------ the page
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #d0d4da; --soft: #f3f5f7; --back: #fff; --text: #1b1f24 }
+@media (prefers-color-scheme: dark) {
+  :root { --line: #3a4048; --soft: #20252b; --back: #15191e; --text: #e4e8ec } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
+  max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+.wide { overflow-x: auto }
+table { border-collapse: collapse } th, td { padding: .3rem .8rem; text-align: right;
+  border-bottom: 1px solid var(--line); white-space: nowrap; font-variant-numeric: tabular-nums }
+th { background: var(--soft) } th.key, td.key { text-align: left }
+td.best { font-weight: 600 } img { max-width: 100%; image-rendering: pixelated }
+img.plot { image-rendering: auto; background: #fff; border-radius: 6px }
+figure { display: inline-block; margin: 0 1rem 1.5rem 0; vertical-align: top; max-width: 100% }
+figcaption { font-size: .85rem; opacity: .8; max-width: 32rem } code { font-size: .85rem }
+li { margin-bottom: .25rem; overflow-wrap: anywhere }
+"""
+
+
+def _image(data: bytes, text: str, kind: str = "") -> str:
+    source = base64.b64encode(data).decode()
+    return f'<img {kind} alt="{html.escape(text)}" src="data:image/png;base64,{source}">'
+
+
+def to_html(rows: Sequence[Row], title: str, folder: Path, picture: bytes | None = None) -> str:
+    """The page: a table, the plot, the grids of samples, and every number with its protocol."""
+    heads, lines = columns(rows)
+    keys = len(swept(rows))
+    first = {name_of(row): row for row in reversed(list(rows))}
+    marks = [f" {better(first[name])}" for name in heads[keys:]]
+    best = {
+        (name_of(row), number(row))
+        for name in first
+        for row in [
+            (min if better(first[name]) == "↓" else max)(
+                (r for r in rows if name_of(r) == name), key=lambda r: r["value"]
+            )
+        ]
+        if len(lines) > 1
+    }
+    cells = [
+        "".join(f'<th class="key">{html.escape(head)}</th>' for head in heads[:keys])
+        + "".join(f"<th>{html.escape(h)}{m}</th>" for h, m in zip(heads[keys:], marks))
+    ]
+    for of, numbers in lines:
+        cells.append(
+            "".join(f'<td class="key">{html.escape(text)}</td>' for text in of)
+            + "".join(
+                f'<td class="{"best" if (name, text) in best else ""}">{html.escape(text)}</td>'
+                for name, text in zip(heads[keys:], numbers)
+            )
+        )
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        '<div class="wide"><table>' + "".join(f"<tr>{c}</tr>" for c in cells) + "</table></div>",
+    ]
+    if picture:
+        text = "each metric against the swept setting; bars are 95% intervals"
+        parts += ["<h2>Sweep</h2>", _image(picture, text, 'class="plot"'), f"<p>{text}</p>"]
+    grids = {
+        row["grid"]: ", ".join(f"{k} {_short(k, row['settings'].get(k))}" for k in swept(rows))
+        for row in rows
+        if row.get("grid") and (folder / row["grid"]).is_file()
+    }
+    if grids:
+        parts.append("<h2>Samples</h2>")
+        for name, text in grids.items():
+            image = _image((folder / name).read_bytes(), f"samples: {text or name}")
+            parts.append(f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>")
+    if (page := folder / "nearest.png").is_file():
+        image = _image(page.read_bytes(), "samples and their nearest training images")
+        text = "Samples, then their nearest training images, with the distance of features."
+        parts += ["<h2>Nearest training images</h2>", f"<figure>{image}<figcaption>{text}"]
+        parts += ["</figcaption></figure>"]
+    items = "".join(f"<li><code>{html.escape(row['line'])}</code></li>" for row in rows)
+    parts += ["<h2>Numbers with their protocols</h2>", f"<ul>{items}</ul>"]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>"
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
+
+
+def _short(key: str, value: Any) -> str:
+    return Path(str(value)).name if key in _FILES else str(_shown(value))

@@ -1,0 +1,111 @@
+"""The flags of evaluate.py."""
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...common import options
+from ...common.text import did_you_mean
+from ...evaluation.protocols import PROTOCOLS
+from ...evaluation.registry import METRICS
+from .. import sample
+
+RECOGNITION = "recognition"
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _choices_parser() -> argparse.ArgumentParser:
+    """The flags on how samples are drawn, which --sweep may vary."""
+    p = argparse.ArgumentParser(add_help=False, formatter_class=options.HelpFormatter)
+    sample.add_choices(p, sampler="dpmpp_2m", steps=50)
+    p.set_defaults(seed=0)
+    return p
+
+
+def parse_args(
+    description: str | None = None, argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The command line of evaluate.py. `sweep` is a list of argument lists, [[]] without one."""
+    choices = _choices_parser()
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=options.HelpFormatter, parents=[choices]
+    )
+    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+    count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
+    add = p.add_argument_group("what to measure").add_argument
+    add("--checkpoint", nargs="+", default=[], **file, help="checkpoints, .safetensors or .pth")
+    text = "images in place of a checkpoint: a folder, or an .npz of ADM's evaluator"
+    add("--samples", type=Path, metavar="PATH", help=text)
+    text = "what to compare with: a folder, a config's data set, or a reference .npz or .pkl; else "
+    add("--data", type=Path, metavar="PATH", help=text + "the data set of the checkpoint's config")
+    add("--split", metavar="NAME", help="of the data set; else its config's")
+    add("-n", **count, help="the number of samples; else the protocol's")
+    add("--n-reference", **count, help="real images to use; else all")
+    text = f"comma-separated: {', '.join([*METRICS, RECOGNITION])}"
+    add("--metrics", type=_words, default="fd", metavar="NAMES", help=text)
+    text = f"comma-separated: {', '.join(PROTOCOLS)}"
+    add("--protocol", type=_words, default="edm", metavar="NAMES", help=text)
+    text = "weights of the protocol's encoder; else the cache folder's, or a download"
+    add("--weights", **file, help=text)
+    add("--force", action="store_true", help="take a reference of another protocol, and say so")
+    add("--k", **count, default=5, help="neighbours, of precision, recall, density and coverage")
+    add("--kid-size", **count, default=1000, help="images in each of KID's 100 subsets")
+    text = "bootstrap resamples of the intervals; 0: none"
+    add("--resamples", type=options.non_negative, metavar="N", default=20, help=text)
+    add = p.add_argument_group("what else").add_argument
+    text = "bits per dimension of N images of the data set (100 without a number)"
+    add("--likelihood", nargs="?", const=100, type=options.positive, metavar="N", help=text)
+    text = "a page of samples with their K nearest training images (4 without a number)"
+    add("--nearest", nargs="?", const=4, type=options.positive, metavar="K", help=text)
+    text = "settings to go through: steps=4,8,16 sampler=heun,dpmpp_2m"
+    add("--sweep", nargs="+", default=[], metavar="KEY=VALUES", help=text)
+    add("--write-samples", action="store_true", help="write the samples as .npz, as ADM's")
+    add = p.add_argument_group("where").add_argument
+    add(
+        "--output-dir",
+        type=Path,
+        default=Path("evaluation"),
+        metavar="FOLDER",
+        help="of the report",
+    )
+    add("--cache", type=Path, metavar="FOLDER", help="of statistics of real data")
+    text = "processes that load images"
+    add("--num-workers", type=options.non_negative, default=0, metavar="N", help=text)
+    args = p.parse_args(argv)
+    if bool(args.checkpoint) == bool(args.samples):
+        p.error("pass one of --checkpoint and --samples")
+    if args.samples and (args.sweep or args.likelihood):
+        p.error("--sweep and --likelihood need a --checkpoint")
+    known = sorted(set(vars(choices.parse_args([]))) - {"device", "batch_size"})
+    args.choices = known
+    args.settings = []
+    for words in _sweep(args.sweep, known, p):
+        setting = choices.parse_args(words, argparse.Namespace(**vars(args)))
+        sample.sampler_options(setting)  # refuses what the sampler doesn't take
+        args.settings.append(setting)
+    return args
+
+
+def _sweep(
+    sweep: Sequence[str], known: Sequence[str], p: argparse.ArgumentParser
+) -> Iterator[list[str]]:
+    """The command lines of all combinations."""
+    axes = []
+    for text in sweep:
+        key, equals, values = text.partition("=")
+        key = {"class": "classes"}.get(key, key).replace("-", "_")
+        if not equals or not _words(values):
+            p.error(f"--sweep takes KEY=VALUE,VALUE..., got {text!r}")
+        if key not in known:
+            p.error(
+                f"--sweep has no {key!r}{did_you_mean(key, known)}; there are {', '.join(known)}"
+            )
+        flag = "--" + {"classes": "class"}.get(key, key).replace("_", "-")
+        axes.append([[flag, *value.split(":")] for value in _words(values)])
+    for words in itertools.product(*axes):
+        yield list(itertools.chain(*words))

@@ -1,0 +1,140 @@
+"""What evaluate.py measures, and what it compares with."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ...common.files import sha256
+from ...config import load_config
+from ...evaluation.images import SampleImages
+from ...evaluation.protocols import Protocol
+from ...evaluation.reals import RealImages, folder_section
+from ...evaluation.registry import Options, check_n
+from ...loading import load_denoiser
+from .. import sample
+from .args import RECOGNITION
+
+
+class Source(NamedTuple):
+    """What is measured: a checkpoint's denoiser with its config, or a set of images."""
+
+    path: Path
+    digest: str
+    denoiser: nn.Module | None
+    config: dict[str, Any] | None
+    images: SampleImages | None
+
+    def checkpoint(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The denoiser and its config. Raises ValueError for images, which have none."""
+        if self.denoiser is None or self.config is None:
+            raise ValueError(f"{self.path} holds images; this needs a --checkpoint")
+        return self.denoiser, self.config
+
+    @property
+    def num_classes(self) -> int:
+        """Of the model; 0 for images."""
+        return 0 if self.config is None else self.config["dataset"]["num_classes"]
+
+    def shape(self, args: argparse.Namespace) -> tuple[int, ...]:
+        """Of an image, (c, h, w). Raises ValueError where neither config nor flag says its size."""
+        if self.images is not None:
+            return self.images.shape
+        assert self.config is not None
+        size = args.size or self.config["model"]["input_size"]
+        if size is None:
+            raise ValueError("the config has no model.input_size; pass --size")
+        return (self.config["model"]["input_channels"], *size)
+
+    def classes(self, args: argparse.Namespace, n: int) -> list[int] | None:
+        """The class of each of n samples; None without classes."""
+        ids = None if self.config is None else sample.parse_classes(args.classes, self.num_classes)
+        return None if ids is None else [ids[i % len(ids)] for i in range(n)]
+
+
+def load_source(args: argparse.Namespace, path: Path, device: torch.device) -> Source:
+    """A checkpoint, on the device, or the images of --samples. Raises ValueError."""
+    if args.samples:
+        images = SampleImages(path)
+        return Source(path, images.digest(), None, None, images)
+    denoiser, config = load_denoiser(path)
+    return Source(path, sha256(path), denoiser.to(device), config, None)
+
+
+class Against(NamedTuple):
+    """What samples are compared with: real images, or a reference file of statistics."""
+
+    reals: RealImages | None
+    file: Path | None
+
+    def images(self) -> RealImages:
+        """The real images. Raises ValueError for a file, which holds none."""
+        if self.reals is None:
+            raise ValueError(
+                "--likelihood, --nearest and recognition need images: pass a folder or a config as "
+                f"--data, not {self.file}"
+            )
+        return self.reals
+
+    @property
+    def limit(self) -> int | None:
+        """How many images there are; None for a file."""
+        return None if self.reals is None else len(self.reals)
+
+
+def find_data(args: argparse.Namespace, source: Source) -> Against:
+    """What --data names, else the data set of the source's config. Raises ValueError."""
+    path: Path | None = args.data
+    folder = Path()
+    if path is None:
+        if source.config is None:
+            raise ValueError("--samples needs --data: a folder, a config, or a reference file")
+        section = source.config["dataset"]
+    elif path.suffix in {".npz", ".pkl"}:
+        return Against(None, path)
+    elif path.suffix == ".json":
+        section, folder = load_config(path, strict=True)["dataset"], path.parent
+    else:
+        section = folder_section(path)
+    if args.split is not None:
+        if "split" not in section:
+            raise ValueError(f"--split: a data set of type {section['type']} has no splits")
+        section = {**section, "split": args.split}
+    channels, h, w = source.shape(args)
+    return Against(RealImages(section, (h, w), channels, folder), None)
+
+
+def check(
+    args: argparse.Namespace,
+    source: Source,
+    against: Against,
+    n: int,
+    n_reals: int | None,
+    protocols: dict[str, Protocol],
+    metrics: list[str],
+    numbers: Options,
+) -> None:
+    """Raises ValueError, before anything is drawn, for what can't be measured."""
+    if source.images is not None and n > len(source.images):
+        raise ValueError(f"-n {n}: {source.path} has {len(source.images)} images")
+    check_n(metrics, n, n_reals, numbers)
+    for name, protocol in protocols.items():
+        wrong = [m for m in metrics if (m == "cmmd") != (protocol.formula == "cmmd")]
+        if wrong:
+            fitting = "cmmd" if protocol.formula == "cmmd" else "all but cmmd"
+            raise ValueError(f"the protocol {name} has no {wrong[0]}; its metrics are {fitting}")
+    recognition = RECOGNITION in args.metrics
+    if against.reals is None and not (args.likelihood or args.nearest or recognition):
+        return
+    reals = against.images()
+    if reals.num_classes and source.num_classes not in {0, reals.num_classes}:
+        raise ValueError(
+            f"the data set has {reals.num_classes} classes, but the model of {source.path} has "
+            f"{source.num_classes}; compare it with its own kind of data"
+        )
+    if recognition and not (source.num_classes and reals.num_classes):
+        raise ValueError("recognition needs a class-conditional model and a labelled data set")
+    if args.likelihood and args.likelihood > len(reals):
+        raise ValueError(f"--likelihood {args.likelihood}: the data set has {len(reals)} images")

@@ -1,0 +1,117 @@
+"""FID and KID of a run's samples while it trains: what the --evaluate flags ask for."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..distributed import any_process
+from ..encoders.weights import cache_folder
+from ..evaluation.extraction import Eye, gather, see_share
+from ..evaluation.protocols import get_protocol, metric_line
+from ..evaluation.reals import RealImages, real_sets
+from ..evaluation.registry import Options, measure
+from ..generation import STEPS, SamplingStopped, sample_batches
+from .log import Log
+from .state import TrainState
+
+# Those of the published training metric: DPM-Solver++(2M) of order 2 without noise.
+SAMPLER = "dpmpp_2m_sde"
+_SAMPLER_ARGS = {"eta": 0.0, "solver_type": "heun"}
+_OPTIONS = Options(resamples=0)
+
+
+class Evaluator:
+    """Measures the averaged model against real images, the same ones each time.
+
+    Makes the encoder and reads the real images, so that what is missing ends a run before it
+    starts. All processes make the same calls. Raises ValueError, OSError or ImportError where there
+    are no weights or too few images.
+    """
+
+    def __init__(
+        self, accelerator: Any, args: argparse.Namespace, config: dict[str, Any], folder: Path
+    ):
+        self.accelerator, self.config = accelerator, config
+        self.n: int = args.evaluate_n
+        protocol = get_protocol(args.evaluate_with)
+        models = {"clip": args.clip_model, "dinov2": args.dinov2_model}
+        if args.evaluate_with in models:
+            protocol = replace(protocol, options={"model": models[args.evaluate_with]})
+        encoder = protocol.make_encoder(args.evaluate_weights, accelerator.device)
+        self.eyes = {protocol.name: Eye(protocol, encoder)}
+        section: Mapping[str, Any] = config["dataset"]
+        if args.evaluate_split is not None:
+            if "split" not in section:
+                raise ValueError(
+                    f"--evaluate-split: a data set of type {section['type']} has no splits"
+                )
+            section = {**section, "split": args.evaluate_split}
+        model = config["model"]
+        reals = RealImages(section, tuple(model["input_size"]), model["input_channels"], folder)
+        if min(self.n, len(reals)) < 2:
+            raise ValueError(
+                f"an evaluation needs at least 2 samples and 2 real images, got --evaluate-n "
+                f"{self.n} and {len(reals)} images"
+            )
+        self.n_reals = min(self.n, len(reals))
+        self.reals = real_sets(
+            accelerator, reals, self.eyes, self.n_reals, cache=cache_folder() / "references"
+        )
+
+    def evaluate(
+        self, denoiser: nn.Module, state: TrainState, log: Log, stop: Callable[[], bool]
+    ) -> dict[str, float]:
+        """Measure the averaged model; {} on all processes but the main one.
+
+        stop: asked after each sampling step, whether to give up; then SamplingStopped is raised.
+        """
+        seeds = range(state.seed, state.seed + self.n)
+        batches = sample_batches(
+            self.accelerator,
+            denoiser,
+            self.config,
+            seeds,
+            sampler=SAMPLER,
+            sampler_args=_SAMPLER_ARGS,
+            stop=stop,
+        )
+        share = None
+        with suppress(SamplingStopped):
+            share = see_share(self.accelerator, batches, self.n, self.eyes)
+        if any_process(self.accelerator, share is None):
+            raise SamplingStopped
+        assert share is not None
+        seen = gather(self.accelerator, share)
+        found: dict[str, float] = {}
+        if seen is None or self.reals is None:
+            return found
+        for name, eye in self.eyes.items():
+            estimates = measure(
+                ("fd", "kid"),
+                seen.features[name],
+                self.reals[name],
+                _OPTIONS._replace(subset_size=min(1000, self.n, self.n_reals)),
+                formula=eye.protocol.formula,
+            )
+            for metric, estimate in estimates.items():
+                label = "FID" if metric == "fd" and eye.protocol.encoder == "inception" else "FD"
+                log.say(
+                    metric_line(
+                        "KID" if metric == "kid" else label,
+                        name,
+                        estimate.value,
+                        n=self.n,
+                        n_reference=self.n_reals,
+                        seeds=seeds,
+                        sampler=SAMPLER,
+                        evaluations=STEPS,
+                        notes=[f"step {state.step}"],
+                    )
+                )
+                found["fid" if metric == "fd" else metric] = estimate.value
+        return found

@@ -1,0 +1,164 @@
+"""evaluate.py: real runs, off line, by the random encoder."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+
+import k_diffusion as K
+from k_diffusion import checkpoints
+
+SHORT = "--protocol", "random", "-n", 12, "--steps", 2, "--batch-size", 4, "--resamples", 4
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with two tiny checkpoints, a config and images by class."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    config = runs.tiny_config(dataset={"split": "train"})
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model = K.config.make_model(config)
+        checkpoints.write_inference(
+            folder / f"{name}.safetensors", config, model.state_dict(), "fp32"
+        )
+    (folder / "tiny.json").write_text(json.dumps(runs.TINY))
+    generator = np.random.default_rng(0)
+    for i in range(24):
+        path = folder / f"images/{i % 2}/{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture
+def evaluate(made, monkeypatch, capsys):
+    """Run evaluate.py in this process; returns what it printed."""
+    monkeypatch.setenv("K_DIFFUSION_CACHE", str(made / "cache"))
+
+    def run(*args):
+        runs.call("evaluate", *SHORT, *args, folder=made, monkeypatch=monkeypatch)
+        return capsys.readouterr().out
+
+    return run
+
+
+def results(made, name):
+    return json.loads((made / name / "results.json").read_text())
+
+
+def test_report(made, evaluate):
+    metrics = "fd,kid,precision,recall,density,coverage,recognition"
+    text = evaluate(
+        *("--checkpoint", "a.safetensors", "--metrics", metrics, "--kid-size", 10),
+        *("--nearest", 2, "--write-samples", "--output-dir", "all", "--likelihood", 2),
+    )
+    rows = {row["metric"]: row for row in results(made, "all")}
+    assert list(rows) == [
+        *("bits/dim", "FD", "KID", "precision", "recall", "density", "coverage", "recognition")
+    ]
+    assert re.search(
+        r"^FD\[random\] [\d.]+ ± [\d.]+ "
+        r"\(n = 12, reference 1,442, seeds 0-11, dpmpp_2m 2 NFE\)$",
+        text,
+        re.MULTILINE,
+    )
+    for row in rows.values():
+        assert row["low"] <= row["value"] <= row["high"] or row["error"] == 0
+        assert row["settings"]["checkpoint"] == "a.safetensors"
+    with (made / "all/results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["value"]) for row in table] == [row["value"] for row in rows.values()]
+    page = (made / "all/index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2  # the grid, the nearest images
+    assert "http" not in page  # nothing from elsewhere
+    samples = np.load(next((made / "all").glob("samples_*.npz")))["arr_0"]
+    assert samples.shape == (12, 8, 8, 1)
+    assert samples.dtype == np.uint8
+    assert Image.open(made / "all/nearest.png").width == 3 * 50 + 2
+
+
+def test_sweep_goes_on_where_it_stopped(made, evaluate):
+    sweep = "--sweep", "steps=2,3", "sampler=euler,heun", "--output-dir", "sweep"
+    checkpoint = "--checkpoint", "a.safetensors", "b.safetensors"
+    first = evaluate(*checkpoint, *sweep)
+    rows = results(made, "sweep")
+    assert len(rows) == 8
+    assert len({json.dumps(row["settings"]) for row in rows}) == 8
+    evaluations = re.findall(r"(euler|heun) (\d) NFE", first)
+    assert evaluations[:4] == [("euler", "2"), ("heun", "3"), ("euler", "3"), ("heun", "5")]
+    assert (made / "sweep/sweep.png").is_file()
+    # a run that was killed after three settings
+    kept = rows[:3]
+    (made / "sweep/results.json").write_text(json.dumps(kept))
+    again = evaluate(*checkpoint, *sweep)
+    assert again.count("done before") == 3
+    assert sorted(results(made, "sweep"), key=str) == sorted(rows, key=str)
+
+
+def test_samples_of_a_folder_and_a_reference_file(made, evaluate):
+    evaluate("--samples", "images", "--data", "images", "-n", 24, "--output-dir", "same")
+    (row,) = results(made, "same")
+    assert row["value"] == pytest.approx(0, abs=1e-6)
+    (file,) = (made / "cache/references").glob("imagefolder-class*.npz")
+    evaluate("--samples", "images", "--data", file, "-n", 24, "--output-dir", "file")
+    (row,) = results(made, "file")
+    assert row["value"] == pytest.approx(0, abs=1e-6)
+    assert row["n_reference"] == 24
+
+
+def test_reference_of_another_protocol(made, evaluate, capsys):
+    other = K.evaluation.FeatureStatistics.from_moments(torch.zeros(64), torch.eye(64), 9, "lite0")
+    other.save(made / "other.npz")
+    with pytest.raises(SystemExit):
+        evaluate("--samples", "images", "--data", "other.npz", "--output-dir", "other")
+    assert not (made / "other/results.json").exists()
+    text = evaluate(
+        "--samples", "images", "--data", "other.npz", "--output-dir", "other", "--force"
+    )
+    assert "reference of lite0, forced)" in text
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--checkpoint", "a.safetensors", "--metrics", "kid"), "kid needs at least 1000 samples"),
+        (("--checkpoint", "a.safetensors", "--metrics", "fdd"), "did you mean 'fd'"),
+        (("--checkpoint", "a.safetensors", "--protocol", "edm1"), "did you mean 'edm'"),
+        (("--checkpoint", "a.safetensors", "--metrics", "cmmd"), "has no cmmd"),
+        (("--checkpoint", "a.safetensors", "--data", "images"), "2 classes, but the model"),
+        (("--checkpoint", "a.safetensors", "--data", "nowhere"), "no folder, config or reference"),
+        (("--samples", "images"), "--samples needs --data"),
+        (("--samples", "images", "--data", "images", "-n", 25), "has 24 images"),
+        (("--checkpoint", "a.safetensors", "--split", "valid"), "did you mean"),
+    ],
+)
+def test_refusals(made, evaluate, args, said):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(*args, "--output-dir", "refused")
+    assert said in str(stopped.value)
+    assert not (made / "refused/results.json").exists()
+
+
+def test_unknown_key_of_a_sweep(evaluate, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate("--checkpoint", "a.safetensors", "--sweep", "stepz=1,2")
+    assert stopped.value.code == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+
+
+def test_two_processes(made, evaluate):
+    args = "--checkpoint", "a.safetensors", "--metrics", "fd,recognition", "--likelihood", 6
+    evaluate(*args, "--output-dir", "one")
+    command = runs.accelerate(2, "evaluate", *SHORT, *args, "--output-dir", "two")
+    code, text = runs.run(*command, folder=made, K_DIFFUSION_CACHE=str(made / "cache"))
+    assert code == 0, text
+    one, two = results(made, "one"), results(made, "two")
+    assert [row["metric"] for row in one] == [row["metric"] for row in two]
+    for a, b in zip(one, two):
+        assert a["value"] == pytest.approx(b["value"], rel=1e-4)
