@@ -4,6 +4,7 @@ import psutil
 import pytest
 
 from k_diffusion import distributed
+from k_diffusion.common import launcher
 from k_diffusion.training import setup
 from k_diffusion.training.args import parse_args
 
@@ -62,7 +63,7 @@ def test_this_program_becomes_the_launcher_of_them(under, monkeypatch):
     under("accelerate launch --cpu --num_processes 3 train.py", **LAUNCHED)
     with pytest.raises(SystemExit):
         distributed.make_accelerator()
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    run = [launcher.__file__, "--standalone", "--nproc-per-node=3"]
     assert commands == [[*run, "train.py", "--config", "c.json"]]
 
 

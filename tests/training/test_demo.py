@@ -111,7 +111,7 @@ def test_samples_have_the_classes_in_turn():
 def test_all_demos_of_a_run_start_from_the_same_noise(tmp_path, monkeypatch):
     seeds = []
 
-    def sample(accelerator, denoiser, config, chosen):
+    def sample(accelerator, denoiser, config, chosen, stop):
         seeds.append(list(chosen))
         return torch.zeros(len(chosen), 1, 8, 8)
 
@@ -128,7 +128,7 @@ def test_all_demos_of_a_run_start_from_the_same_noise(tmp_path, monkeypatch):
 
 
 def test_other_processes_write_no_grid(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "sample_share", lambda *args: None)
+    monkeypatch.setattr(demo, "sample_share", lambda *args, **kwargs: None)
     args = one_process(), None, runs.tiny_config(), tmp_path / "x.png", 3, torch.Generator()
     assert demo.write_demo(*args) is None
     assert list(tmp_path.iterdir()) == []
