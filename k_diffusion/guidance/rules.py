@@ -15,7 +15,7 @@ from .combine import APG, Combine, Rescaled, Scale, inner, linear, scale_at, tin
 class CFGZeroStar:
     """CFG-Zero* (arXiv:2503.18886): guidance away from the unconditional velocity times s*.
 
-    s* = <v_c, v_u> / |v_u|^2, one a sample, brings the unconditional velocity next to the
+    s* = <v_c, v_u> / |v_u|^2 per sample brings the unconditional velocity next to the
     conditional one: v = s* v_u + scale (v_c - s* v_u). The velocities are those of the flow
     (1 - t) x0 + t noise, at t = sigma / (1 + sigma) of data in units of sigma_data. Of a denoiser's
     estimate D at the noised sample x that is
