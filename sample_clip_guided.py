@@ -9,7 +9,6 @@ import k_diffusion.common.threads  # before torch, which loads OpenMP
 # isort: split
 import argparse
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +23,20 @@ from k_diffusion.scripts import sample
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=options.HelpFormatter)
-    p.add_argument("prompt", nargs="?", help="the text")
+    p.add_argument("prompt", nargs="?", type=options.text, help="the text")
     sample.add_arguments(p, sampler="dpmpp_2s_ancestral", steps=100)
     text = "strength of the guidance by the text"
-    p.add_argument("--clip-guidance-scale", "-cgs", type=float, default=500.0, help=text)
+    p.add_argument("--clip-guidance-scale", "-cgs", type=options.finite, default=500.0, help=text)
     text = f"one of {', '.join(clip.MODELS)}"
-    p.add_argument("--clip-model", default="ViT-B/16", metavar="NAME", help=text)
+    p.add_argument(
+        "--clip-model",
+        type=options.of(clip.model_name),
+        default="ViT-B/16",
+        metavar="NAME",
+        help=text,
+    )
     text = "a file of its weights; else OpenAI's are downloaded"
-    p.add_argument("--clip-weights", type=Path, metavar="FILE", help=text)
+    p.add_argument("--clip-weights", type=options.path, metavar="FILE", help=text)
     more: dict[str, Any] = {"nargs": 2, "action": "append", "default": []}
     text = "another text and its weight, that of the first being 1; a negative one pushes away"
     p.add_argument("--add-prompt", metavar=("TEXT", "WEIGHT"), **more, help=text)

@@ -15,7 +15,7 @@ import torch
 import k_diffusion as K
 from k_diffusion import distributed, generation, models
 from k_diffusion.common import console, options
-from k_diffusion.common.files import writable
+from k_diffusion.common.files import check_writable
 from k_diffusion.data import stream, training_data
 from k_diffusion.training import (
     demo,
@@ -37,13 +37,14 @@ from k_diffusion.training.state import TrainState
 def main() -> None:
     args = parse_args(__doc__)
     config = K.config.load_config(args.config, args.set, strict=True)
+    K.config.check_code(args.config, config, args.set)
     if args.lr is not None:
         config["optimizer"]["lr"] = args.lr
     if args.dry_run:
         dry_run.main(args, config)
         return
     console.forgive()
-    writable(run_files.state_path(args.name))
+    check_writable(run_files.state_path(args.name))
     accelerator = setup.make_accelerator(args, config)
     setup.refuse_metrics(args)
     seed = distributed.agree_on_seed(args.seed)

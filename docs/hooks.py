@@ -10,6 +10,7 @@ PAGES = {
     "index.md": "README.md",
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
+    "SECURITY.md": "SECURITY.md",
     "LICENSE": "LICENSE",
     "benchmarks/README.md": "benchmarks/README.md",
 }

@@ -2,7 +2,7 @@
 
 import json
 import pickle
-import zipfile
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from .common.files import write_atomically
 from .common.tensors import DTYPES
+from .common.untrusted import check_safetensors_file, check_torch_file
 
 
 class CheckpointError(ValueError):
@@ -23,19 +24,64 @@ class CheckpointError(ValueError):
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint (.pth) onto the CPU, without running code that it may hold.
 
-    Raises CheckpointError naming a file that is missing, truncated or no checkpoint.
+    Raises CheckpointError naming a file that is missing, truncated, larger than it is, that holds
+    code, or is no checkpoint.
     """
+    if Path(path).suffix == ".safetensors":
+        raise CheckpointError(f"{path} is an inference checkpoint; a training checkpoint is needed")
     try:
+        check_torch_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint {path}") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, OSError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path} is damaged or truncated: {reason}") from error
+    except pickle.UnpicklingError as error:
+        # torch's own text tells how to switch the check off, which nobody should
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"code ({found[1]})" if found else "more than weights and plain values"
+        raise CheckpointError(
+            f"{path} holds {what}, which isn't run; ask its author for a .safetensors file"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+    except Exception as error:  # of whatever kind, of a damaged pickle
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged or truncated: {reason}") from None
     missing = [k for k in ("config", "model") if not isinstance(state, dict) or k not in state]
     if missing:
-        raise CheckpointError(f"{path} is no training checkpoint: it has no {missing}")
+        has = f" but {_some(list(map(str, state)))}" if isinstance(state, dict) and state else ""
+        raise CheckpointError(f"{path} is no training checkpoint: it has no {missing}{has}")
+    _check_parts(state, path)
     return state
+
+
+def _check_parts(state: Mapping[str, Any], path: object) -> None:
+    """Raises CheckpointError unless each part of a training checkpoint is of its kind."""
+    for key in ("config", "ema_stats", "opt", "sched", "ema_sched"):
+        if not isinstance(state.get(key) or {}, Mapping):
+            raise CheckpointError(f"{path} is no training checkpoint: its {key!r} is no dict")
+    for key in ("model", "model_ema"):
+        _check_tensors(state.get(key, state["model"]), f"{path} ({key})")
+    opt = state.get("opt", {"state": {}, "param_groups": []})
+    for key, kind in (("state", Mapping), ("param_groups", list)):
+        if not isinstance(opt.get(key), kind):
+            raise CheckpointError(f"{path} is no training checkpoint: its 'opt' has no {key!r}")
+    if not all(isinstance(g, Mapping) and "params" in g for g in opt["param_groups"]):
+        raise CheckpointError(f"{path} is no training checkpoint: 'opt' has groups without params")
+    for key in ("sched", "ema_sched"):
+        if key in state and not isinstance(state[key].get("last_epoch"), int):
+            raise CheckpointError(
+                f"{path} is no training checkpoint: its {key!r} has no 'last_epoch'"
+            )
+
+
+def _check_tensors(weights: Any, source: object) -> None:
+    """Raises CheckpointError unless these are named tensors, each no larger than is stored."""
+    tensors = weights.values() if isinstance(weights, Mapping) else [None]
+    if not all(isinstance(x, torch.Tensor) for x in tensors):
+        raise CheckpointError(f"{source} has no weights: it must hold tensors by their names")
+    for name, x in weights.items():
+        if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            raise CheckpointError(
+                f"{source} says that {name} has shape {tuple(x.shape)}, but stores less of it"
+            )
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
@@ -44,11 +90,14 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     Raises CheckpointError naming a file that is missing or damaged.
     """
     try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint {path}") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+        check_safetensors_file(path)
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+    _check_tensors(weights, path)
+    return weights
 
 
 # Constants that a model computes its frequencies from: rounding them costs more than it saves.
@@ -60,19 +109,26 @@ def write_inference(
 ) -> None:
     """Write an inference checkpoint: safetensors, with the config as JSON in its metadata.
 
-    dtype: a row of DTYPES, for floating-point weights but the constants of embeddings.
+    dtype: a row of DTYPES, for floating-point weights but the constants of embeddings. Raises
+    CheckpointError for weights that aren't finite, or no longer are in that dtype.
     """
+    check_finite(weights, path)
 
     def convert(name: str, x: torch.Tensor) -> torch.Tensor:
         whole = not x.is_floating_point() or name.endswith(_KEPT_WHOLE)
         return (x if whole else x.to(DTYPES[dtype])).contiguous()
 
-    data = save({k: convert(k, v) for k, v in weights.items()}, {"config": json.dumps(config)})
+    converted = {k: convert(k, v) for k, v in weights.items()}
+    check_finite(converted, f"{path} in {dtype}", "choose bf16 or fp32")
+    data = save(converted, {"config": json.dumps(config)})
     write_atomically(path, lambda file: file.write(data))
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Any], source: object) -> None:
-    """Raises CheckpointError that says where names and shapes aren't those of the model."""
+    """Raises CheckpointError that says where names and shapes aren't those of the model.
+
+    weights: each of the shape that the model's has, and finite.
+    """
     want = model.state_dict()
     rows = {
         "missing from it": [k for k in want if k not in weights],
@@ -87,6 +143,17 @@ def check_weights(model: nn.Module, weights: Mapping[str, Any], source: object) 
         raise CheckpointError(
             f"{source} is of another architecture than the config's model; {'; '.join(differences)}"
         )
+    check_finite(weights, source)
+
+
+def check_finite(
+    weights: Mapping[str, torch.Tensor],
+    source: object,
+    remedy: str = "take the checkpoint of an earlier step",
+) -> None:
+    """Raises CheckpointError naming weights that are NaN or infinite."""
+    if bad := [k for k, x in weights.items() if x.is_floating_point() and not x.isfinite().all()]:
+        raise CheckpointError(f"{source} has NaN or infinite weights: {_some(bad)}; {remedy}")
 
 
 def _some(keys: Sequence[str], most: int = 4) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .common import numbers
+
 Device = torch.device | str | None
 
 _NO_FLOAT64 = ("mps",)
@@ -121,8 +123,8 @@ def _uniform(
 
 def _positive(name: str, **values: float) -> None:
     for key, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name}: {key} must be positive, got {value}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: {key} must be positive and finite, got {value}")
 
 
 def _ordered(name: str, min_value: float, max_value: float) -> None:
@@ -142,6 +144,7 @@ def rand_log_normal(
 ) -> torch.Tensor:
     """sigma with ln sigma ~ N(loc, scale^2) (EDM, arXiv:2206.00364, table 1: P_mean, P_std)."""
     _positive("rand_log_normal", scale=scale)
+    numbers.finite(loc=loc)
     u = _uniform(shape, dtype, device, generator)
     z = math.sqrt(2) * torch.erfinv(2 * u - 1)
     return (loc + scale * z).exp().to(dtype)
@@ -162,6 +165,7 @@ def rand_log_logistic(
     At scale 0.5 the CDF is sigma^2 / (sigma^2 + e^(2 loc)).
     """
     _positive("rand_log_logistic", scale=scale)
+    numbers.finite(loc=loc)
     _ordered("rand_log_logistic", min_value, max_value)
 
     def cdf(sigma: float) -> float:
@@ -184,6 +188,7 @@ def rand_log_uniform(
     """sigma with ln sigma uniform between ln min_value and ln max_value."""
     _positive("rand_log_uniform", min_value=min_value)
     _ordered("rand_log_uniform", min_value, max_value)
+    numbers.finite(max_value=max_value)
     low, high = math.log(min_value), math.log(max_value)
     return (low + (high - low) * _uniform(shape, dtype, device, generator)).exp().to(dtype)
 
@@ -223,6 +228,7 @@ def rand_split_log_normal(
     It isn't stratified, as it maps two draws to a noise level.
     """
     _positive("rand_split_log_normal", scale_1=scale_1, scale_2=scale_2)
+    numbers.finite(loc=loc)
     draw = torch.promote_types(dtype, torch.float32)
     distance = torch.randn(shape, dtype=draw, device=device, generator=generator).abs()
     u = torch.rand(shape, dtype=draw, device=device, generator=generator)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .common import numbers
 from .common.tensors import append_dims, recordable, widen
 from .common.text import unknown_name
 from .schedules import check_range
@@ -56,6 +57,9 @@ def log_likelihood(
         raise unknown_name("probe", probe, PROBES)
     if probes < 1:
         raise ValueError(f"the trace needs at least one probe, got {probes}")
+    numbers.non_negative(atol=atol, rtol=rtol)
+    if prior_std is not None:
+        numbers.positive(prior_std=prior_std)
     extra_args = {name: recordable(value) for name, value in (extra_args or {}).items()}
     dtype, x = x.dtype, widen(x)
     vs = [PROBES[probe](x) for _ in range(probes)]

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm, trange
 
 from . import solvers
+from .common import numbers
 from .common.tensors import append_dims
 from .common.text import unknown_name
 from .likelihood import bits_per_dim as bits_per_dim, log_likelihood as log_likelihood
@@ -556,6 +557,7 @@ def sample_consistency(
     Args:
         sigma_min: the noise level of what the model returns, 0.002 in the paper; at 0 it is `lcm`.
     """
+    numbers.non_negative(sigma_min=sigma_min)
     return run(runge_kutta.leap, noise_plan.renoise(sigma_min, s_noise, noise_sampler))
 
 
@@ -759,6 +761,7 @@ def sample_dpmpp_sde(
     Args:
         r: the fraction of the step at which the second evaluation is.
     """
+    numbers.positive(r=r)
     noise = noise_plan.inside(eta, s_noise, noise_sampler)
     return run(partial(dpmpp.dpmpp_sde, eta=eta, r=r), noise)
 

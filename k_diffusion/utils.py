@@ -3,10 +3,11 @@
 For programs that use them; nothing in this package imports from here.
 """
 
-from .common.files import CSVLogger, download_file, get_safetensors_metadata
+from .common.files import CSVLogger, download_file
 from .common.images import CorruptImageError, from_pil_image, open_image, to_pil_image
 from .common.modules import eval_mode, n_params, tf32_mode, train_mode
 from .common.tensors import append_dims
+from .common.untrusted import get_safetensors_metadata
 from .data.datasets import FolderOfImages, hf_datasets_augs_helper
 from .densities import (
     enable_stratified,

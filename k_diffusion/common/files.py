@@ -3,14 +3,15 @@
 import csv
 import hashlib
 import os
+import re
 import tempfile
+import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 PathLike = str | os.PathLike[str]
@@ -33,28 +34,60 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def writable(path: Path) -> Path:
-    """A path to write to, its folder made. Raises OSError before work is done for nothing."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise type(error)(f"can't make the folder of {path}: {error.strerror}") from error
+def check_writable(path: Path) -> Path:
+    """A path that can be written to. Raises OSError, before work is done for nothing."""
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"can't make the folder of {path}: {folder} is a file")
     if path.is_dir():
         raise IsADirectoryError(f"can't write {path}: it is a folder; name a file")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+    if path.exists() and not path.is_file():
+        raise OSError(f"can't write {path}: it is no ordinary file; choose another name")
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise PermissionError(f"can't write {path}: permission denied; choose another folder")
     return path
+
+
+def writable(path: Path) -> Path:
+    """A path to write to, its folder made. Raises OSError."""
+    check_writable(path).parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def check_readable(path: PathLike, what: str) -> None:
+    """Raises OSError unless there is an ordinary file; a pipe would block whoever opens it.
+
+    what: the file's purpose. Shells hand over `<(command)` as a file of /dev/fd, which is let pass.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"the {what} {path} is a folder; name a file")
+    if not path.exists():
+        raise FileNotFoundError(f"no {what} {path}")
+    if not path.is_file() and not str(path).startswith(("/dev/fd/", "/dev/stdin", "/proc/")):
+        raise OSError(f"the {what} {path} is no ordinary file, but a pipe or a device")
+
+
+def printable(path: PathLike) -> str:
+    """A path as text that can be written anywhere: bytes that aren't UTF-8 as escapes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def download_file(path: PathLike, url: str, digest: str | None = None) -> PathLike:
     """Download `url` to `path` unless it is there already, and return `path`.
 
-    digest: the SHA-256 of the file in hexadecimal; a file at `path` that hasn't got it is replaced.
-    The file appears under its name only once it is complete and has the digest; one with another
-    digest is kept as NAME.wrong. Raises OSError for a download that isn't complete or has another
-    digest.
+    url: of https, as are those that it leads on to. digest: the SHA-256 of the file in hexadecimal;
+    a file at `path` that hasn't got it is replaced. Without one nobody knows what is downloaded; a
+    warning tells the digest to pass. The file appears under its name only once it is complete and
+    has the digest; one with another digest is kept as NAME.wrong. Raises OSError for a download
+    that isn't complete or has another digest, and ValueError for another kind of URL or of digest.
     """
     path = Path(path)
+    _check_https(url)
+    if digest is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", digest):
+        raise ValueError(f"digest must be a SHA-256, 64 hexadecimal digits, got {digest!r}")
     if path.exists() and (digest is None or sha256(path) == digest.lower()):
         return path
     aside = path.with_name(f"{path.name}.wrong")
@@ -62,7 +95,7 @@ def download_file(path: PathLike, url: str, digest: str | None = None) -> PathLi
     handle, name = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
     part = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url) as response:
+        with os.fdopen(handle, "wb") as file, _opener().open(url) as response:
             size = response.headers.get("Content-Length")
             total = None if size is None else int(size)
             with tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as progress:
@@ -70,7 +103,13 @@ def download_file(path: PathLike, url: str, digest: str | None = None) -> PathLi
                     progress.update(file.write(chunk))
             if total is not None and file.tell() != total:
                 raise OSError(f"{url}: got {file.tell()} of {total} bytes; try again")
-        if digest is not None and (got := sha256(part)) != digest.lower():
+        got = sha256(part)
+        if digest is None:
+            warnings.warn(
+                f"{url} was downloaded unchecked; pass digest={got!r} to get this file alone",
+                stacklevel=2,
+            )
+        elif got != digest.lower():
             part.replace(aside)
             raise OSError(f"{url} has SHA-256 {got}, not {digest.lower()}; it is kept as {aside}")
         # mkstemp makes files private; a download is an ordinary file.
@@ -85,6 +124,21 @@ def download_file(path: PathLike, url: str, digest: str | None = None) -> PathLi
     return path
 
 
+def _check_https(url: str) -> None:
+    if urllib.parse.urlsplit(url).scheme != "https":
+        raise ValueError(f"downloads are made by https alone, got {url!r}")
+
+
+class _HttpsRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str):
+        _check_https(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_HttpsRedirects)
+
+
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     sha = hashlib.sha256()
@@ -92,18 +146,6 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             sha.update(chunk)
     return sha.hexdigest()
-
-
-def get_safetensors_metadata(path: PathLike) -> dict[str, str]:
-    """The metadata of a safetensors file, {} where it has none; no weights are read.
-
-    Raises ValueError for a file that is truncated or no safetensors file.
-    """
-    try:
-        with safe_open(os.fspath(path), "pt") as file:
-            return file.metadata() or {}
-    except SafetensorError as err:
-        raise ValueError(f"{path} is not a complete safetensors file ({err})") from err
 
 
 class CSVLogger:

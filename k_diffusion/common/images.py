@@ -2,17 +2,18 @@
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
-from .files import PathLike
+from .files import PathLike, printable
 
 # The largest value of the PIL modes that become tensors as they are; others turn into RGB.
-_PIL_MAX = {"L": 255, "LA": 255, "RGB": 255, "RGBA": 255, "I;16": 65535}
+_PIL_MAX = {"L": 255, "LA": 255, "RGB": 255, "RGBA": 255, "I;16": 65535, "F": 1}
 PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _MIN_SIDE = 48
 # Of grids: the level of gaps and labels' background, and how much longer than wide classes in
@@ -22,7 +23,13 @@ _LONGEST = 2.0
 
 
 def from_pil_image(x: Image.Image) -> torch.Tensor:
-    """A PIL image as a float32 tensor (c, h, w) in [-1, 1]; greyscale has c = 1."""
+    """A PIL image as a float32 tensor (c, h, w) in [-1, 1]; greyscale has c = 1.
+
+    Raises CorruptImageError for pixels whose range nobody knows; see `convert_mode`.
+    """
+    if x.mode in {"F", "I", "LAB"}:
+        eight_bits = _eight_bits(x)
+        x = x if x.mode == "F" else eight_bits
     if x.mode == "1":
         x = x.convert("L")
     elif x.mode not in _PIL_MAX:
@@ -60,27 +67,66 @@ def convert_mode(image: Image.Image, mode: str, background: str = "white") -> Im
     """An image in another PIL mode; where that has no alpha, transparent pixels show `background`.
 
     background: a colour that PIL knows, "white" or "#f0f0f0". Pixels beneath full transparency are
-    arbitrary, so that dropping alpha would show what nobody has seen.
+    arbitrary, so that dropping alpha would show what nobody has seen. Pixels of 16 bits are scaled
+    to 8, and so are floats in [0, 1], which PIL would clip. Raises CorruptImageError for LAB, and
+    for integers and floats of another range.
     """
+    image = _eight_bits(image)
     if image.has_transparency_data and "A" not in mode:
         below = Image.new("RGBA", image.size, ImageColor.getrgb(background))
         image = Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
     return image.convert(mode)
 
 
-def open_image(path: PathLike, mode: str | None = "RGB") -> Image.Image:
-    """A decoded image, in PIL mode `mode` (None: as stored), over white where that has no alpha.
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """An image of 8 bits for each channel; others are scaled, or a CorruptImageError."""
+    if image.mode == "LAB":
+        raise CorruptImageError("its pixels are LAB, whose profile is unknown; convert it to RGB")
+    if not image.mode.startswith(("I", "F")):
+        return image
+    pixels = np.asarray(image).astype(np.float64)
+    low, high, most = pixels.min(), pixels.max(), 1 if image.mode == "F" else 65535
+    if not 0 <= low <= high <= most:
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise CorruptImageError(
+            f"its pixels are {kind} from {low:g} to {high:g}, and only those from 0 to {most} can "
+            "be scaled; convert it to 8 or 16 bits"
+        )
+    return Image.fromarray((pixels * (255 / most)).round().astype(np.uint8))
 
-    Raises `CorruptImageError`.
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF orientation says, by which cameras tell how they were held."""
+    return ImageOps.exif_transpose(image)
+
+
+def open_image(path: PathLike, mode: str | None = "RGB") -> Image.Image:
+    """A decoded image, upright, in PIL mode `mode` (None: as stored), over white where that has no
+    alpha.
+
+    Raises `CorruptImageError`, also for one too large to be an image (PIL's MAX_IMAGE_PIXELS).
     """
+    name = printable(path)
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy() if mode is None else convert_mode(image, mode)
+        if not os.path.isfile(path):
+            raise OSError("it is no ordinary file")  # a pipe would block
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                turned = upright(image)
+                return turned.copy() if mode is None else convert_mode(turned, mode)
     except Exception as err:  # PIL's decoders raise many kinds
-        error = CorruptImageError(f"can't read the image {path}: {err}")
-        error.filename = os.fspath(path)
-        raise error from err
+        raise unreadable(name, err) from err
+
+
+def unreadable(name: str, cause: Exception) -> CorruptImageError:
+    """The error for an image that can't be decoded. name: of its file, or its place."""
+    error = CorruptImageError(f"can't read the image {name}: {cause}")
+    # whole, but not to be used: why is news
+    whole = isinstance(cause, Image.DecompressionBombError | CorruptImageError)
+    error.filename = f"{name} ({cause})" if whole else name
+    return error
 
 
 def image_grid(

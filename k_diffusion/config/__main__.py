@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from ..common import options
 from .load import load_config
@@ -13,7 +12,7 @@ from .schema import json_schema
 def main() -> None:
     p = argparse.ArgumentParser(prog="python -m k_diffusion.config", description=__doc__)
     text = "an inference (.safetensors) or training (.pth) checkpoint, or a config file"
-    p.add_argument("checkpoint", nargs="?", type=Path, help=text)
+    p.add_argument("checkpoint", nargs="?", type=options.path, help=text)
     path = p.parse_args().checkpoint
     print(json.dumps(json_schema() if path is None else load_config(path), indent=2))
 

@@ -33,6 +33,7 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="allow",
         strict=True,
+        allow_inf_nan=False,
         populate_by_name=True,
         # editors hold config files against the schema, and those are read strictly
         json_schema_extra={"additionalProperties": False},
@@ -110,11 +111,15 @@ def _colour(text: str) -> str:
     return text
 
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+# Beyond the bounds nothing is made, and counting what it would take would itself take for ever.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Depth = Annotated[int, Field(ge=0, le=1000)]
+PositiveDepth = Annotated[int, Field(gt=0, le=1000)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+LogLevel = Annotated[float, Field(ge=-80, le=80)]  # float32 ends at e^88
 Size = Annotated[list[Positive], Field(min_length=2, max_length=2), BeforeValidator(_pair)]
 Colour = Annotated[str, AfterValidator(_colour)]

@@ -10,7 +10,15 @@ from pydantic import AliasChoices, Field
 from torch import Tensor
 
 from .. import densities
-from .base import ConfigError, NonNegativeFloat, PositiveFloat, Section, keep_unknown
+from .base import (
+    ConfigError,
+    LogLevel,
+    NonNegativeFloat,
+    PositiveFloat,
+    Section,
+    fail,
+    keep_unknown,
+)
 
 # Of the model, where it doesn't say.
 MODEL_DEFAULTS = {"sigma_data": 1.0, "sigma_min": 0.01, "sigma_max": 80.0}
@@ -38,11 +46,23 @@ class SampleDensity(Section):
         """
 
 
+def with_bounds(density: SampleDensity, model: Mapping[str, Any]) -> partial[Tensor]:
+    """The density's function, what it leaves open filled in from the model's section.
+
+    Raises ConfigError where its lower bound then isn't below its upper one.
+    """
+    function = density.build(model)
+    low, high = (function.keywords.get(key) for key in ("min_value", "max_value"))
+    if low is not None and not low < high:
+        raise fail(f"min_value {low} must be below max_value {high}", "sigma_sample_density")
+    return function
+
+
 class LogNormal(SampleDensity):
     """log sigma ~ N(mean, std^2)."""
 
     type: Literal["lognormal"]
-    mean: float = Field(validation_alias=AliasChoices("mean", "loc"))
+    mean: LogLevel = Field(validation_alias=AliasChoices("mean", "loc"))
     std: PositiveFloat = Field(validation_alias=AliasChoices("std", "scale"))
 
     def build(self, model: Mapping[str, Any]) -> partial[Tensor]:
@@ -57,7 +77,7 @@ class LogLogistic(SampleDensity):
     """log sigma ~ Logistic(loc, scale), truncated; loc defaults to log(sigma_data)."""
 
     type: Literal["loglogistic"]
-    loc: float | None = None
+    loc: LogLevel | None = None
     scale: PositiveFloat = 0.5
     min_value: NonNegativeFloat = 0.0
     max_value: PositiveFloat | None = None
@@ -107,7 +127,7 @@ class SplitLogNormal(SampleDensity):
     """log sigma ~ a normal with another deviation on each side of its mode."""
 
     type: Literal["split-lognormal"]
-    mean: float = Field(validation_alias=AliasChoices("mean", "loc"))
+    mean: LogLevel = Field(validation_alias=AliasChoices("mean", "loc"))
     std_1: PositiveFloat = Field(validation_alias=AliasChoices("std_1", "scale_1"))
     std_2: PositiveFloat = Field(validation_alias=AliasChoices("std_2", "scale_2"))
 

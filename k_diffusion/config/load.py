@@ -1,6 +1,8 @@
 """Load a config, check it against the schema, and say clearly what is wrong with it."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -9,10 +11,14 @@ from jsonmerge import merge
 from pydantic import ValidationError
 
 from ..checkpoints import read_checkpoint
-from ..common.files import get_safetensors_metadata
+from ..common.files import check_readable
+from ..common.untrusted import get_safetensors_metadata
 from . import schema
 from .base import ConfigError, unknown_type
 from .model_schema import Model
+
+# The endings of training checkpoints and of inference checkpoints.
+CHECKPOINTS = {".pth", ".pt", ".ckpt", ".safetensors"}
 
 # ---------------------------------------------------------------- loading
 
@@ -36,13 +42,47 @@ def load_config(
     raw, from_checkpoint = _read(path_or_dict)
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides)
-    for key, section in overrides.items():
-        # the keys of another type would not fit
-        if isinstance(section, Mapping) and "type" in section and isinstance(raw.get(key), Mapping):
-            raw = raw if raw[key].get("type") == section["type"] else {**raw, key: {}}
-    typed = parse(merge(raw, dict(overrides)), strict=strict and not from_checkpoint)
+    typed = parse(_overridden(raw, overrides), strict=strict and not from_checkpoint)
     # sections of unknown types are not of the fields' types
     return typed.model_dump(warnings="none") | {"model": _dump_model(typed.model)}
+
+
+def _overridden(raw: Mapping[str, Any], overrides: Mapping[str, Any], path: str = "") -> Any:
+    """A config with overrides laid over it; a section gets another `type` as a whole.
+
+    Raises ConfigError for a key of what is no section.
+    """
+    out = dict(raw)
+    for key, value in overrides.items():
+        here, old = f"{path}.{key}" if path else str(key), raw.get(key)
+        if not isinstance(value, Mapping) or old is None:
+            out[key] = value
+        elif not isinstance(old, Mapping):
+            raise ConfigError(f"{here} is {old!r} and no section, so it has no key {_first(value)}")
+        elif isinstance(value.get("type"), str) and value["type"] != old.get("type"):
+            out[key] = dict(value)  # the keys of another type would not fit
+        else:
+            out[key] = _overridden(old, value, here)
+    return out
+
+
+def _first(section: Mapping[str, Any]) -> str:
+    return ", ".join(repr(key) for key in section)
+
+
+def check_code(source: str | Path, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raises ConfigError before a Python file runs that only a checkpoint names.
+
+    source: where the config comes from. A custom data set's file of a checkpoint's config has to be
+    named again by an override.
+    """
+    dataset = config["dataset"]
+    named = "location" in parse_overrides(overrides).get("dataset", {})
+    if dataset["type"] == "custom" and Path(source).suffix in CHECKPOINTS and not named:
+        raise ConfigError(
+            f"{source} names the Python file {dataset['location']} to make its data set; a "
+            "checkpoint's code isn't run unless you name it: --set dataset.location=FILE"
+        )
 
 
 def _dump_model(model: Model) -> dict[str, Any]:
@@ -72,22 +112,48 @@ def _read(source: str | Path | Mapping[str, Any] | IO[str]) -> tuple[dict[str, A
         if "config" not in metadata:
             raise ConfigError(f"{path} has no config in its metadata; pass a .json config")
         return _loads(metadata["config"], path), True
-    if path.suffix in {".pth", ".pt", ".ckpt"}:
+    if path.suffix in CHECKPOINTS:
         return read_checkpoint(path)["config"], True
     try:
-        return _loads(path.read_text(), path), False
-    except FileNotFoundError:
-        raise ConfigError(f"no config file {path}") from None
+        check_readable(path, "config file")
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at {error.start}") from None
+    except OSError as error:
+        raise ConfigError(str(error)) from None
+    return _loads(text, path), False
 
 
 def _loads(text: str, name: object) -> dict[str, Any]:
     try:
-        raw = json.loads(text)
-    except json.JSONDecodeError as error:
+        raw = _json(text)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    except ValueError as error:
         raise ConfigError(f"{name} is not JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{name} nests too deep; a config has about four levels") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{name} must hold a JSON object, got {type(raw).__name__}")
     return raw
+
+
+def _json(text: str) -> Any:
+    """JSON, in which a key stands once and numbers are finite. Raises ValueError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+        if twice:
+            raise ConfigError(f"the key {twice[0]!r} stands there twice; leave one of them")
+        return dict(pairs)
+
+    def constant(name: str) -> Any:
+        raise ConfigError(f"numbers must be finite, got {name}; leave out a bound that isn't one")
+
+    def number(digits: str) -> float:
+        return float(digits) if math.isfinite(float(digits)) else constant(digits)
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_float=number)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -95,13 +161,18 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not key:
+        keys = key.strip().split(".")
+        if not equals or not all(keys):
             raise ConfigError(f"an override is KEY.PATH=VALUE, got {text!r}")
         try:
-            parsed: Any = json.loads(value)
-        except json.JSONDecodeError:
+            parsed: Any = _json(value)
+        except ConfigError as error:
+            raise ConfigError(f"{text!r}: {error}") from None
+        except ValueError:
             parsed = value
-        for part in reversed(key.strip().split(".")):
+        except RecursionError:
+            raise ConfigError(f"the value of {key} nests too deep") from None
+        for part in reversed(keys):
             parsed = {part: parsed}
         result = merge(result, parsed)
     return result
@@ -125,7 +196,11 @@ def parse(raw: Mapping[str, Any], strict: bool = False) -> schema.Config:
     try:
         return schema.Config.model_validate(_with_types(raw), context={"strict": strict})
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(e, raw) for e in error.errors())) from None
+        # of a key that may be this or that, what is wrong with it as this
+        lines: dict[str, str] = {}
+        for line in (_describe(e, raw) for e in error.errors()):
+            lines.setdefault(line.split(": ")[0], line)
+        raise ConfigError("\n".join(lines.values())) from None
 
 
 def _with_types(raw: dict[str, Any]) -> dict[str, Any]:

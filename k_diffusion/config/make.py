@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from pydantic_core import PydanticCustomError
 from torch import nn
 
+from ..common import memory
 from .base import ConfigError
-from .density_schema import Density, SampleDensity
+from .density_schema import Density, SampleDensity, with_bounds
 from .load import parse
-from .model_schema import DenoiserSection
+from .model_schema import DenoiserSection, Model
 
 
 def make_model(config: Mapping[str, Any]) -> nn.Module:
@@ -24,7 +26,27 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
             "dataset.num_classes: the subfolders that a training run counts aren't read here; "
             "pass --set dataset.num_classes=N"
         )
+    _check_size(typed.model, typed.dataset.num_classes)
     return typed.model.build(typed.dataset.num_classes)
+
+
+def _check_size(model: Model, num_classes: int) -> None:
+    """Raises ConfigError for a model whose weights don't fit into the memory that is free."""
+    probe = torch.empty(0)
+    if probe.device.type == "meta" or type(probe) is not torch.Tensor:
+        return  # a model without weights
+    try:
+        with torch.device("meta"):
+            weights = model.build(num_classes).state_dict().values()
+        size = sum(x.numel() * x.element_size() for x in weights)
+    except RuntimeError as error:  # of sizes beyond 64 bits
+        raise ConfigError(
+            f"model: its sizes are too large ({str(error).splitlines()[0]})"
+        ) from None
+    try:
+        memory.check(size, "the model's weights", "make its widths, depths or num_classes smaller")
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
 
 
 def make_denoiser_wrapper(config: Mapping[str, Any]) -> Callable[[nn.Module], nn.Module]:
@@ -47,4 +69,8 @@ def make_sample_density(config: Mapping[str, Any]) -> Callable[..., torch.Tensor
     if "sigma_sample_density" not in config:
         raise ConfigError("model.sigma_sample_density: is required")
     adapter: TypeAdapter[SampleDensity] = TypeAdapter(Density)
-    return adapter.validate_python(config["sigma_sample_density"]).build(config)
+    density = adapter.validate_python(config["sigma_sample_density"])
+    try:
+        return with_bounds(density, config)
+    except PydanticCustomError as error:
+        raise ConfigError(f"model.sigma_sample_density: {error}") from None

@@ -28,7 +28,9 @@ from ..models.image_v1 import ImageDenoiserModelV1
 from .base import (
     ConfigError,
     Count,
+    Depth,
     Positive,
+    PositiveDepth,
     PositiveFloat,
     Probability,
     Rate,
@@ -38,7 +40,7 @@ from .base import (
     is_strict,
     keep_unknown,
 )
-from .density_schema import Density
+from .density_schema import Density, ForeignDensity, with_bounds
 
 # ---------------------------------------------------------------- attention geometries
 
@@ -143,6 +145,10 @@ class Model(DenoiserSection):
     def _rules(self, info: ValidationInfo) -> Self:
         if self.sigma_min >= self.sigma_max:
             raise fail(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
+        if self.skip_stages and not isinstance(self, ImageV1):
+            raise fail(f"skip_stages needs an image_v1 model, got {self.skip_stages}")
+        if not isinstance(self.sigma_sample_density, ForeignDensity) and self.input_size:
+            with_bounds(self.sigma_sample_density, vars(self))
         if self.has_variance and not isinstance(self, ImageV1):
             raise fail("has_variance needs a model with a variance head: image_v1")
         if is_strict(info) and self.input_size is None:
@@ -191,7 +197,7 @@ class ImageV1(Model):
     type: Literal["image_v1"]
     patch_size: Positive = 1
     mapping_out: Positive
-    depths: list[Positive]
+    depths: list[PositiveDepth] = Field(min_length=1, max_length=16)
     channels: list[Positive]
     self_attn_depths: list[bool]
     cross_attn_depths: list[bool] | None = None
@@ -247,7 +253,7 @@ class ImageTransformerV1(Model):
     type: Literal["image_transformer_v1"]
     patch_size: Size
     width: Positive
-    depth: Count
+    depth: Depth
     d_ff: Count = 0
     dropout_rate: Rate = 0.0
     attn_backend: GlobalBackend | None = None
@@ -284,12 +290,12 @@ class ImageTransformerV2(Model):
 
     type: Literal["image_transformer_v2"]
     patch_size: Size
-    depths: list[Count]
+    depths: list[Depth] = Field(min_length=1, max_length=16)
     widths: list[Positive]
     d_ffs: list[Positive | None] | None = None
     self_attns: list[Attention] | None = None
     dropout_rate: Rate | list[Rate] = 0.0
-    mapping_depth: Count = 2
+    mapping_depth: Depth = 2
     mapping_width: Positive = 256
     mapping_d_ff: Positive | None = None
     mapping_dropout_rate: Rate = 0.0

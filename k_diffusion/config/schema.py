@@ -218,6 +218,12 @@ class EMASched(Section):
     min_value: Probability = 0.0
     max_value: Probability = 0.9999
 
+    @model_validator(mode="after")
+    def _ordered(self) -> "EMASched":
+        if self.min_value > self.max_value:
+            raise fail(f"min_value {self.min_value} is above max_value {self.max_value}")
+        return self
+
 
 class Config(Section):
     """A whole config file."""
@@ -228,6 +234,16 @@ class Config(Section):
     optimizer: AnyOptimizer = Adam(type="adamw")
     lr_sched: AnySched = ConstantSched(type="constant")
     ema_sched: EMASched = EMASched()
+
+    @model_validator(mode="after")
+    def _rates(self) -> "Config":
+        least = getattr(self.lr_sched, "min_lr", 0.0)
+        if isinstance(self.optimizer, Optimizer) and least > self.optimizer.lr:
+            raise fail(
+                f"{least} is above optimizer.lr, {self.optimizer.lr}, so that the rate would rise",
+                "lr_sched.min_lr",
+            )
+        return self
 
 
 # The U-Net's training defaults differ from the transformers'; each holds for sections of its type.

@@ -3,8 +3,11 @@
 import importlib.util
 import os
 import sys
+import traceback
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..common.files import PathLike
-from ..common.images import CorruptImageError, convert_mode, open_image
+from ..common.files import PathLike, printable
+from ..common.images import CorruptImageError, convert_mode, open_image, unreadable, upright
 from ..common.text import need, unknown_name
 from .idx import IDXFolder, has_idx
 
@@ -35,7 +38,12 @@ def hf_datasets_augs_helper(
     """
     if image_key not in examples:
         raise ValueError(f"no column {image_key!r} in the data set; it has {', '.join(examples)}")
-    images = (convert_mode(image, mode) if mode else image for image in examples[image_key])
+    if None in (column := list(examples[image_key])):
+        raise ValueError(
+            f"{image_key!r} of row {column.index(None)} of this batch is missing; drop such rows "
+            f"with dataset.filter(lambda row: row[{image_key!r}] is not None)"
+        )
+    images = (convert_mode(upright(image), mode) if mode else image for image in column)
     return {**examples, image_key: [transform(image) for image in images]}
 
 
@@ -44,6 +52,15 @@ def _image_folder(root: PathLike) -> Path:
     if not (path := Path(root)).is_dir():
         raise ValueError(f"no image folder at {path}; check the data set's location")
     return path
+
+
+def _read(path: Path, transform: Transform | None, mode: str | None) -> Any:
+    """An image file, transformed. Raises `CorruptImageError` with its path."""
+    image = open_image(path, mode)
+    try:
+        return image if transform is None else transform(image)
+    except CorruptImageError as error:
+        raise unreadable(printable(path), error) from error
 
 
 class FolderOfImages(Dataset[tuple[Any]]):
@@ -82,8 +99,7 @@ class FolderOfImages(Dataset[tuple[Any]]):
         return len(self.paths)
 
     def __getitem__(self, key: int) -> tuple[Any]:
-        image = open_image(self.paths[key], self.mode)
-        return (image if self.transform is None else self.transform(image),)
+        return (_read(self.paths[key], self.transform, self.mode),)
 
 
 def in_split(classes: Sequence[int], split: str) -> list[int]:
@@ -127,6 +143,14 @@ class Digits(Dataset[tuple[Any, int]]):
         return self.transform(Image.fromarray(self.images[index])), self.classes[index]
 
 
+def _digits(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
+    if 0 < section["num_classes"] < 10:
+        raise ValueError(
+            f"dataset.num_classes is {section['num_classes']}, but there are 10 digits"
+        )
+    return Digits(transform, section["split"])
+
+
 class Custom(Dataset[Any]):
     """A data set made by a function of a Python file: `get_dataset(config, transform=...)`.
 
@@ -142,10 +166,18 @@ class Custom(Dataset[Any]):
         if spec is None or spec.loader is None:
             raise ValueError(f"{file} is not a Python file")
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not hasattr(module, function):
+        with _errors_of(file):
+            spec.loader.exec_module(module)
+        make = getattr(module, function, None)
+        if not callable(make):
             raise ValueError(f"{file} has no function {function!r} (dataset.get_dataset)")
-        self.data = getattr(module, function)(dict(config), transform=transform)
+        with _errors_of(file, f" in {function}(config, transform=...)"):
+            self.data = make(dict(config), transform=transform)
+        if not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__"):
+            raise ValueError(
+                f"{function} of {file} must return a data set with __len__ and __getitem__, got "
+                f"{type(self.data).__name__}"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Custom, self.recipe
@@ -154,7 +186,25 @@ class Custom(Dataset[Any]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> Any:
-        return self.data[index]
+        with _errors_of(self.recipe[0], f" in item {index}"):
+            return self.data[index]
+
+
+@contextmanager
+def _errors_of(file: Path, where: str = "") -> Iterator[None]:
+    """Turns what a data set's file raises into a ValueError that says where it did."""
+    try:
+        yield
+    except (CorruptImageError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # sys.exit, too
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
+        ]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        at = f"line {line} of {file}" if line else str(file)
+        said = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
+        raise ValueError(f"{at}{where}: {type(error).__name__}: {said}") from error
 
 
 def _imagefolder(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
@@ -193,8 +243,7 @@ class FolderOfClasses(Dataset[tuple[Any, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = open_image(self.paths[index], mode=None)
-        return image if self.transform is None else self.transform(image), self.classes[index]
+        return _read(self.paths[index], self.transform, None), self.classes[index]
 
     def describe(self) -> str:
         """The classes with their numbers of images, and a notice of the subfolders without any."""
@@ -276,19 +325,26 @@ class HuggingFace(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.data[index]
         stored = row[self.image_key]
+        name = f"row {index} of the data set"
+        if stored is None:
+            raise unreadable(name, CorruptImageError("it has no image"))
+        if stored.get("path"):
+            name = f"{stored['path']} ({name})"
         try:
-            image = self.feature.decode_example(stored)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = self.feature.decode_example(stored)
+            image = self.transform(image)
         except Exception as cause:  # PIL's decoders raise many kinds
-            name = f"{(stored or {}).get('path') or 'image'} (row {index} of the data set)"
-            error = CorruptImageError(f"can't read the image {name}: {cause}")
-            error.filename = name
-            raise error from cause
-        return {**row, self.image_key: self.transform(image)}
+            raise unreadable(name, cause) from cause
+        return {**row, self.image_key: image}
 
 
 def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
     library = need("datasets", "the huggingface data set", _INSTALL)
     location, split = Path(section["location"]), section["split"]
+    # older versions ran a data set's own Python file without being asked to
+    library.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     try:
         if (location / "dataset_info.json").is_file():
             data = library.load_from_disk(str(location))
@@ -298,6 +354,12 @@ def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path)
             data = library.load_dataset(section["location"], split=split)
     except KeyError:
         raise ValueError(f"dataset.split: {location} has no split {split!r}") from None
+    except Exception as error:  # of the library or of those that it reads and downloads with
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"dataset.location: the Hugging Face data set {section['location']} can't be loaded; "
+            f"the library says: {said}"
+        ) from error
     return HuggingFace(data, section["image_key"], transform)
 
 
@@ -307,7 +369,7 @@ def _custom(section: Mapping[str, Any], transform: Transform, folder: Path) -> D
 
 
 DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]] = {
-    "digits": lambda section, transform, folder: Digits(transform, section["split"]),
+    "digits": _digits,
     "imagefolder": _imagefolder,
     "imagefolder-class": _imagefolder_class,
     "cifar10": lambda section, transform, folder: _torchvision("CIFAR10", section, transform),

@@ -117,3 +117,12 @@ def checked(
         if said and str(error).startswith("Caught "):
             raise type(error)(said[-1]) from error
         raise
+    except RuntimeError as error:
+        # torch has no class for it
+        if not re.match(r"DataLoader worker .*(exited|killed)", str(error)):
+            raise
+        cause = str(error).split("\n")[0]
+        raise ChildProcessError(
+            f"a loading process was killed, for want of memory perhaps ({cause}); pass a smaller "
+            "--num-workers"
+        ) from error

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ..common import memory
 from ..common.images import CorruptImageError
 from .datasets import make_dataset
 from .transforms import ImageTransform
@@ -57,15 +58,18 @@ class TrainingData(Dataset[dict[str, Any]]):
             except CorruptImageError as error:
                 if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
                     raise
-                skipped.append(str(error.filename))
+                skipped.append(str(error.filename or f"item {index} ({error})"))
                 index = (index + 1) % len(self)
         try:
             image, original, aug_cond = item[self.image_key]
+            made = {getattr(x, "dtype", None) for x in (image, original, aug_cond)}
         except (KeyError, IndexError, TypeError, ValueError):
+            made = set()
+        if made != {torch.float32}:
             raise ValueError(
                 f"item {index} of the data set has no image that `transform` was applied to at "
                 f"{self.image_key!r} (dataset.image_key)"
-            ) from None
+            )
         out = {"image": image, "original": original, "aug_cond": aug_cond}
         if self.num_classes:
             out["class"] = self._class_of(item, index)
@@ -96,6 +100,8 @@ def make_training_data(
     """
     model, section = config["model"], config["dataset"]
     h, w = model["input_size"]
+    pixels = model["input_channels"] * h * w
+    memory.check(20 * pixels, f"an image of {h} x {w}", "make model.input_size smaller")
     transform = ImageTransform(
         (h, w), model["input_channels"], model["augment_prob"], section["background"]
     )
@@ -103,4 +109,7 @@ def make_training_data(
     num_classes = section["num_classes"]
     if num_classes is None:
         num_classes = len(data.counts)  # type: ignore[attr-defined]
-    return TrainingData(data, num_classes, section["image_key"], section["class_key"], strict)
+    keys = section["image_key"], section["class_key"]
+    made = TrainingData(data, num_classes, *keys, strict)
+    made[0, 0]  # a data set that gives something else is known before anything is written
+    return made

@@ -1,11 +1,10 @@
 """From the image of a data set to what a model is trained on."""
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from ..augmentation import KarrasAugmentationPipeline
-from ..common.images import PIL_MODES, convert_mode
+from ..common.images import PIL_MODES, convert_mode, upright
 
 
 class ImageTransform:
@@ -33,9 +32,7 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         h, w = self.size
-        if image.mode.startswith("I"):  # 16-bit grey, which PIL would clip to 8 bits
-            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-        image = convert_mode(image, self.mode, self.background)
+        image = convert_mode(upright(image), self.mode, self.background)
         if image.size != (w, h):
             image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC)
         return self.augment(image)

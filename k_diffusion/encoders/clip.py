@@ -60,6 +60,13 @@ class CLIPEncoder(Encoder):
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)  # type: ignore[operator]
 
 
+def model_name(name: str) -> str:
+    """One of the names in MODELS. Raises ValueError for any other."""
+    if name not in MODELS:
+        raise unknown_name("CLIP model", name, MODELS)
+    return name
+
+
 def load_clip(
     name: str = "ViT-B/16",
     device: torch.device | str = "cpu",
@@ -71,8 +78,7 @@ def load_clip(
     Raises ValueError for an unknown name or a file that has no such weights, ImportError without
     open_clip, OSError where the download fails.
     """
-    if name not in MODELS:
-        raise unknown_name("CLIP model", name, MODELS)
+    model_name(name)
     what = f"the CLIP model {name}"
     open_clip: Any = need("open_clip", what, '"k-diffusion[clip]"')
     logging.getLogger(__name__).debug("loading CLIP %s (%s)", MODELS[name], pretrained)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..common.tensors import append_dims, recordable, widen
 from ..solvers.context import at_level
-from .combine import Guidance, Scale
+from .combine import Guidance, Scale, check_scale
 
 
 class GradientGuidedDenoiser(Guidance):
@@ -28,7 +28,7 @@ class GradientGuidedDenoiser(Guidance):
         super().__init__()
         self.model = model
         self.loss = loss
-        self.scale = scale
+        self.scale = check_scale(scale)
 
     def forward(
         self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..common.tensors import append_dims, widen
 from ..models.perturbation import Perturbation
 from ..solvers.context import at_level
-from .combine import Combine, Guidance, Scale, combined, linear
+from .combine import Combine, Guidance, Scale, check_scale, combined, linear
 
 
 def _both(name: str, without: Any, value: Any, n: int) -> Any:
@@ -57,7 +57,7 @@ class CFGDenoiser(Guidance):
     def __init__(self, model: nn.Module, scale: Scale, *, combine: Combine = linear, **uncond: Any):
         super().__init__()
         self.model = model
-        self.scale = scale
+        self.scale = check_scale(scale)
         self.combine = combine
         self.uncond = uncond
 
@@ -105,7 +105,7 @@ class AutoguidedDenoiser(Guidance):
         super().__init__()
         self.model = model
         self.weak = weak
-        self.scale = scale
+        self.scale = check_scale(scale)
         self.combine = combine
 
     def forward(

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..common import numbers
 from ..common.tensors import append_dims
 from ..schedules import Sigmas, read_sigmas
 from ..solvers.context import start_run
@@ -25,6 +26,13 @@ def scale_at(scale: Scale, sigma: Tensor, like: Tensor) -> Any:
     sigma: (n,). like: (n, ...).
     """
     return append_dims(scale(sigma).to(like.dtype), like.ndim) if callable(scale) else scale
+
+
+def check_scale(scale: Scale, name: str = "scale") -> Scale:
+    """The scale. Raises ValueError for a number that isn't finite."""
+    if isinstance(scale, int | float):
+        numbers.finite(**{name: scale})
+    return scale
 
 
 def combined(
@@ -116,6 +124,7 @@ class APG:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
         if not -1 < momentum < 1:
             raise ValueError(f"momentum must lie between -1 and 1, got {momentum}")
+        numbers.finite(eta=eta)
         self.eta, self.max_norm, self.momentum = eta, max_norm, momentum
         self.start_run()
 
@@ -164,6 +173,7 @@ class CFGPlusPlus:
     """
 
     def __init__(self, strength: float, sigmas: Sigmas):
+        numbers.finite(strength=strength)
         _, host = read_sigmas(sigmas, torch.device("cpu"), False)
         levels = sorted({0.0, *host})
         if len(levels) < 2 or host[0] < host[-1]:

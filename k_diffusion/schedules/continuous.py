@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..common import numbers
 from .grid import Number, append_zero, check_schedule, finish
 
 
@@ -75,6 +76,7 @@ def get_sigmas_vp(
         raise ValueError(f"a schedule needs at least one step, got n = {n}")
     if not 0 < eps_s < 1:
         raise ValueError(f"eps_s must lie between 0 and 1, got {eps_s}")
+    numbers.non_negative(beta_d=beta_d, beta_min=beta_min)
     t = torch.linspace(1, eps_s, n, dtype=torch.float32)
     return append_zero(torch.sqrt(torch.exp(beta_d * t**2 / 2 + beta_min * t) - 1)).to(device)
 

@@ -2,20 +2,25 @@
 
 import argparse
 import inspect
+import io
+import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from .. import distributed, generation, guidance, sampling
-from ..common import options
-from ..common.files import writable
-from ..common.images import grid_columns, image_grid, to_pil_image
+from ..common import memory, options
+from ..common.files import check_writable, writable
+from ..common.images import PIL_MODES, grid_columns, image_grid, to_pil_image
 from ..common.tensors import DTYPES
 from ..common.text import aligned
+from ..config import load_config
 from ..loading import load_denoiser
 
 # A sampler's own parameters, by the flag that sets them.
@@ -37,8 +42,9 @@ class ListSamplers(argparse.Action):
 
 def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> None:
     """Adds the flags that all sampling scripts have. sampler, steps: the defaults."""
-    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
-    number: dict[str, Any] = {"type": float, "metavar": "X"}
+    file: dict[str, Any] = {"type": options.path, "metavar": "FILE"}
+    number: dict[str, Any] = {"type": options.finite, "metavar": "X"}
+    share: dict[str, Any] = {"type": options.non_negative_number, "metavar": "X"}
     count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
     add = p.add_argument
     text = "an inference checkpoint (.safetensors) or a training checkpoint (.pth)"
@@ -46,34 +52,55 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
     add("--config", **file, help="else the one in the checkpoint")
     add("-n", default=64, **count, help="the number of images")
     add("--batch-size", default=64, **count, help="images at a time")
-    add("--prefix", default="out", help="images are written to PREFIX_00000.png ...")
-    add("--grid", **file, help="write one picture of all of them instead")
+    add(
+        "--prefix",
+        type=options.name,
+        default="out",
+        metavar="NAME",
+        help="images are written to PREFIX_00000.png ...",
+    )
+    add("--grid", type=picture, metavar="FILE", help="write one picture of all of them instead")
     add("--grid-labels", action="store_true", help="with each image's class above it")
     text = "image i has seed N + i; else a new one, which is printed"
-    add("--seed", type=options.non_negative, metavar="N", help=text)
+    add("--seed", type=options.seed, metavar="N", help=text)
     text = "class ids, assigned to the images in turn, or 'all'"
-    add("--class", dest="classes", nargs="+", default=["all"], metavar="ID", help=text)
+    add(
+        "--class",
+        dest="classes",
+        nargs="+",
+        type=class_id,
+        default=["all"],
+        metavar="ID",
+        help=text,
+    )
     add("--size", type=options.size, metavar="HxW", help="of the images; else the config's")
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the model's matrix products")
-    add("--device", help="cpu, cuda, ...; else the best there is")
+    add("--device", type=options.text, help="cpu, cuda, ...; else the best there is")
 
     add = p.add_argument_group("how to sample").add_argument
-    add("--sampler", default=sampler, metavar="NAME", help="see --list-samplers")
+    add("--sampler", type=sampler_name, default=sampler, metavar="NAME", help="see --list-samplers")
     add("--list-samplers", action=ListSamplers, help="print a table of them and exit")
     text = f"of noise levels: one of {', '.join(sampling.SCHEDULES)}"
-    add("--schedule", default="karras", metavar="NAME", help=text)
-    add("--steps", default=steps, **count, help="denoising steps")
-    add("--eta", **number, help="share of fresh noise in stochastic samplers; 0: deterministic")
-    add("--churn", **number, help="noise that euler, heun and dpm_2 add over the run")
+    add("--schedule", type=schedule_name, default="karras", metavar="NAME", help=text)
+    add("--steps", type=options.denoising_steps, default=steps, metavar="N", help="denoising steps")
+    add("--eta", **share, help="share of fresh noise in stochastic samplers; 0: deterministic")
+    add("--churn", **share, help="noise that euler, heun and dpm_2 add over the run")
 
     add = p.add_argument_group("guidance").add_argument
     text = "strength of classifier-free guidance; 1: no guidance"
     add("--cfg-scale", default=1.0, **number, help=text)
     text = "noise levels between which to use it; else everywhere"
-    add("--cfg-interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help=text)
+    add(
+        "--cfg-interval",
+        nargs=2,
+        type=options.non_negative_number,
+        metavar=("LOW", "HIGH"),
+        help=text,
+    )
     text = "checkpoint of a weaker model to guide away from"
     add("--autoguidance", **file, help=text)
-    add("--autoguidance-scale", default=2.0, **number, help="its strength; 1: no guidance")
+    text = "its strength; 1: no guidance (default: 2.0)"
+    add("--autoguidance-scale", **number, help=text)
     text = f"how --cfg-scale combines the two estimates: {', '.join(guidance.RULES)}"
     add("--cfg-rule", choices=guidance.RULES, default="linear", metavar="NAME", help=text)
     names: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "NAME"}
@@ -81,7 +108,8 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
     add("--skip-layers", **names, help=text)
     text = "guide away from it with the identity for the attention maps of these, such as mid_level"
     add("--identity-attention", **names, help=text)
-    add("--perturbed-scale", default=2.0, **number, help="strength of both; 1: no guidance")
+    text = "strength of both; 1: no guidance (default: 2.0)"
+    add("--perturbed-scale", **number, help=text)
 
 
 def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
@@ -90,13 +118,12 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     guide: puts further guidance around the denoiser. Raises ValueError, OSError or ImportError for
     what can't be done.
     """
+    sampler_args = check_flags(args)
     device = distributed.check_device(args.device) if args.device else None
     accelerator = distributed.make_accelerator(cpu=args.device == "cpu")
     device = device or accelerator.device
-    sampler_args = sampler_options(args)
-    if args.grid_labels and not args.grid:
-        raise ValueError("--grid-labels are written on a grid: pass --grid FILE, too")
-    writable(args.grid or image_path(args.prefix, 0))
+    output = args.grid or image_path(args.prefix, 0)
+    check_writable(output)
     denoiser, config = load_denoiser(args.checkpoint, args.config)
     model, num_classes = config["model"], config["dataset"]["num_classes"]
     guided = make_guidance(denoiser.to(device), config, args, device)
@@ -111,8 +138,20 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     size = args.size or model["input_size"]
     if size is None:
         raise ValueError("the config has no model.input_size; pass --size")
+    if list(size) != model["input_size"]:
+        with warnings.catch_warnings():  # the config's keys have been told of
+            warnings.simplefilter("ignore")
+            load_config({**config, "model": {**model, "input_size": list(size)}})
     shape = (model["input_channels"], *size)
     sigmas = sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"])
+    check_picture(output, shape[0])
+    images = args.n if args.grid else min(args.n, args.batch_size)
+    memory.check(
+        4 * images * math.prod(shape) + 100 * args.n,
+        f"{images:,} images of {shape[1]} x {shape[2]}",
+        "pass a smaller --size, -n or --batch-size",
+    )
+    writable(output)
     accelerator.print(
         f"{args.n} images of {shape[1]} x {shape[2]} from {args.checkpoint}: {args.sampler}, "
         f"{args.steps} steps, seed {seed}"
@@ -154,8 +193,73 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     accelerator.end_training()
 
 
+@options.of
+def sampler_name(text: str) -> str:
+    """An argparse type: a sampler that takes a schedule."""
+    info = sampling.get_sampler(text)
+    if not info.takes_sigmas:
+        names = ", ".join(name for name, row in sampling.SAMPLERS.items() if row.takes_sigmas)
+        raise ValueError(f"sampler {text!r} takes no schedule; these do: {names}")
+    return text
+
+
+@options.of
+def schedule_name(text: str) -> str:
+    """An argparse type: a schedule between two noise levels."""
+    sampling.make_sigmas(text, 2, 0.01, 1.0)
+    return text
+
+
+@options.of
+def class_id(text: str) -> str:
+    """An argparse type: a class id, or 'all'."""
+    if text != "all" and not (text.isascii() and text.isdigit()):
+        raise ValueError(f"a class is a number or 'all', got {text!r}")
+    return text
+
+
+@options.of
+def picture(text: str) -> Path:
+    """An argparse type: a file that a picture can be written to."""
+    path = options.path(text)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"must end in .png or another ending that PIL can write, got {text!r}")
+    return path
+
+
+def check_picture(path: Path, channels: int) -> None:
+    """Raises ValueError unless images of so many channels can be written to a file of that name."""
+    if channels not in PIL_MODES:
+        raise ValueError(
+            f"the model's images have {channels} channels; pictures have "
+            f"{', '.join(map(str, PIL_MODES))}"
+        )
+    try:
+        tiny = Image.new(PIL_MODES[channels], (1, 1))
+        tiny.save(io.BytesIO(), Image.registered_extensions()[path.suffix.lower()])
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{path} can't hold images of {channels} channels: {error}") from None
+
+
+def check_flags(args: argparse.Namespace) -> dict[str, float]:
+    """The sampler's options. Raises UsageError where flags don't go together."""
+    if args.grid_labels and not args.grid:
+        raise options.UsageError("--grid-labels are written on a grid: pass --grid FILE, too")
+    for flag, given in (("interval", args.cfg_interval), ("rule", args.cfg_rule != "linear")):
+        if given and args.cfg_scale == 1:
+            raise options.UsageError(f"--cfg-{flag} needs a --cfg-scale other than 1")
+    if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
+        low, high = args.cfg_interval
+        raise options.UsageError(f"--cfg-interval needs LOW < HIGH, got {low:g} and {high:g}")
+    if args.autoguidance_scale is not None and args.autoguidance is None:
+        raise options.UsageError("--autoguidance-scale needs --autoguidance CHECKPOINT")
+    if args.perturbed_scale is not None and not (args.skip_layers or args.identity_attention):
+        raise options.UsageError("--perturbed-scale needs --skip-layers or --identity-attention")
+    return sampler_options(args)
+
+
 def sampler_options(args: argparse.Namespace) -> dict[str, float]:
-    """What --eta and --churn set. Raises ValueError for a sampler that doesn't have it."""
+    """What --eta and --churn set. Raises UsageError for a sampler that doesn't have it."""
     given = {flag: value for flag in OPTIONS if (value := getattr(args, flag)) is not None}
     for flag in given:
         rows = [
@@ -164,7 +268,7 @@ def sampler_options(args: argparse.Namespace) -> dict[str, float]:
             if row.takes_sigmas and OPTIONS[flag] in inspect.signature(row.function).parameters
         ]
         if sampling.get_sampler(args.sampler).name not in rows:
-            raise ValueError(
+            raise options.UsageError(
                 f"sampler {args.sampler!r} takes no --{flag}; these do: {', '.join(rows)}"
             )
     return {OPTIONS[flag]: value for flag, value in given.items()}
@@ -191,15 +295,13 @@ def make_guidance(
                     f"{args.autoguidance} has {key} {other[part][key]}, but the model it is to "
                     f"guide has {config[part][key]}"
                 )
-        scale = args.autoguidance_scale
+        scale = 2.0 if args.autoguidance_scale is None else args.autoguidance_scale
         denoiser = guidance.AutoguidedDenoiser(denoiser, weak.to(device), scale)
     if args.skip_layers or args.identity_attention:
         perturbed = guidance.PerturbedDenoiser(model, args.skip_layers, args.identity_attention)
-        denoiser = guidance.AutoguidedDenoiser(denoiser, perturbed, args.perturbed_scale)
+        scale = 2.0 if args.perturbed_scale is None else args.perturbed_scale
+        denoiser = guidance.AutoguidedDenoiser(denoiser, perturbed, scale)
     if args.cfg_scale == 1:
-        for flag, given in (("interval", args.cfg_interval), ("rule", args.cfg_rule != "linear")):
-            if given:
-                raise ValueError(f"--cfg-{flag} needs a --cfg-scale other than 1")
         return denoiser
     num_classes = config["dataset"]["num_classes"]
     if not num_classes:
@@ -246,8 +348,6 @@ def parse_classes(names: Sequence[str], num_classes: int) -> list[int] | None:
         return None
     classes: list[int] = []
     for name in names:
-        if not name.isdecimal() and name != "all":
-            raise ValueError(f"a class is a number or 'all', got {name!r}")
         classes += range(num_classes) if name == "all" else [int(name)]
     generation.check_classes(classes, num_classes)
     return classes

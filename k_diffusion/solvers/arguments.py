@@ -3,6 +3,9 @@
 import inspect
 import textwrap
 from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ..common import numbers
 
 # Every sampler's arguments, whatever its method.
 MODEL = "the denoiser, (x, sigma, **extra_args) -> the estimate of the clean sample, shaped as x; "
@@ -35,6 +38,25 @@ RAISES = (
     "ValueError: if sigmas is no schedule (not 1-D, NaN, negative, rising and falling, or rising "
     "where noise is added), or the model returns another shape."
 )
+
+
+# What the numbers among samplers' options have to be; s_churn and s_tmax may be infinite.
+RULES = {
+    **dict.fromkeys(("eta", "s_noise", "rtol", "atol"), numbers.non_negative),
+    **dict.fromkeys(("pcoeff", "icoeff", "dcoeff", "gamma"), numbers.finite),
+    "h_init": numbers.positive,
+}
+FROM_0_TO_INFINITY = ("s_churn", "s_tmin", "s_tmax")
+
+
+def check_option(name: str, value: Any) -> None:
+    """Raises ValueError for a number that an option of samplers can't be."""
+    if not isinstance(value, int | float):
+        return
+    if name in RULES:
+        RULES[name](**{name: value})
+    elif name in FROM_0_TO_INFINITY and not value >= 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
 
 
 def _entry(name: str, text: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common import numbers
 from ..noise import ask
 from .context import evaluate, start_run
 from .noise_plan import get_ancestral_step
@@ -257,6 +258,17 @@ class DPMSolver(nn.Module):
         t_start, t_end = float(t_start), float(t_end)
         if order not in (2, 3):
             raise ValueError(f"the adaptive DPM-Solver has order 2 or 3, got {order}")
+        numbers.non_negative(rtol=rtol, atol=atol)
+        if not rtol and not atol:
+            raise ValueError("rtol and atol can't both be 0; no step would be accepted")
+        numbers.positive(h_init=abs(h_init))
+        numbers.finite(pcoeff=pcoeff, icoeff=icoeff, dcoeff=dcoeff)
+        # the limit of `PIDStepSizeController.limiter`
+        if not accept_safety < 1 + math.pi / 2:
+            raise ValueError(
+                f"accept_safety must be below 1 + pi / 2, the most that a step can grow by, got "
+                f"{accept_safety}"
+            )
         self._check_direction(t_start, t_end, eta)
         noise_sampler = self._default_noise(x, noise_sampler)
         start_run(self.model)

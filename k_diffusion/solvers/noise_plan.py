@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from ..common import numbers
 from .context import NoiseSampler
 from .vp import vp_sigma, vp_time
 
@@ -35,6 +36,8 @@ def get_ancestral_step(sigma_from: Any, sigma_to: Any, eta: float = 1.0) -> tupl
     """
     if not eta:
         return sigma_to, 0.0
+    if not isinstance(eta, torch.Tensor):
+        numbers.non_negative(eta=eta)
     if isinstance(sigma_from, torch.Tensor) or isinstance(sigma_to, torch.Tensor):
         sigma_to = torch.as_tensor(sigma_to)
         ratio = torch.where(sigma_to == 0, 0.0, sigma_to / sigma_from)

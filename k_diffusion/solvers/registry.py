@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common.text import unknown_name
 from ..schedules import Sigmas
-from .arguments import compose
+from .arguments import check_option, compose
 from .context import Args, Callback, Model
 
 
@@ -107,8 +107,17 @@ def sampler(run: Callable[..., Any], **row: Any) -> Callable[[Callable[..., Any]
         aliases: Mapping[str, str] = row.get("aliases", {})
         signature = inspect.signature(body)
         own = list(signature.parameters.values())
+        names = tuple(signature.parameters)
 
-        public: Any = body
+        @functools.wraps(body)
+        def checked(*args: Any, **options: Any) -> Any:
+            for option, value in (*zip(names, args), *options.items()):
+                check_option(option, value)
+            return body(*args, **options)
+
+        public: Any = checked
+        public.__signature__ = signature
+        del public.__wrapped__  # tools that unwrap would find the method's own help
         if row.get("takes_sigmas", True):
 
             @functools.wraps(body)
@@ -123,7 +132,9 @@ def sampler(run: Callable[..., Any], **row: Any) -> Callable[[Callable[..., Any]
                 **options: Any,
             ) -> Any:
                 options = own_names(info, options) if aliases else options
-                return body(run(model, x, sigmas, extra_args, callback, disable), *args, **options)
+                return checked(
+                    run(model, x, sigmas, extra_args, callback, disable), *args, **options
+                )
 
             own = [*SHARED_PARAMETERS, *own[1:]]
             own += [inspect.Parameter(a, KEYWORD, default=None) for a in aliases]
@@ -131,7 +142,7 @@ def sampler(run: Callable[..., Any], **row: Any) -> Callable[[Callable[..., Any]
             del public.__wrapped__  # tools that unwrap would find the method's parameters
             public.__signature__ = signature.replace(parameters=own)
         function: Any = torch.no_grad()(public)
-        info = SamplerInfo(name, function, body=None if public is body else body, **row)
+        info = SamplerInfo(name, function, body=None if public is checked else checked, **row)
         doc = compose(body.__doc__ or "", [p.name for p in own], info.facts, aliases)
         function.__doc__ = public.__doc__ = doc  # the second for tools that unwrap
         (FLOW_SAMPLERS if info.flow else SAMPLERS)[name] = info

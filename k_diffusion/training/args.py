@@ -1,7 +1,6 @@
 """The flags of train.py."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from ..common import options
@@ -13,9 +12,9 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     """The command line of train.py."""
     p = argparse.ArgumentParser(description=description, formatter_class=options.HelpFormatter)
     count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
-    steps: dict[str, Any] = {"type": options.positive, "metavar": "STEPS"}
+    steps: dict[str, Any] = {"type": options.steps, "metavar": "STEPS"}
     add = p.add_argument_group("the run").add_argument
-    add("--config", type=Path, required=True, metavar="FILE", help="the configuration file")
+    add("--config", type=options.path, required=True, metavar="FILE", help="the configuration file")
     add(
         "--set",
         action="append",
@@ -23,9 +22,9 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="override a key of it, e.g. model.patch_size=[2,2]; repeatable",
     )
-    add("--name", default="model", help="the run's name; its files are NAME_...")
+    add("--name", type=options.name, default="model", help="the run's name; its files are NAME_...")
     add("--end-step", **steps, help="stop after this many steps; else at Ctrl-C")
-    add("--seed", type=options.non_negative, metavar="N", help="the random seed; else a new one")
+    add("--seed", type=options.seed, metavar="N", help="the random seed; else a new one")
     add(
         "--dry-run",
         action="store_true",
@@ -34,7 +33,12 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add = p.add_argument_group("optimization").add_argument
     add("--batch-size", **count, default=64, help="images per process and batch")
     add("--grad-accum-steps", **count, default=1, help="batches that make up one step")
-    add("--lr", type=float, help="override the config's learning rate")
+    add(
+        "--lr",
+        type=options.positive_number,
+        metavar="X",
+        help="override the config's learning rate",
+    )
     add("--mixed-precision", choices=["no", "fp16", "bf16", "fp8"], help="of the model")
     add(
         "--no-tf32",
@@ -63,9 +67,7 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         help="measure the gradient noise scale: how large a batch pays",
     )
     add = p.add_argument_group("data").add_argument
-    add(
-        "--num-workers", type=options.non_negative, default=8, metavar="N", help="loading processes"
-    )
+    add("--num-workers", type=options.few, default=8, metavar="N", help="loading processes")
     add(
         "--start-method",
         default="spawn",
@@ -77,13 +79,13 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--save-every", **steps, default=10000, help="save a checkpoint")
     add(
         "--resume",
-        type=Path,
+        type=options.path,
         metavar="FILE",
         help="the checkpoint to resume from; else the run's latest, as NAME_state.json says",
     )
     add(
         "--resume-inference",
-        type=Path,
+        type=options.path,
         metavar="FILE",
         help="the inference checkpoint whose weights a new run starts from",
     )
@@ -92,10 +94,10 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--demo-every", **steps, default=500, help="draw a demo grid")
     add("--sample-n", **count, default=64, help="images in a demo grid")
     add("--log-every", **steps, default=25, help="write a row of NAME_metrics.csv")
-    add("--tensorboard", type=Path, metavar="FOLDER", help="log to TensorBoard there")
-    add("--wandb-project", metavar="PROJECT", help="log to Weights & Biases")
-    add("--wandb-entity", metavar="ENTITY", help="its entity")
-    add("--wandb-group", metavar="GROUP", help="its group of runs")
+    add("--tensorboard", type=options.path, metavar="FOLDER", help="log to TensorBoard there")
+    add("--wandb-project", type=options.text, metavar="PROJECT", help="log to Weights & Biases")
+    add("--wandb-entity", type=options.text, metavar="ENTITY", help="its entity")
+    add("--wandb-group", type=options.text, metavar="GROUP", help="its group of runs")
     add("--wandb-save-model", action="store_true", help="save checkpoints there too")
     add = p.add_argument_group("metrics", "accepted, without effect in this version").add_argument
     add(
@@ -121,4 +123,10 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     )
     add("--clip-model", default="ViT-B/16", metavar="MODEL", help="of CLIP")
     add("--dinov2-model", default="vitl14", metavar="MODEL", help="of DINOv2")
-    return p.parse_args()
+    args = p.parse_args()
+    for flag in ("wandb_entity", "wandb_group", "wandb_save_model"):
+        if getattr(args, flag) and not args.wandb_project:
+            p.error(f"--{flag.replace('_', '-')} needs a --wandb-project")
+    if args.resume and args.resume_inference:
+        p.error("--resume goes on with a run and --resume-inference starts one: pass one of them")
+    return args

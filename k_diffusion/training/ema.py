@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..common import numbers
+
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Values = TypeVar("Values", bound=dict[str, Any])
 
@@ -30,6 +32,11 @@ class EMAWarmup:
     ):
         if not inv_gamma > 0:
             raise ValueError(f"inv_gamma must be positive, got {inv_gamma}")
+        numbers.finite(power=power)
+        if not 0 <= min_value <= max_value <= 1:
+            raise ValueError(
+                f"a decay needs 0 <= min_value <= max_value <= 1, got {min_value} and {max_value}"
+            )
         self.inv_gamma = inv_gamma
         self.power = power
         self.min_value = min_value
@@ -67,7 +74,9 @@ def ema_update(model: nn.Module, averaged_model: nn.Module, decay: float) -> Non
     The models must have the same parameters and buffers, of the same shapes; devices and dtypes
     may differ. Raises ValueError where they don't match (unwrap a DDP or compiled model first).
     """
-    weight = 1 - float(decay)
+    decay = float(decay)
+    numbers.share(decay=decay)
+    weight = 1 - decay
     pairs = _pairs("parameters", model.named_parameters(), averaged_model.named_parameters())
     for averaged, current in _by_kind(pairs):
         if averaged[0].is_floating_point():
@@ -120,6 +129,7 @@ def ema_update_dict(values: Values, updates: Mapping[str, Any], decay: float) ->
 
     Averages that are tensors are changed in place too.
     """
+    numbers.share(decay=decay)
     for key, value in updates.items():
         if key in values:
             values[key] *= decay

@@ -5,6 +5,8 @@ from typing import Any
 from torch import optim
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..common import numbers
+
 
 class _WarmupLR(LRScheduler):
     """(1 - warmup^(k + 1)) max(min_lr, lr factor(k)) at step k."""
@@ -18,6 +20,7 @@ class _WarmupLR(LRScheduler):
     ):
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup must be at least 0 and below 1, got {warmup}")
+        numbers.non_negative(min_lr=min_lr)
         self.warmup = warmup
         self.min_lr = min_lr
         super().__init__(optimizer, last_epoch)
@@ -51,6 +54,7 @@ class InverseLR(_WarmupLR):
     ):
         if not inv_gamma > 0:
             raise ValueError(f"inv_gamma must be positive, got {inv_gamma}")
+        numbers.finite(power=power)
         self.inv_gamma = inv_gamma
         self.power = power
         super().__init__(optimizer, warmup, min_lr, last_epoch)
@@ -78,6 +82,7 @@ class ExponentialLR(_WarmupLR):
     ):
         if not num_steps > 0:
             raise ValueError(f"num_steps must be positive, got {num_steps}")
+        numbers.non_negative(decay=decay)
         self.num_steps = num_steps
         self.decay = decay
         super().__init__(optimizer, warmup, min_lr, last_epoch)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import distributed
+from ..common.files import check_writable
 from ..common.modules import n_params
 from ..common.text import need
 from ..data.training_data import TrainingData
@@ -29,6 +30,7 @@ def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any
         need("wandb", "--wandb-project", '"k-diffusion[wandb]"')
         trackers.append("wandb")
     if args.tensorboard:
+        check_writable(args.tensorboard / "events")
         need("tensorboard", "--tensorboard", '"k-diffusion[tensorboard]"')
         trackers.append(_tensorboard(args.tensorboard))
     return distributed.make_accelerator(
@@ -70,10 +72,11 @@ def start_trackers(accelerator: Any, args: argparse.Namespace, state: TrainState
             config={**flags, "parameters": n_params(state.model), "config": state.config},
             init_kwargs={"wandb": {k: v for k, v in options.items() if v}},
         )
-    except Exception as error:
+    except Exception as error:  # of the tracker's own kinds: no network, no key
+        said = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
-            f"a tracker can't start ({error}); mend that or leave out its flag, --wandb-project or "
-            "--tensorboard"
+            f"a tracker can't start ({said}); for wandb, run `wandb login` or set "
+            "WANDB_MODE=offline, or leave out its flag, --wandb-project or --tensorboard"
         ) from error
 
 

@@ -2,9 +2,12 @@ import argparse
 import sys
 
 import pytest
+import torch
 
-from k_diffusion.common import files, options
+from k_diffusion.common import files, memory, options
 from k_diffusion.common.text import need
+from k_diffusion.config import make_model
+from k_diffusion.config.load import parse
 from k_diffusion.training.args import parse_args
 
 
@@ -110,3 +113,69 @@ def test_a_missing_package_is_named_with_its_remedy():
     assert need("json", "this") is __import__("json")
     with pytest.raises(ImportError, match=r'the log needs nosuch; .* pip install "k-diffusion\[tr'):
         need("nosuch.module", "the log")
+
+
+def test_flags_that_do_not_go_together_have_argparses_exit_code(capsys, monkeypatch):
+    @options.friendly_errors
+    def main():
+        raise options.UsageError("--a needs --b")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "train.py: error: --a needs --b\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: 4 bytes\nframe #0"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    ],
+    ids=["python", "cpu", "cuda"],
+)
+def test_memory_that_runs_out_is_a_sentence(error):
+    @options.friendly_errors
+    def main():
+        raise error
+
+    with pytest.raises(
+        SystemExit, match=r"there is not enough memory \(.*\); lower the batch size"
+    ):
+        main()
+
+
+def test_other_errors_at_run_time_keep_their_traceback():
+    @options.friendly_errors
+    def main():
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main()
+
+
+def test_memory_is_asked_before_it_is_taken(monkeypatch):
+    assert memory.available() > 2**20
+    monkeypatch.setattr(memory, "available", lambda: 3 * 2**30)
+    memory.check(3 * 2**30, "the model", "make it smaller")
+    with pytest.raises(
+        ValueError, match=r"the model would take 4.0 GiB .* 3.0 GiB .*; make it smal"
+    ):
+        memory.check(4 * 2**30, "the model", "make it smaller")
+    monkeypatch.setattr(memory, "available", lambda: None)
+    memory.check(2**80, "the model", "make it smaller")
+
+
+def test_counting_a_model_draws_nothing():
+    from runs import tiny_config
+
+    config = tiny_config()
+    torch.manual_seed(0)
+    made = make_model(config).state_dict()
+    torch.manual_seed(0)
+    plain = parse(config).model.build(10).state_dict()
+    assert all(torch.equal(made[k], plain[k]) for k in plain)

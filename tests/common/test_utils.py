@@ -5,7 +5,9 @@ import pickle
 import subprocess
 import sys
 import threading
+import urllib.request
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from k_diffusion import utils
+from k_diffusion.common import files
 
 
 def test_import_is_light():
@@ -217,44 +220,73 @@ def source(tmp_path):
     return path
 
 
-def test_download_file(tmp_path, source):
+URL = "https://a.example/file"
+
+
+@pytest.fixture
+def serve(source, monkeypatch):
+    """Downloads get the file `source`."""
+
+    def open_url(url):
+        assert url == URL
+        return urllib.request.urlopen(source.as_uri())
+
+    monkeypatch.setattr(files, "_opener", lambda: SimpleNamespace(open=open_url))
+
+
+def test_download_file(tmp_path, source, serve):
     content = source.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     target = tmp_path / "deep" / "target.bin"
-    assert utils.download_file(target, source.as_uri(), digest.upper()) == target
+    assert utils.download_file(target, URL, digest.upper()) == target
     assert target.read_bytes() == content
     assert list(target.parent.iterdir()) == [target]
     assert target.stat().st_mode == source.stat().st_mode
 
     source.unlink()  # what is there already is not downloaded again
-    utils.download_file(str(target), source.as_uri())
-    utils.download_file(target, source.as_uri(), digest)
+    utils.download_file(str(target), URL)
+    utils.download_file(target, URL, digest)
 
 
-def test_download_replaces_a_broken_file(tmp_path, source):
+def test_a_download_without_a_digest_tells_it(tmp_path, source, serve):
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    with pytest.warns(UserWarning, match=f"unchecked; pass digest='{digest}'"):
+        utils.download_file(tmp_path / "target.bin", URL)
+
+
+def test_downloads_are_not_led_away_from_https():
+    follow = files._HttpsRedirects().redirect_request
+    request = urllib.request.Request(URL)
+    assert follow(request, None, 302, "Found", {}, "https://b.example/x").full_url.endswith("/x")
+    for url in "http://b.example/x", "file:///etc/hosts", "ftp://b.example/x":
+        with pytest.raises(ValueError, match="by https alone"):
+            follow(request, None, 302, "Found", {}, url)
+
+
+def test_download_replaces_a_broken_file(tmp_path, source, serve):
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
     target = tmp_path / "target.bin"
     target.write_bytes(b"half")
-    utils.download_file(target, source.as_uri(), digest)
+    utils.download_file(target, URL, digest)
     assert target.read_bytes() == source.read_bytes()
     assert (tmp_path / "target.bin.wrong").read_bytes() == b"half"
 
 
-def test_a_download_with_another_digest_is_kept_aside(tmp_path, source):
+def test_a_download_with_another_digest_is_kept_aside(tmp_path, source, serve):
     target = tmp_path / "out" / "target.bin"
     aside = target.with_name("target.bin.wrong")
     with pytest.raises(OSError, match=r"has SHA-256 .*, not 0000.*kept as .*target.bin.wrong"):
-        utils.download_file(target, source.as_uri(), "0" * 64)
+        utils.download_file(target, URL, "0" * 64)
     assert list(target.parent.iterdir()) == [aside]
     assert aside.read_bytes() == source.read_bytes()
     target.write_bytes(b"mine")
     with pytest.raises(OSError, match="has SHA-256"):
-        utils.download_file(target, source.as_uri(), "0" * 64)
+        utils.download_file(target, URL, "0" * 64)
     assert target.read_bytes() == b"mine"
     assert set(target.parent.iterdir()) == {target, aside}
 
 
-def test_a_download_cut_off_is_an_error(tmp_path):
+def test_a_download_cut_off_is_an_error(tmp_path, monkeypatch):
     class CutOff(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
@@ -269,8 +301,11 @@ def test_a_download_cut_off_is_an_error(tmp_path):
         thread = threading.Thread(target=server.handle_request)
         thread.start()
         target = tmp_path / "out" / "target.bin"
+        address = f"http://127.0.0.1:{server.server_port}/"
+        opened = partial(urllib.request.urlopen, address)
+        monkeypatch.setattr(files, "_opener", lambda: SimpleNamespace(open=lambda url: opened()))
         with pytest.raises(OSError, match="got 9 of 100 bytes"):
-            utils.download_file(target, f"http://127.0.0.1:{server.server_port}/")
+            utils.download_file(target, URL)
         thread.join()
     assert list(target.parent.iterdir()) == []
 

@@ -224,3 +224,30 @@ def test_errors_of_workers_are_sentences(num_workers):
 def test_each_batch_is_reported():
     seen = []
     assert list(stream.checked([{"a": 1}, {"a": 2}], seen.append)) == seen == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "DataLoader worker (pid 3) is killed by signal: Killed. ",
+        "DataLoader worker (pid(s) 3, 4) exited unexpectedly",
+    ],
+)
+def test_a_killed_worker_is_a_sentence(said):
+    def batches():
+        yield {"a": 1}
+        raise RuntimeError(said)
+
+    stream_of_batches = stream.checked(batches(), lambda batch: None)
+    next(stream_of_batches)
+    with pytest.raises(OSError, match=r"a loading process was killed.*smaller --num-workers"):
+        next(stream_of_batches)
+
+
+def test_other_errors_of_batches_stay_as_they_are():
+    def batches():
+        raise RuntimeError("shapes differ")
+        yield
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        next(stream.checked(batches(), lambda batch: None))

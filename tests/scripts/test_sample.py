@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,7 +181,7 @@ def test_a_grid_of_a_class_conditional_model(script):
     assert width / height == pytest.approx(2 * 12 / (3 * 8), rel=0.1)
 
 
-def test_errors_are_sentences_and_come_before_the_work(script, monkeypatch):
+def test_errors_are_sentences_and_come_before_the_work(script, monkeypatch, capsys):
     monkeypatch.setenv("K_DIFFUSION_DEBUG", "0")
     model = write_model(Path("m.safetensors"))
     Path("file").touch()
@@ -193,8 +194,9 @@ def test_errors_are_sentences_and_come_before_the_work(script, monkeypatch):
         (("--add-prompt", "b", "much"), "a prompt's weight must be a number, got 'much'"),
         (("--image-prompt", "file", "1"), "can't read the image file"),
     ]:
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit) as leaving:
             script("a", "--checkpoint", model, "-n", 2, "--steps", 2, *flags)
+        assert re.search(message, f"{leaving.value.code} {capsys.readouterr().err}")
     with pytest.raises(SystemExit, match="nothing to guide by: pass a text, or --image-prompt"):
         script("--checkpoint", model)
     assert list(Path().glob("*.png")) == []

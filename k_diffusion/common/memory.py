@@ -1,0 +1,29 @@
+"""Memory that is there, asked before much of it is taken."""
+
+import contextlib
+import importlib
+import os
+from pathlib import Path
+
+
+def available() -> int | None:
+    """Bytes of memory that this process could still take on the host; None where nobody knows."""
+    limits = []
+    with contextlib.suppress(ImportError):  # comes with accelerate
+        limits.append(importlib.import_module("psutil").virtual_memory().available)
+    if not limits:
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with contextlib.suppress(ValueError, OSError):  # a container may get less than the machine has
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits, default=None)
+
+
+def check(size: float, what: str, remedy: str) -> None:
+    """Raises ValueError if `size` bytes for `what` are more than there is."""
+    there = available()
+    if there is not None and size > there:
+        raise ValueError(
+            f"{what} would take {size / 2**30:,.1f} GiB of memory, and {there / 2**30:,.1f} GiB "
+            f"are free; {remedy}"
+        )
