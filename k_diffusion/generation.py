@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -98,10 +99,57 @@ def check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
         raise ValueError(f"class {bad[0]} is out of range; classes are {limit}")
 
 
+def sample_batches(
+    accelerator: Any,
+    denoiser: nn.Module,
+    config: Mapping[str, Any],
+    seeds: Sequence[int],
+    *,
+    sampler: str = "dpmpp_2m",
+    sampler_args: Mapping[str, Any] | None = None,
+    batch_size: int = 64,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[torch.Tensor]:
+    """This process's share of one image per seed, (k, c, h, w) each, with all classes in turn.
+
+    The share is seeds i = process, process + processes, ...; STEPS steps on the Karras schedule, in
+    the accelerator's precision. Raises SamplingStopped once `stop`, asked after each step, says so.
+    """
+    model, num_classes = config["model"], config["dataset"]["num_classes"]
+    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    batches = generate(
+        denoiser,
+        (model["input_channels"], *model["input_size"]),
+        seeds[share],
+        sampling.get_sigmas_karras(STEPS, model["sigma_min"], model["sigma_max"]),
+        classes=[i % num_classes for i in range(len(seeds))][share] if num_classes else None,
+        num_classes=num_classes,
+        sampler=sampler,
+        sampler_args=sampler_args,
+        batch_size=batch_size,
+        device=accelerator.device,
+        disable=None if accelerator.is_main_process else True,
+        stop=stop,
+    )
+    return in_context(batches, accelerator.autocast)
+
+
+def in_context(
+    batches: Iterator[torch.Tensor], context: Callable[[], AbstractContextManager[Any]]
+) -> Iterator[torch.Tensor]:
+    """The batches (n, ...), each sampled within a new context; what is done with them is not."""
+    while True:
+        with context():
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
+
+
 def sample_share(
     accelerator: Any,
     denoiser: nn.Module,
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     seeds: Sequence[int],
     *,
     batch_size: int = 64,
@@ -112,30 +160,15 @@ def sample_share(
     stop: asked after each sampling step. Once it is True on any process, SamplingStopped is raised
     on all of them, when the others are done with their share.
     """
-    model, num_classes = config["model"], config["dataset"]["num_classes"]
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
-    classes = [i % num_classes for i in range(len(seeds))][share] if num_classes else None
-    sigmas = sampling.get_sigmas_karras(STEPS, model["sigma_min"], model["sigma_max"])
-    shape = (model["input_channels"], *model["input_size"])
-    batches = generate(
-        denoiser,
-        shape,
-        seeds[share],
-        sigmas,
-        classes=classes,
-        num_classes=num_classes,
-        batch_size=batch_size,
-        device=accelerator.device,
-        disable=None if accelerator.is_main_process else True,
-        stop=stop,
-    )
+    model = config["model"]
+    shape = model["input_channels"], *model["input_size"]
+    batches = sample_batches(accelerator, denoiser, config, seeds, batch_size=batch_size, stop=stop)
     images = torch.empty(0, *shape, device=accelerator.device)
     stopped = False
-    with accelerator.autocast():
-        try:
-            images = torch.cat([images, *batches])
-        except SamplingStopped:
-            stopped = True
+    try:
+        images = torch.cat([images, *batches])
+    except SamplingStopped:
+        stopped = True
     if any_process(accelerator, stopped):
         raise SamplingStopped
     return gather_shares(accelerator, images, len(seeds))

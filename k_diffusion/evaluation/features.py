@@ -18,7 +18,7 @@ _INCEPTION_SIZE = (299, 299)
 
 
 def _make(name: str, device: torch.device | str, **options: Any) -> Any:
-    return encoders.make_encoder(name, device=device, **options)  # type: ignore[attr-defined]
+    return encoders.make_encoder(name, device=device, **options)
 
 
 class InceptionV3FeatureExtractor(nn.Module):

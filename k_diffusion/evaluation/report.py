@@ -161,8 +161,8 @@ def plot(rows: Sequence[Row]) -> bytes | None:
         lines: dict[str, list[Row]] = {}
         for row in rows:
             if name_of(row) == name:
-                values = (str(_shown(row["settings"].get(key))) for key in others)
-                label = ", ".join(Path(value).name for value in values)
+                texts = (str(_shown(row["settings"].get(key))) for key in others)
+                label = ", ".join(Path(text).name for text in texts)
                 lines.setdefault(label, []).append(row)
         for j, (label, line) in enumerate(lines.items()):
             line = sorted(line, key=lambda row: row["settings"][x])

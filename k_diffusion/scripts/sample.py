@@ -7,8 +7,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -41,17 +42,14 @@ class ListSamplers(argparse.Action):
 
 
 def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> None:
-    """Adds the flags that all sampling scripts have. sampler, steps: the defaults."""
+    """Adds the flags of the scripts that write samples. sampler, steps: the defaults."""
     file: dict[str, Any] = {"type": options.path, "metavar": "FILE"}
-    number: dict[str, Any] = {"type": options.finite, "metavar": "X"}
-    share: dict[str, Any] = {"type": options.non_negative_number, "metavar": "X"}
     count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
     add = p.add_argument
     text = "an inference checkpoint (.safetensors) or a training checkpoint (.pth)"
     add("--checkpoint", required=True, **file, help=text)
     add("--config", **file, help="else the one in the checkpoint")
     add("-n", default=64, **count, help="the number of images")
-    add("--batch-size", default=64, **count, help="images at a time")
     add(
         "--prefix",
         type=options.name,
@@ -61,6 +59,17 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
     )
     add("--grid", type=picture, metavar="FILE", help="write one picture of all of them instead")
     add("--grid-labels", action="store_true", help="with each image's class above it")
+    add_choices(p, sampler=sampler, steps=steps)
+
+
+def add_choices(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> None:
+    """Adds the flags on how samples are drawn. sampler, steps: the defaults."""
+    file: dict[str, Any] = {"type": options.path, "metavar": "FILE"}
+    number: dict[str, Any] = {"type": options.finite, "metavar": "X"}
+    share: dict[str, Any] = {"type": options.non_negative_number, "metavar": "X"}
+    add = p.add_argument
+    text = "images at a time"
+    add("--batch-size", default=64, type=options.positive, metavar="N", help=text)
     text = "image i has seed N + i; else a new one, which is printed"
     add("--seed", type=options.seed, metavar="N", help=text)
     text = "class ids, assigned to the images in turn, or 'all'"
@@ -118,37 +127,27 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     guide: puts further guidance around the denoiser. Raises ValueError, OSError or ImportError for
     what can't be done.
     """
-    sampler_args = check_flags(args)
+    if args.grid_labels and not args.grid:
+        raise options.UsageError("--grid-labels are written on a grid: pass --grid FILE, too")
+    check_choices(args)
     device = distributed.check_device(args.device) if args.device else None
     accelerator = distributed.make_accelerator(cpu=args.device == "cpu")
     device = device or accelerator.device
     output = args.grid or image_path(args.prefix, 0)
     check_writable(output)
     denoiser, config = load_denoiser(args.checkpoint, args.config)
-    model, num_classes = config["model"], config["dataset"]["num_classes"]
     guided = make_guidance(denoiser.to(device), config, args, device)
     guided = guided if guide is None else guide(guided, device)
 
-    # image i has seed + i and the classes in turn, whoever samples it
     seed = distributed.agree_on_seed(args.seed)
-    classes = parse_classes(args.classes, num_classes)
+    shape, classes, batches = draw(accelerator, guided, config, args, seed, device)
     if args.grid_labels and classes is None:
         raise ValueError("--grid-labels: this model is unconditional, its images have no classes")
-    mine = range(accelerator.process_index, args.n, accelerator.num_processes)
-    size = args.size or model["input_size"]
-    if size is None:
-        raise ValueError("the config has no model.input_size; pass --size")
-    if list(size) != model["input_size"]:
-        with warnings.catch_warnings():  # the config's keys have been told of
-            warnings.simplefilter("ignore")
-            load_config({**config, "model": {**model, "input_size": list(size)}})
-    shape = (model["input_channels"], *size)
-    sigmas = sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"])
     check_picture(output, shape[0])
-    images = args.n if args.grid else min(args.n, args.batch_size)
+    count = args.n if args.grid else min(args.n, args.batch_size)
     memory.check(
-        4 * images * math.prod(shape) + 100 * args.n,
-        f"{images:,} images of {shape[1]} x {shape[2]}",
+        4 * count * math.prod(shape) + 100 * args.n,
+        f"{count:,} images of {shape[1]} x {shape[2]}",
         "pass a smaller --size, -n or --batch-size",
     )
     writable(output)
@@ -156,28 +155,17 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
         f"{args.n} images of {shape[1]} x {shape[2]} from {args.checkpoint}: {args.sampler}, "
         f"{args.steps} steps, seed {seed}"
     )
-    if list(shape[1:]) != model["input_size"]:
-        h, w = model["input_size"]
+    if list(shape[1:]) != config["model"]["input_size"]:
+        h, w = config["model"]["input_size"]
         accelerator.print(f"the model was trained on {h} x {w}; other sizes can look worse")
-    batches = generation.generate(
-        guided,
-        shape,
-        [seed + i for i in mine],
-        sigmas,
-        classes=classes and [classes[i % len(classes)] for i in mine],
-        num_classes=num_classes,
-        sampler=args.sampler,
-        sampler_args=sampler_args,
-        batch_size=args.batch_size,
-        device=device,
-        disable=not accelerator.is_main_process,
-    )
-    dtype = DTYPES[args.dtype]
-    with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
-        if args.grid:
-            images = torch.cat([torch.empty(0, *shape, device=device), *batches])
-        else:
-            write_images(batches, mine, args.prefix)
+    if args.grid:
+        images = torch.cat([torch.empty(0, *shape, device=device), *batches])
+    else:
+        write_images(
+            batches,
+            range(accelerator.process_index, args.n, accelerator.num_processes),
+            args.prefix,
+        )
 
     if args.grid:
         everyone = distributed.gather_shares(accelerator, images, args.n)
@@ -191,6 +179,59 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
         first, last = (image_path(args.prefix, i) for i in (0, args.n - 1))
         accelerator.print(f"wrote {first} to {last}")
     accelerator.end_training()
+
+
+class Drawn(NamedTuple):
+    """Images to sample: their shape (c, h, w), the class ids that they have in turn (None without),
+    and this process's share of them, batch by batch, sampled as they are asked for."""
+
+    shape: tuple[int, ...]
+    classes: list[int] | None
+    batches: Iterator[torch.Tensor]
+
+
+def draw(
+    accelerator: Any,
+    guided: nn.Module,
+    config: dict[str, Any],
+    args: argparse.Namespace,
+    seed: int,
+    device: torch.device,
+) -> Drawn:
+    """The args.n images that the flags ask for: image i has seed + i, whoever samples it.
+
+    guided: the denoiser of `config` with its guidance. Raises ValueError for a size that is missing
+    or that the model can't have, and for classes that it doesn't have.
+    """
+    model, num_classes = config["model"], config["dataset"]["num_classes"]
+    classes = parse_classes(args.classes, num_classes)
+    size = args.size or model["input_size"]
+    if size is None:
+        raise ValueError("the config has no model.input_size; pass --size")
+    if list(size) != model["input_size"]:
+        with warnings.catch_warnings():  # the config's keys have been told of
+            warnings.simplefilter("ignore")
+            load_config({**config, "model": {**model, "input_size": list(size)}})
+    shape = (model["input_channels"], *size)
+    mine = range(accelerator.process_index, args.n, accelerator.num_processes)
+    batches = generation.generate(
+        guided,
+        shape,
+        [seed + i for i in mine],
+        sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"]),
+        classes=classes and [classes[i % len(classes)] for i in mine],
+        num_classes=num_classes,
+        sampler=args.sampler,
+        sampler_args=sampler_options(args),
+        batch_size=args.batch_size,
+        device=device,
+        disable=not accelerator.is_main_process,
+    )
+    dtype = DTYPES[args.dtype]
+    autocast = (
+        nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
+    )
+    return Drawn(shape, classes, generation.in_context(batches, autocast))
 
 
 @options.of
@@ -241,10 +282,8 @@ def check_picture(path: Path, channels: int) -> None:
         raise ValueError(f"{path} can't hold images of {channels} channels: {error}") from None
 
 
-def check_flags(args: argparse.Namespace) -> dict[str, float]:
-    """The sampler's options. Raises UsageError where flags don't go together."""
-    if args.grid_labels and not args.grid:
-        raise options.UsageError("--grid-labels are written on a grid: pass --grid FILE, too")
+def check_choices(args: argparse.Namespace) -> None:
+    """Raises UsageError where the flags of `add_choices` don't go together."""
     for flag, given in (("interval", args.cfg_interval), ("rule", args.cfg_rule != "linear")):
         if given and args.cfg_scale == 1:
             raise options.UsageError(f"--cfg-{flag} needs a --cfg-scale other than 1")
@@ -255,7 +294,7 @@ def check_flags(args: argparse.Namespace) -> dict[str, float]:
         raise options.UsageError("--autoguidance-scale needs --autoguidance CHECKPOINT")
     if args.perturbed_scale is not None and not (args.skip_layers or args.identity_attention):
         raise options.UsageError("--perturbed-scale needs --skip-layers or --identity-attention")
-    return sampler_options(args)
+    sampler_options(args)
 
 
 def sampler_options(args: argparse.Namespace) -> dict[str, float]:

@@ -138,10 +138,10 @@ def test_reference_of_another_protocol(made, evaluate, capsys):
         (("--checkpoint", "a.safetensors", "--split", "valid"), "did you mean"),
     ],
 )
-def test_refusals(made, evaluate, args, said):
+def test_refusals(made, evaluate, args, said, capsys):
     with pytest.raises(SystemExit) as stopped:
         evaluate(*args, "--output-dir", "refused")
-    assert said in str(stopped.value)
+    assert said in f"{stopped.value} {capsys.readouterr().err}"
     assert not (made / "refused/results.json").exists()
 
 

@@ -25,7 +25,7 @@ from ...evaluation.nearest import nearest, nearest_page
 from ...evaluation.protocols import get_protocol, metric_line
 from ...evaluation.reals import real_sets
 from ...evaluation.references import read_reference, write_samples
-from ...evaluation.registry import METRICS, FeatureSet, Options, get_metric, measure
+from ...evaluation.registry import METRICS, FeatureSet, Options, measure
 from .. import sample
 from . import inputs
 from .args import RECOGNITION, parse_args
@@ -58,10 +58,8 @@ class Evaluation:
         self.args, self.accelerator, self.device = args, accelerator, device
         self.folder: Path = args.output_dir
         writable(self.folder / "results.json")
-        self.protocols = {get_protocol(name).name: get_protocol(name) for name in args.protocol}
+        self.protocols = {name: get_protocol(name) for name in args.protocol}
         self.metrics = [name for name in args.metrics if name != RECOGNITION]
-        for name in self.metrics:
-            get_metric(name)
         self.options = Options(
             k=args.k, subset_size=args.kid_size, resamples=args.resamples, seed=args.seed
         )
@@ -250,7 +248,7 @@ class Evaluation:
         assert self.references is not None
         for name, eye in self.eyes.items():
             real, note = self.references[name]
-            count = real.n if hasattr(real, "n") else len(real)  # type: ignore[arg-type,union-attr]
+            count = real.n if hasattr(real, "n") else len(real)
             logits = seen.log_probs.get(name)
             found = measure(
                 self.metrics, seen.features[name], real, self.options, logits, eye.protocol.formula

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...common import options
-from ...common.text import did_you_mean
-from ...evaluation.protocols import PROTOCOLS
+from ...common.text import did_you_mean, unknown_name
+from ...evaluation.protocols import PROTOCOLS, get_protocol
 from ...evaluation.registry import METRICS
 from .. import sample
 
@@ -16,7 +16,23 @@ RECOGNITION = "recognition"
 
 
 def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+@options.of
+def _metrics(text: str) -> list[str]:
+    """An argparse type: names of METRICS and RECOGNITION, by commas."""
+    rows = {**METRICS, RECOGNITION: None}
+    for name in _words(text):
+        if name not in rows:
+            raise unknown_name("metric", name, rows)
+    return _words(text)
+
+
+@options.of
+def _protocols(text: str) -> list[str]:
+    """An argparse type: names of PROTOCOLS or of their encoders, by commas."""
+    return [get_protocol(name).name for name in _words(text)]
 
 
 def _choices_parser() -> argparse.ArgumentParser:
@@ -30,26 +46,35 @@ def _choices_parser() -> argparse.ArgumentParser:
 def parse_args(
     description: str | None = None, argv: Sequence[str] | None = None
 ) -> argparse.Namespace:
-    """The command line of evaluate.py. `sweep` is a list of argument lists, [[]] without one."""
+    """The command line of evaluate.py.
+
+    `settings`: a namespace for each combination of --sweep, one without it. `choices`: the flags,
+    by their names in the namespace, in which these may differ.
+    """
     choices = _choices_parser()
     p = argparse.ArgumentParser(
         description=description, formatter_class=options.HelpFormatter, parents=[choices]
     )
-    file: dict[str, Any] = {"type": Path, "metavar": "FILE"}
+    file: dict[str, Any] = {"type": options.path, "metavar": "FILE"}
     count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
     add = p.add_argument_group("what to measure").add_argument
     add("--checkpoint", nargs="+", default=[], **file, help="checkpoints, .safetensors or .pth")
     text = "images in place of a checkpoint: a folder, or an .npz of ADM's evaluator"
-    add("--samples", type=Path, metavar="PATH", help=text)
+    add("--samples", type=options.path, metavar="PATH", help=text)
     text = "what to compare with: a folder, a config's data set, or a reference .npz or .pkl; else "
-    add("--data", type=Path, metavar="PATH", help=text + "the data set of the checkpoint's config")
-    add("--split", metavar="NAME", help="of the data set; else its config's")
+    add(
+        "--data",
+        type=options.path,
+        metavar="PATH",
+        help=text + "the data set of the checkpoint's config",
+    )
+    add("--split", type=options.text, metavar="NAME", help="of the data set; else its config's")
     add("-n", **count, help="the number of samples; else the protocol's")
     add("--n-reference", **count, help="real images to use; else all")
     text = f"comma-separated: {', '.join([*METRICS, RECOGNITION])}"
-    add("--metrics", type=_words, default="fd", metavar="NAMES", help=text)
+    add("--metrics", type=_metrics, default="fd", metavar="NAMES", help=text)
     text = f"comma-separated: {', '.join(PROTOCOLS)}"
-    add("--protocol", type=_words, default="edm", metavar="NAMES", help=text)
+    add("--protocol", type=_protocols, default="edm", metavar="NAMES", help=text)
     text = "weights of the protocol's encoder; else the cache folder's, or a download"
     add("--weights", **file, help=text)
     add("--force", action="store_true", help="take a reference of another protocol, and say so")
@@ -68,12 +93,12 @@ def parse_args(
     add = p.add_argument_group("where").add_argument
     add(
         "--output-dir",
-        type=Path,
+        type=options.path,
         default=Path("evaluation"),
         metavar="FOLDER",
         help="of the report",
     )
-    add("--cache", type=Path, metavar="FOLDER", help="of statistics of real data")
+    add("--cache", type=options.path, metavar="FOLDER", help="of statistics of real data")
     text = "processes that load images"
     add("--num-workers", type=options.non_negative, default=0, metavar="N", help=text)
     args = p.parse_args(argv)
@@ -86,7 +111,7 @@ def parse_args(
     args.settings = []
     for words in _sweep(args.sweep, known, p):
         setting = choices.parse_args(words, argparse.Namespace(**vars(args)))
-        sample.sampler_options(setting)  # refuses what the sampler doesn't take
+        sample.check_choices(setting)
         args.settings.append(setting)
     return args
 
