@@ -84,7 +84,7 @@ def any_process(accelerator: Any, wish: bool) -> bool:
     """Whether it is True on any process. All must call it."""
     if accelerator.num_processes == 1:
         return wish
-    return bool(accelerator.gather(torch.tensor([wish], device=accelerator.device)).any())
+    return bool(accelerator.gather(torch.tensor([int(wish)], device=accelerator.device)).any())
 
 
 def gather_shares(accelerator: Any, mine: torch.Tensor, n: int) -> torch.Tensor | None:

@@ -189,6 +189,7 @@ def test_processes_share_seeds_and_classes_out_in_turn(num_classes, monkeypatch)
             is_main_process=index == 0,
             device=torch.device("cpu"),
             autocast=nullcontext,
+            gather=lambda x: x,
         )
         return generation.sample_share(accelerator, Elementwise(), config, seeds, batch_size=4)
 
@@ -200,3 +201,29 @@ def test_processes_share_seeds_and_classes_out_in_turn(num_classes, monkeypatch)
     assert len(whole.unique(dim=0)) == 7
     for i in range(3):
         assert torch.equal(share(i, 3), whole[i::3])
+
+
+@pytest.mark.parametrize("who", ["this process", "another"])
+def test_a_stop_of_one_process_is_everybodys(who, monkeypatch):
+    monkeypatch.setattr(generation, "STEPS", 5)
+    mine = who == "this process"
+    accelerator = SimpleNamespace(
+        process_index=0,
+        num_processes=2,
+        is_main_process=True,
+        device=torch.device("cpu"),
+        autocast=nullcontext,
+        gather=lambda x: torch.cat([x, torch.tensor([int(not mine)])]),
+    )
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return mine and len(asked) == 2
+
+    config = runs.tiny_config(dataset={"num_classes": 0})
+    with pytest.raises(generation.SamplingStopped):
+        generation.sample_share(
+            accelerator, Elementwise(), config, range(6), batch_size=2, stop=stop
+        )
+    assert len(asked) == (2 if mine else 10)  # two batches of five steps
