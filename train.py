@@ -5,10 +5,13 @@ import k_diffusion.common.launcher  # before torch: the launcher may be gone whe
 import k_diffusion.common.threads  # before torch, which loads OpenMP
 
 # isort: split
+import argparse
 import copy
 import math
 import sys
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +28,8 @@ from k_diffusion.training import (
     optim,
     resume,
     run_files,
+    run_lock,
+    saving,
     setup,
     signals,
     step,
@@ -47,6 +52,11 @@ def main() -> None:
     check_writable(run_files.state_path(args.name))
     accelerator = setup.make_accelerator(args, config)
     setup.refuse_metrics(args)
+    with run_lock.hold(args.name, accelerator):
+        train(args, config, accelerator)
+
+
+def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) -> None:
     seed = distributed.agree_on_seed(args.seed)
 
     # build
@@ -66,6 +76,7 @@ def main() -> None:
         scaler=accelerator.scaler,
         seed=seed,
         dataset_length=len(train_data),
+        run=setup.run_facts(args, accelerator, len(train_data)),
     )
     if args.compile:
         models.compile_model(inner, args.compile)
@@ -100,7 +111,9 @@ def main() -> None:
     accelerator.print(setup.describe(args, state, accelerator, train_data))
 
     # loop
-    logger = log.Log(accelerator, args.name, state, args.end_step, args.log_every)
+    logger = log.Log(
+        accelerator, args.name, state, args.end_step, args.log_every, args.max_bad_steps
+    )
     batches = stream.checked(
         stream.make_loader(train_data, shares, args.num_workers, args.start_method), logger.skip
     )
@@ -111,16 +124,27 @@ def main() -> None:
         with suppress(generation.SamplingStopped):
             logger.image(demo.write_demo(accelerator, denoiser_ema, *rest), state.step)
 
+    def saved(path: Path) -> None:
+        logger.say(f"saved {path}")
+        if args.wandb_save_model:
+            logger.attempt("wandb", lambda: setup.save_to_wandb(path))
+
+    saver = saving.Saver(
+        accelerator,
+        args.name,
+        state,
+        saved,
+        every=args.save_every,
+        minutes=args.save_minutes,
+        keep=args.keep,
+    )
+
     def save(together: bool = True) -> None:
         logger.read(state, together)  # a lost run is an error here, and nothing to save
-        if accelerator.is_main_process:
-            with stop.saving():
-                path = run_files.save_checkpoint(args.name, state.step, state.state_dict())
-            logger.say(f"saved {path}")
-            if args.wandb_save_model:
-                logger.attempt("wandb", lambda: setup.save_to_wandb(path))
+        with stop.saving():
+            saver.save(state)
 
-    with signals.StopSignal() as stop:
+    with signals.StopSignal() as stop, saver:
         try:
             while state.step < end and not stop.agreed(accelerator):
                 loss, norm = step.train_step(
@@ -134,7 +158,7 @@ def main() -> None:
                     checkpointing=args.checkpointing,
                 )
                 logger.step(state, loss, norm)
-                if state.step % args.save_every == 0 or state.step == end or stop.save_agreed:
+                if saver.due(state) or state.step == end or stop.save_agreed:
                     save()
                 if state.step % args.demo_every == 0 or state.step == end:
                     make_demo()
@@ -147,6 +171,8 @@ def main() -> None:
                 save(together=False)
                 logger.say(f"stopped by an error ({type(error).__name__}) at step {state.step}")
             raise
+        with stop.saving():
+            saver.finish()
         logger.write(state)
         logger.plot()
         accelerator.wait_for_everyone()  # torchrun kills those that still save when one has left

@@ -1,8 +1,10 @@
 """Checkpoint files: written whole, read without running code, held against a model."""
 
+import hashlib
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,8 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from .common.files import write_atomically
-from .common.tensors import DTYPES
-from .common.untrusted import check_safetensors_file, check_torch_file
+from .common.tensors import DTYPES, nbytes
+from .common.untrusted import check_safetensors_file, check_torch_file, get_safetensors_metadata
 
 
 class CheckpointError(ValueError):
@@ -24,13 +26,18 @@ class CheckpointError(ValueError):
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint (.pth) onto the CPU, without running code that it may hold.
 
-    Raises CheckpointError naming a file that is missing, truncated, larger than it is, that holds
-    code, or is no checkpoint.
+    Raises CheckpointError naming a file that is missing, truncated, larger than it is, changed
+    since it was written (each part has a CRC-32), that holds code, or is no checkpoint.
     """
     if Path(path).suffix == ".safetensors":
         raise CheckpointError(f"{path} is an inference checkpoint; a training checkpoint is needed")
     try:
         check_torch_file(path)
+        if wrong := _damaged(path):
+            raise ValueError(f"{path} is damaged or truncated: {wrong}")
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+    try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own text tells how to switch the check off, which nobody should
@@ -39,8 +46,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds {what}, which isn't run; ask its author for a .safetensors file"
         ) from None
-    except (ValueError, OSError) as error:
-        raise CheckpointError(str(error)) from None
     except Exception as error:  # of whatever kind, of a damaged pickle
         reason = str(error).split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is damaged or truncated: {reason}") from None
@@ -84,19 +89,44 @@ def _check_tensors(weights: Any, source: object) -> None:
             )
 
 
+def _damaged(path: str | Path) -> str | None:
+    """What is wrong with the checksums in a file, which PyTorch doesn't look at, if anything is."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+    except Exception as error:  # of the file's format, of whatever kind
+        return str(error)
+    return f"its {broken} hasn't got the checksum that it was written with" if broken else None
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a training checkpoint (.pth), whole or not at all; torch.load reads it.
+
+    Raises OSError; DiskFullError before it begins if it can't fit.
+    """
+    values = dict(state)
+    write_atomically(path, lambda file: torch.save(values, file), nbytes(values))
+
+
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The weights of an inference checkpoint (.safetensors), on the CPU.
 
-    Raises CheckpointError naming a file that is missing or damaged.
+    Raises CheckpointError naming a file that is missing, damaged, or whose digest isn't that of its
+    contents. Files of other programs, without a digest, are read as they are.
     """
     try:
         check_safetensors_file(path)
         weights = load_file(path)
+        metadata = get_safetensors_metadata(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from None
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from None
     _check_tensors(weights, path)
+    if metadata.get(_DIGEST, digest := _digest(weights, metadata)) != digest:
+        raise CheckpointError(
+            f"{path} is damaged: its contents have SHA-256 {digest}, not the one that it states"
+        )
     return weights
 
 
@@ -118,10 +148,23 @@ def write_inference(
         whole = not x.is_floating_point() or name.endswith(_KEPT_WHOLE)
         return (x if whole else x.to(DTYPES[dtype])).contiguous()
 
-    converted = {k: convert(k, v) for k, v in weights.items()}
-    check_finite(converted, f"{path} in {dtype}", "choose bf16 or fp32")
-    data = save(converted, {"config": json.dumps(config)})
-    write_atomically(path, lambda file: file.write(data))
+    tensors = {k: convert(k, v) for k, v in weights.items()}
+    check_finite(tensors, f"{path} in {dtype}", "choose bf16 or fp32")
+    metadata = {"config": json.dumps(config)}
+    data = save(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)})
+    write_atomically(path, lambda file: file.write(data), len(data))
+
+
+_DIGEST = "sha256"
+
+
+def _digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of names, types, shapes and bytes of all weights, and of the config."""
+    sha = hashlib.sha256(metadata.get("config", "").encode())
+    for name, x in sorted(weights.items()):
+        sha.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        sha.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Any], source: object) -> None:

@@ -1,9 +1,13 @@
 """Files: written whole or not at all, downloaded, appended to."""
 
+import contextlib
 import csv
+import errno
 import hashlib
 import os
 import re
+import secrets
+import shutil
 import tempfile
 import urllib.parse
 import urllib.request
@@ -17,21 +21,74 @@ from tqdm.auto import tqdm
 PathLike = str | os.PathLike[str]
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+class DiskFullError(OSError):
+    """A file that the disk, the quota or the limit on a file's size has no space for."""
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object], size: int = 0) -> None:
     """Write a file under another name, flush it to disk and give it its name.
 
-    At any moment the name holds either the old file or the new one, whole. Raises OSError with the
-    path if the folder can't be written.
+    At any moment the name holds either the old file or the new one, whole, whoever else writes it.
+    size: the bytes it will take at least, for which there must be space. Raises OSError with the
+    path if the folder can't be written, DiskFullError if the disk is full.
     """
-    part = path.with_name(f".{path.name}.part")
+    free = shutil.disk_usage(path.parent).free if size else 0
+    if size > free:
+        raise DiskFullError(
+            f"can't write {path}: it takes {size:,} bytes, and the disk has {free:,} free; make "
+            f"space for {size - free:,} more, or choose another folder"
+        )
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    # another's file or link of this name is nothing to write into
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(part, flags, 0o666)
     try:
-        with part.open("wb") as file:
+        with os.fdopen(handle, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+    except Exception as error:
+        if reason := _why_full(error):
+            written = part.stat().st_size
+            missing = f" of {size:,}" if size > written else ""
+            raise DiskFullError(
+                f"can't write {path}: {reason} after {written:,} bytes{missing}; make space, or "
+                "choose another folder"
+            ) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _why_full(error: BaseException | None) -> str:
+    """What the system says to a write that didn't fit; torch.save hides it behind its own error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return str(error.strerror)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder last, should the machine lose its power."""
+    with contextlib.suppress(OSError):  # Windows opens no folders, some file systems sync none
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def temporary_of(path: Path) -> str | None:
+    """The name of the file that a temporary one of `write_atomically` would have become."""
+    found = re.fullmatch(r"\.(.+?)(\.[0-9a-f]{16})?\.part", path.name)
+    return found[1] if found else None
 
 
 def check_writable(path: Path) -> Path:

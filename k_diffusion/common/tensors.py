@@ -1,5 +1,6 @@
-"""Tensors: types wide enough to compute in, dimensions, and copies that gradients can pass."""
+"""Tensors: types wide enough to compute in, dimensions, sizes, and copies."""
 
+import copy
 import functools
 from typing import Any
 
@@ -44,3 +45,27 @@ def in_float64(x: torch.Tensor) -> torch.Tensor:
     x: (...), any shape.
     """
     return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def nbytes(state: Any) -> int:
+    """The bytes that the tensors in a nest of dicts, lists and tuples take."""
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    if isinstance(state, dict):
+        state = state.values()
+    elif not isinstance(state, list | tuple):
+        return 0
+    return sum(map(nbytes, state))
+
+
+def copy_to_host(state: Any) -> Any:
+    """A copy on the CPU of a nest of dicts, lists, tuples, tensors and plain values."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy.copy(state)  # of its kind, with the versions that a state dict carries
+        copied.update((key, copy_to_host(x)) for key, x in state.items())
+        return copied
+    if isinstance(state, list | tuple):
+        return type(state)(copy_to_host(x) for x in state)
+    return state

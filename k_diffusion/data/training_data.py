@@ -17,8 +17,8 @@ _MAX_CORRUPT_IN_A_ROW = 1000
 class TrainingData(Dataset[dict[str, Any]]):
     """A data set whose items are drawn by (index, seed) and come as dicts.
 
-    Of an item: `image`, `original`, `aug_cond`, with classes also `class`, and `skipped`, the paths
-    of corrupt images that the next image stood in for (an error with strict=True).
+    Of an item: `image`, `original`, `aug_cond`, `index`, with classes also `class`, and `skipped`,
+    the paths of corrupt images that the next image stood in for (an error with strict=True).
     """
 
     def __init__(
@@ -54,12 +54,19 @@ class TrainingData(Dataset[dict[str, Any]]):
         while True:
             try:
                 item = self.data[index]
+                image, original, aug_cond = self._image_of(item, index)
                 break
             except CorruptImageError as error:
                 if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
                     raise
                 skipped.append(str(error.filename or f"item {index} ({error})"))
                 index = (index + 1) % len(self)
+        out = {"image": image, "original": original, "aug_cond": aug_cond, "index": index}
+        if self.num_classes:
+            out["class"] = self._class_of(item, index)
+        return {**out, "skipped": "\n".join(skipped)}
+
+    def _image_of(self, item: Any, index: int) -> Any:
         try:
             image, original, aug_cond = item[self.image_key]
             made = {getattr(x, "dtype", None) for x in (image, original, aug_cond)}
@@ -70,10 +77,11 @@ class TrainingData(Dataset[dict[str, Any]]):
                 f"item {index} of the data set has no image that `transform` was applied to at "
                 f"{self.image_key!r} (dataset.image_key)"
             )
-        out = {"image": image, "original": original, "aug_cond": aug_cond}
-        if self.num_classes:
-            out["class"] = self._class_of(item, index)
-        return {**out, "skipped": "\n".join(skipped)}
+        if not torch.isfinite(image).all():
+            error = CorruptImageError(f"item {index} of the data set is NaN or infinite somewhere")
+            error.filename = f"item {index}, which is NaN or infinite somewhere"
+            raise error
+        return image, original, aug_cond
 
     def _class_of(self, item: Any, index: int) -> int:
         try:

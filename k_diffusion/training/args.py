@@ -39,6 +39,12 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         metavar="X",
         help="override the config's learning rate",
     )
+    add(
+        "--max-bad-steps",
+        **count,
+        default=10,
+        help="stop when so many in a row had a NaN or infinite loss or gradient",
+    )
     add("--mixed-precision", choices=["no", "fp16", "bf16", "fp8"], help="of the model")
     add(
         "--no-tf32",
@@ -77,6 +83,14 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--strict-data", action="store_true", help="stop at a corrupt image, don't skip it")
     add = p.add_argument_group("checkpoints").add_argument
     add("--save-every", **steps, default=10000, help="save a checkpoint")
+    add(
+        "--save-minutes",
+        type=options.positive_number,
+        default=30,
+        metavar="MINUTES",
+        help="save one, too, when the last is that old",
+    )
+    add("--keep", **count, help="delete all but the newest N, and the last from before trouble")
     add(
         "--resume",
         type=options.path,

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ..common.files import CSVLogger, write_atomically
 from ..common.text import need
+from . import run_files
 from .ema import ema_update_dict
 from .state import TrainState
 
@@ -40,7 +41,16 @@ class Progress(NamedTuple):
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss became NaN or infinite: the weights of that moment are not worth saving."""
+    """So many steps in a row were skipped that the weights are not worth going on from."""
+
+
+class Pending(NamedTuple):
+    """A step's loss and gradient norm, not yet read from the device, and the items it was of."""
+
+    step: int
+    loss: torch.Tensor
+    norm: torch.Tensor
+    items: list[int]
 
 
 class Log:
@@ -52,10 +62,18 @@ class Log:
     """
 
     def __init__(
-        self, accelerator: Any, name: str, state: TrainState, end_step: int | None, every: int = 25
+        self,
+        accelerator: Any,
+        name: str,
+        state: TrainState,
+        end_step: int | None,
+        every: int = 25,
+        max_bad_steps: int = 10,
     ):
         self.accelerator, self.name, self.every = accelerator, name, every
-        self.pending: list[torch.Tensor] = []
+        self.max_bad_steps, self.bad_steps = max_bad_steps, 0
+        self.pending: list[Pending] = []
+        self.items: list[int] = []  # of the step under way
         self.norm: torch.Tensor | None = None
         self.skipped: set[str] = set()
         self.said = False  # a line of the loss
@@ -114,53 +132,82 @@ class Log:
             raise
 
     def skip(self, batch: dict[str, Any]) -> None:
-        """Report a batch's corrupt images, each file once."""
+        """Report a batch's corrupt images, each file once. Notes what the step is of."""
+        self.items += batch["index"].tolist()
         for path in "\n".join(batch["skipped"]).split("\n"):
             if path and path not in self.skipped:
                 self.skipped.add(path)
                 tqdm.write(f"skipped a corrupt image ({len(self.skipped)} so far): {path}")
 
-    def step(self, state: TrainState, loss: torch.Tensor, norm: torch.Tensor | None) -> None:
+    def step(self, state: TrainState, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Take in one step. loss, norm: () tensors."""
-        self.pending.append(loss)
-        self.norm = norm
+        self.pending.append(Pending(state.step, loss, norm, self.items))
+        self.norm, self.items = norm, []
         state.elapsed = time.monotonic() - self.started
         self.bar.update()
         if state.step % self.every == 0:
             self.write(state)
         elif not self.said:  # that it runs is known after one step, not after `every`
             self.read(state)
-            self.show(state, state.losses[-1])
+            if state.losses:
+                self.show(state, state.losses[-1])
 
     def read(self, state: TrainState, together: bool = True) -> None:
-        """Bring the losses from the device into the state.
+        """Bring the losses from the device into the state, and tell of skipped steps.
 
-        together: averaged over all processes, which must all call this. Raises NonFiniteLoss if a
-        loss, or the last gradient, was NaN or infinite.
+        together: averaged over all processes, which must all call this. Raises NonFiniteLoss if too
+        many steps in a row were skipped.
         """
         if not self.pending:
             return
-        losses, self.pending = torch.stack(self.pending).float(), []
-        if together:
-            losses = self.accelerator.reduce(losses, reduction="mean")
-        # in fp16 gradients do overflow, and the step is skipped
-        if self.norm is not None and state.scaler is None:
-            losses[-1] += 0 * self.norm
-        for loss in losses.tolist():
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(
-                    f"the loss or its gradient is NaN or infinite, by step {state.step}; resume "
-                    "from the last checkpoint with a lower --lr, or another --mixed-precision"
+        pending, self.pending = self.pending, []
+        own = torch.stack([step.loss for step in pending]).float()
+        losses = self.accelerator.reduce(own, reduction="mean") if together else own
+        norms = torch.stack([step.norm for step in pending]).float()
+        scale = None if state.scaler is None else state.scaler.get_scale()
+        rows = zip(pending, own.tolist(), losses.tolist(), norms.tolist())
+        for step, mine, loss, norm in rows:
+            # fp16 looks for the largest scale at which gradients don't overflow
+            searching = scale is not None and scale > 1 and math.isfinite(loss)
+            if math.isfinite(loss + norm) or searching:
+                if math.isfinite(norm):
+                    state.bad_steps = 0
+                state.losses.append(loss)
+                ema_update_dict(state.ema_stats, {"loss": loss}, _AVERAGE_DECAY)
+                continue
+            state.skipped(step.step)
+            self.bad_steps += 1
+            if not math.isfinite(mine) or math.isfinite(loss):  # else it was another process
+                what = "gradient" if math.isfinite(mine) else "loss"
+                tqdm.write(
+                    f"skipped step {step.step} ({self.bad_steps} so far), whose {what} is NaN or "
+                    f"infinite; its items: {', '.join(map(str, step.items))}"
                 )
-            state.losses.append(loss)
-            ema_update_dict(state.ema_stats, {"loss": loss}, _AVERAGE_DECAY)
+            if state.bad_steps >= self.max_bad_steps:
+                raise NonFiniteLoss(self._lost(state, scale))
         if state.noise_scale is not None:
             state.noise_scale.read(self.accelerator, together)
+
+    def _lost(self, state: TrainState, scale: float | None) -> str:
+        """What to do when steps are skipped time and again."""
+        what = f"{state.bad_steps} steps in a row, up to step {state.bad_at}, were skipped"
+        why = "as their loss or gradient is NaN or infinite"
+        other = "a lower --lr, or another --mixed-precision"
+        if scale is not None:
+            why = f"as fp16 overflows in every step, even at a loss scale of {scale:g}"
+            other = "--mixed-precision bf16, or a lower --lr"
+        path = run_files.before(self.name, state.trouble)
+        start = (
+            f"resume with --resume {path}, from before the trouble began, and"
+            if path
+            else "start with"
+        )
+        return f"{what}, {why}; {start} {other}"
 
     def write(self, state: TrainState) -> None:
         """Write a row: the mean loss since the last one, its moving average, and where we are."""
         self.read(state)
-        if not state.losses:
+        if not state.losses:  # all of them were skipped
             return
         loss, state.losses = math.fsum(state.losses) / len(state.losses), []
         row = {

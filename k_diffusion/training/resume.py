@@ -28,14 +28,18 @@ def resume(
             continue
         for line in config_differences(checkpoint["config"], state.config):
             say(f"the config differs from the checkpoint's: {line}")
+        for line in config_differences(checkpoint.get("run", {}), state.run):
+            say(f"the run differs from the checkpoint's: {line}")
         state.load_state_dict(checkpoint, candidate)
-        how = "" if path is not None else f" (as {state_path(name)} says; delete it to start anew)"
+        said = f"as {state_path(name)} says"
+        if not state_path(name).exists():
+            said = f"the newest that can be read, as {state_path(name)} is gone"
+        how = "" if path is not None else f" ({said}; pass another --name to start anew)"
         say(f"resumed from {candidate} at step {state.step}{how}")
         return candidate
     if candidates:
         raise CheckpointError(
-            f"none of the checkpoints of {name!r} can be read; delete {state_path(name)} to start "
-            "anew"
+            f"none of the checkpoints of {name!r} can be read; pass another --name to start anew"
         )
     return None
 

@@ -80,6 +80,18 @@ def start_trackers(accelerator: Any, args: argparse.Namespace, state: TrainState
         ) from error
 
 
+def run_facts(args: argparse.Namespace, accelerator: Any, images: int) -> dict[str, Any]:
+    """What a run's numbers depend on besides its config; the seed, if it was given."""
+    facts = {
+        "batch_size": args.batch_size,
+        "grad_accum_steps": args.grad_accum_steps,
+        "processes": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "images": images,
+    }
+    return facts if args.seed is None else {**facts, "seed": args.seed}
+
+
 def describe(
     args: argparse.Namespace, state: TrainState, accelerator: Any, data: TrainingData
 ) -> str:

@@ -19,8 +19,11 @@ class TrainState:
 
     model, model_ema: the inner models, unwrapped. scaler: of the gradients, in fp16. step: steps
     done. samples: images seen, by all processes. losses: of the steps since the last row of the
-    log. noise_scale: of the gradient, under --gns. Random numbers are a function of (seed, step)
-    and (seed, sample), so the seed is all there is to keep of them.
+    log. noise_scale: of the gradient, under --gns. run: what else the numbers depend on, such as
+    the batch size. bad_steps: how many of the last steps in a row were skipped; bad_at: the last
+    step skipped; trouble: the first one, since a checkpoint before which none was; all 0 if none
+    were. Random numbers are a function of (seed, step) and (seed, sample), so the seed is all there
+    is to keep of them.
     """
 
     config: dict[str, Any]
@@ -39,6 +42,10 @@ class TrainState:
     losses: list[float] = field(default_factory=list)
     ema_stats: dict[str, float] = field(default_factory=dict)
     demo_gen: torch.Generator = field(default_factory=torch.Generator)
+    run: dict[str, Any] = field(default_factory=dict)
+    bad_steps: int = 0
+    bad_at: int = 0
+    trouble: int = 0
     whole: bool = True
 
     def __post_init__(self) -> None:
@@ -48,6 +55,10 @@ class TrainState:
     def epoch(self) -> int:
         """Whole passes over the data set."""
         return self.samples // self.dataset_length
+
+    def skipped(self, step: int) -> None:
+        """Take note that a step was skipped, as its loss or gradient was NaN or infinite."""
+        self.bad_steps, self.bad_at, self.trouble = self.bad_steps + 1, step, self.trouble or step
 
     @contextmanager
     def changing(self) -> Iterator[None]:
@@ -74,6 +85,8 @@ class TrainState:
             "samples": self.samples,
             "seed": self.seed,
             "losses": self.losses,
+            "run": {**self.run, "seed": self.seed},
+            "bad_steps": (self.bad_steps, self.bad_at, self.trouble),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
@@ -105,6 +118,7 @@ class TrainState:
         self.ema_stats = dict(state.get("ema_stats") or {})
         if self.noise_scale is not None and state.get("gns_stats"):
             self.noise_scale.estimate.load_state_dict(state["gns_stats"])
+        self.bad_steps, self.bad_at, self.trouble = state.get("bad_steps", (0, 0, 0))
         if "demo_gen" in state:
             self.demo_gen.set_state(state["demo_gen"])
 

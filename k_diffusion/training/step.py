@@ -64,16 +64,17 @@ def train_step(
     *,
     accumulate: int = 1,
     checkpointing: str = "off",
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss, backward, clip, step, EMA: one optimizer step over `accumulate` batches of `batches`.
 
     denoiser: around the prepared (DDP-wrapped) inner model; opt: the prepared optimizer.
     checkpointing: a row of `models.flags.CHECKPOINTING`. Noise levels are stratified over all
     processes and batches of the step, unless the state measures the noise scale: strata would
-    correlate the samples. All random numbers follow from the seed, the step and the process. In
-    fp16, a step whose gradients overflowed leaves the weights, and so the learning rate and the
-    average, as they are. Returns the mean loss of this process and the norm of the gradient
-    (None without clipping or noise scale), on the device.
+    correlate the samples. All random numbers follow from the seed, the step and the process. A step
+    whose loss or gradient is NaN or infinite on any process is one of no length: it leaves the
+    weights and the optimizer's state as they are, without waiting for the device. In fp16, where
+    gradients overflow at times, it leaves the learning rate and the average, too. Returns the mean
+    loss of this process and the norm of the whole gradient before clipping, on the device.
     """
     config = state.config
     opt.zero_grad(set_to_none=True)
@@ -90,20 +91,20 @@ def train_step(
             models.checkpointing(**CHECKPOINTING[checkpointing]),
         ):
             loss = batch_loss(denoiser, batch, sample_density, config, accelerator.device).mean()
-            accelerator.backward(loss / accumulate)
+            # where the loss is lost, so is the gradient, which all processes will see
+            known = 1 + 0 * loss.detach()
+            accelerator.backward(loss * known / accumulate)
         losses.append(loss.detach())
         seen += len(batch["image"]) * accelerator.num_processes
 
-    norm = None
     max_norm = config["optimizer"]["max_grad_norm"]
-    if max_norm is not None or measured is not None:
-        most = math.inf if max_norm is None else max_norm
-        norm = accelerator.clip_grad_norm_(denoiser.parameters(), most)
-        if measured is not None:
-            scale = 1.0 if state.scaler is None else state.scaler.get_scale()
-            measured.step(norm, accumulate, seen, accelerator.num_processes, scale)
+    most = math.inf if max_norm is None else max_norm
+    norm = accelerator.clip_grad_norm_(denoiser.parameters(), most)
+    if measured is not None:
+        scale = 1.0 if state.scaler is None else state.scaler.get_scale()
+        measured.step(norm, accumulate, seen, accelerator.num_processes, scale)
     with state.changing():
-        opt.step()
+        update(opt, state, norm)
         if not opt.step_was_skipped:
             state.sched.step()
             ema_update(state.model, state.model_ema, state.ema_sched.get_value())
@@ -111,3 +112,28 @@ def train_step(
         state.samples += seen
         state.step += 1
     return torch.stack(losses).mean(), norm
+
+
+def update(opt: Any, state: TrainState, norm: torch.Tensor) -> None:
+    """Step the optimizer, unless the norm of the gradient, (), is NaN or infinite."""
+    if state.scaler is not None:  # it looks for itself
+        opt.step()
+    elif not state.opt.defaults.get("fused"):
+        if norm.isfinite():  # waits for the device
+            opt.step()
+    else:
+        # on the device, the way that a GradScaler tells fused optimizers
+        _begin_momentum(state.opt)
+        state.opt.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        opt.step()
+        del state.opt.found_inf  # type: ignore[attr-defined]
+
+
+def _begin_momentum(opt: torch.optim.Optimizer) -> None:
+    """Start SGD's momentum at 0, as its first step would leave it undefined if it were skipped."""
+    if opt.state:
+        return
+    for group in opt.param_groups:
+        for p in group["params"]:
+            if group.get("momentum") and p.grad is not None:
+                opt.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -127,6 +127,20 @@ class Folder(Dataset):
         return (drawn, drawn, torch.zeros(9)), self.label(index)
 
 
+def test_a_lost_image_is_skipped_and_named_like_a_corrupt_one():
+    class Lost(Folder):
+        def __getitem__(self, index):
+            (image, *rest), label = super().__getitem__(index)
+            return (image * (float("nan") if index == 4 else 1), *rest), label
+
+    item = training_data.TrainingData(Lost())[4, 0]
+    assert item["index"] == 5
+    assert 5 <= item["image"].min() < 6
+    assert item["skipped"] == "item 4, which is NaN or infinite somewhere"
+    with pytest.raises(utils.CorruptImageError, match="item 4 of the data set is NaN or infinite"):
+        training_data.TrainingData(Lost(), strict=True)[4, 0]
+
+
 def test_an_item_depends_on_its_index_and_seed_alone():
     training = training_data.TrainingData(Folder(), num_classes=3)
     torch.manual_seed(5)

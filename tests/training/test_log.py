@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from k_diffusion.training import log
+from k_diffusion.training.state import TrainState
 
 
 class Accelerator:
@@ -48,7 +49,7 @@ class Tracker:
 
 
 def make_state():
-    return SimpleNamespace(
+    state = SimpleNamespace(
         step=0,
         epoch=0,
         samples=0,
@@ -57,16 +58,22 @@ def make_state():
         ema_stats={},
         scaler=None,
         noise_scale=None,
+        bad_steps=0,
+        bad_at=0,
+        trouble=0,
         sched=SimpleNamespace(get_last_lr=lambda: [0.1, 0.03]),
         ema_sched=SimpleNamespace(get_value=lambda: 0.9),
     )
+    state.skipped = lambda step: TrainState.skipped(state, step)
+    return state
 
 
-def steps(logger, state, losses, norm=None):
+def steps(logger, state, losses, norm=1.0):
     for loss in losses:
         state.step += 1
         state.samples += 4
-        logger.step(state, torch.tensor(float(loss)), None if norm is None else torch.tensor(norm))
+        logger.skip({"skipped": [], "index": torch.tensor([state.step, 100 + state.step])})
+        logger.step(state, torch.tensor(float(loss)), torch.tensor(norm))
 
 
 @pytest.fixture
@@ -158,28 +165,63 @@ def test_reading_in_between_changes_no_number(folder):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_lost_run_is_an_error(folder, bad, what):
+def test_a_bad_step_is_named_with_its_items_and_not_counted(folder, capsys, bad, what):
     state = make_state()
     logger = log.Log(Accelerator(), "a", state, None, every=100)
     steps(logger, state, [1.0])
-    steps(logger, state, [bad if what == "loss" else 1.0], norm=bad)
-    steps(logger, state, [1.0] * (what == "loss"), norm=1.0)
-    with pytest.raises(log.NonFiniteLoss, match=f"by step {state.step}; resume from the last"):
-        logger.read(state)
+    # a lost loss takes its gradient along
+    steps(logger, state, [bad if what == "loss" else 2.0], norm=bad)
+    steps(logger, state, [3.0])
+    logger.read(state)
+    assert state.losses == [1, 3]
+    assert (state.bad_steps, state.bad_at, state.trouble) == (0, 2, 2)
+    assert (
+        f"skipped step 2 (1 so far), whose {what} is NaN or infinite; its items: 2, 102\n"
+    ) in capsys.readouterr().out
 
 
-def test_gradients_may_overflow_in_fp16(folder):
+def test_another_process_names_the_items_of_its_lost_loss(folder, capsys):
     state = make_state()
-    state.scaler = object()
-    logger = log.Log(Accelerator(), "a", state, None, every=1)
-    steps(logger, state, [1.0], norm=math.inf)
+    logger = log.Log(Accelerator(other=math.inf), "a", state, None, every=2)
+    steps(logger, state, [1.0, 1.0], norm=math.nan)
+    assert state.bad_steps == 2
+    assert "skipped" not in capsys.readouterr().out
+
+
+def test_too_many_bad_steps_in_a_row_end_a_run_and_say_how_to_go_on(folder):
+    state = make_state()
+    logger = log.Log(Accelerator(), "a", state, None, every=1, max_bad_steps=3)
+    for step in 2, 4, 6:
+        (folder / f"a_{step:08}.pth").write_bytes(b"")
+    steps(logger, state, [1, 1, 1, 1, math.nan, 1, math.nan, math.nan])
+    message = (
+        "3 steps in a row, up to step 9, were skipped, as their loss or gradient is NaN or "
+        "infinite; resume with --resume a_00000004.pth, from before the trouble began, and a lower"
+    )
+    with pytest.raises(log.NonFiniteLoss, match=message):
+        steps(logger, state, [math.nan])
+
+
+def test_gradients_may_overflow_in_fp16_until_the_scale_is_found(folder):
+    state = make_state()
+    scale = [65536.0]
+    state.scaler = SimpleNamespace(get_scale=lambda: scale[0])
+    logger = log.Log(Accelerator(), "a", state, None, every=1, max_bad_steps=2)
+    for _ in range(5):
+        steps(logger, state, [1.0], norm=math.inf)
     assert log.read_rows(folder / "a_metrics.csv")[0]["grad_norm"] == "inf"
+    assert state.bad_steps == 0
+    scale[0] = 0.5
+    steps(logger, state, [1.0], norm=math.inf)
+    message = "fp16 overflows in every step, even at a loss scale of 0.5; start with --mixed-prec"
+    with pytest.raises(log.NonFiniteLoss, match=message):
+        steps(logger, state, [1.0], norm=math.inf)
 
 
 def test_corrupt_images_are_named_once_and_counted(folder, capsys):
     logger = log.Log(Accelerator(), "a", make_state(), None)
     for skipped in ["", "x.png"], ["x.png", "y.png\nz.png"], ["z.png"]:
-        logger.skip({"skipped": skipped})
+        logger.skip({"skipped": skipped, "index": torch.tensor([0])})
     assert capsys.readouterr().out.splitlines() == [
         "skipped a corrupt image (1 so far): x.png",
         "skipped a corrupt image (2 so far): y.png",

@@ -1,7 +1,10 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -10,7 +13,7 @@ import torch
 import k_diffusion as K
 from k_diffusion import checkpoints
 from k_diffusion.data import training_data
-from k_diffusion.training import log, optim, resume, step
+from k_diffusion.training import log, optim, resume, run_lock, step
 from k_diffusion.training.state import TrainState
 
 FAST = "--seed", 1, "--batch-size", 6, "--sample-n", 1, "--log-every", 4, "--num-workers", 0
@@ -103,18 +106,81 @@ def test_an_error_in_the_data_loses_nothing(train, monkeypatch):
     same_run(train.folder, "whole", "parts", 7)
 
 
-def test_a_lost_loss_ends_the_run_and_is_not_saved(train, monkeypatch):
-    """The loss is read seldom; a checkpoint must not be written in between."""
-    loss_of = step.batch_loss
-    train("--name", "run", "--end-step", 4)
+def losing(monkeypatch, *steps):
+    """Makes the losses of these steps NaN."""
+    take_step, loss_of, now = step.train_step, step.batch_loss, [None]
+
+    def take(accelerator, denoiser, opt, state, *args, **kwargs):
+        now[0] = state.step + 1
+        return take_step(accelerator, denoiser, opt, state, *args, **kwargs)
 
     def lost(*args):
-        return loss_of(*args) * float("nan")
+        return loss_of(*args) * (float("nan") if now[0] in steps else 1)
 
+    monkeypatch.setattr(step, "train_step", take)
     monkeypatch.setattr(step, "batch_loss", lost)
-    with pytest.raises(SystemExit, match="NaN or infinite, by step 5"):
-        train("--name", "run", "--end-step", 9, "--save-every", 5)
-    assert sorted(p.name for p in train.folder.glob("*.pth")) == ["run_00000004.pth"]
+
+
+def test_a_lost_step_is_skipped_and_named_and_the_run_goes_on_bitwise(train, monkeypatch, capsys):
+    """The loss is read seldom, and wherever a run is interrupted."""
+    losing(monkeypatch, 2, 5, 6)
+    train("--name", "whole", "--end-step", 9)
+    text = capsys.readouterr().out
+    assert text.count("whose loss is NaN or infinite; its items: ") == 3
+    assert "skipped step 6 (3 so far)" in text
+    for end in 5, 9:
+        train("--name", "parts", "--end-step", end)
+    same_run(train.folder, "whole", "parts", 9)
+    rows = log.read_rows(train.folder / "whole_metrics.csv")
+    assert [row["step"] for row in rows] == ["4", "8", "9"]
+    assert all(float(row["loss"]) < 10 for row in rows)
+
+
+def test_a_lost_run_ends_and_its_last_good_checkpoint_is_kept_and_named(train, monkeypatch):
+    losing(monkeypatch, 4, *range(6, 99))  # with a good checkpoint in between
+    save = "--save-every", 1, "--keep", 1, "--log-every", 1, "--max-bad-steps", 4
+    message = "4 steps in a row, up to step 9, .*--resume run_00000005.pth, from before the trouble"
+    with pytest.raises(SystemExit, match=message):
+        train("--name", "run", "--end-step", 99, *save)
+    names = sorted(p.name for p in train.folder.glob("*.pth"))
+    assert names == ["run_00000005.pth", "run_00000008.pth"]
+
+
+def test_an_error_in_the_first_step_leaves_nothing(train, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "batch_loss", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train("--name", "run", "--end-step", 3)
+    assert [p.name for p in train.folder.iterdir()] == ["tiny.json"]
+    train("--name", "run", "--end-step", 1, "--set", "model.mapping_width=24")
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "batch_loss", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train("--name", "run", "--end-step", 3, "--set", "model.mapping_width=24")
+    assert len(list(train.folder.glob("*.pth"))) == 1
+
+
+def test_a_disk_that_fills_up_ends_a_run_in_a_sentence(train, monkeypatch):
+    usage = shutil.disk_usage(train.folder)
+    free = iter([10**9, 10**9, 1000, 1000])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+    message = r"run_00000006.pth: it takes .* 1,000 free; make space for [\d,]+ more"
+    with pytest.raises(SystemExit, match=message):
+        train("--name", "run", "--end-step", 99, "--save-every", 2)
+    said = json.loads((train.folder / "run_state.json").read_text())
+    assert said == {"latest_checkpoint": "run_00000004.pth"}
+    monkeypatch.undo()
+    train("--name", "run", "--end-step", 5)
+
+
+def test_a_run_of_the_same_name_is_refused(train):
+    with (
+        run_lock.hold(
+            str(train.folder / "run"), SimpleNamespace(is_main_process=True, print=print)
+        ),
+        pytest.raises(SystemExit, match=f"another run is called 'run', process {os.getpid()} on "),
+    ):
+        train("--name", "run", "--end-step", 1)
 
 
 def test_a_crash_between_the_changes_of_a_step_saves_no_half(train, monkeypatch):
@@ -139,7 +205,23 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_is_used(train, capsy
     out = capsys.readouterr().out
     assert "runs/a_00000004.pth is damaged or truncated" in out
     assert "resumed from runs/a_00000002.pth at step 2" in out
-    assert "runs/a_state.json says; delete it to start anew" in out
+    assert "(as runs/a_state.json says; pass another --name to start anew)" in out
+
+
+def test_without_its_state_file_a_run_goes_on_from_the_newest(train, capsys):
+    train("--name", "a", "--end-step", 4, "--save-every", 2)
+    (train.folder / "a_state.json").unlink()
+    newest = train.folder / "a_00000004.pth"
+    newest.write_bytes(
+        newest.read_bytes().replace(b"image_transformer_v2", b"image_transformer_v3")
+    )
+    train("--name", "a", "--end-step", 5)
+    out = capsys.readouterr().out
+    assert "a_00000004.pth is damaged or truncated: its " in out
+    assert (
+        "resumed from a_00000002.pth at step 2 (the newest that can be read, as a_state.json is "
+        "gone; pass another --name to start anew)"
+    ) in out
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(train):
@@ -166,9 +248,12 @@ def test_another_architecture_says_what_differs(train):
 # ------------------------------------------------------------------------- what may change
 
 
-def test_other_batch_sizes_and_workers_go_on_where_the_data_was(train):
+def test_other_batch_sizes_and_workers_go_on_where_the_data_was(train, capsys):
     train("--name", "a", "--end-step", 3)
-    train("--name", "a", "--end-step", 5, "--batch-size", 10)
+    changed = "--batch-size", 10, "--mixed-precision", "bf16", "--seed", 7
+    train("--name", "a", "--end-step", 5, *changed)
+    said = re.findall("the run differs from the checkpoint's: (.*)", capsys.readouterr().out)
+    assert said == ["batch_size: 6 -> 10", "precision: 'no' -> 'bf16'", "seed: 1 -> 7"]
     assert runs.read(train.folder / "a_00000005.pth")["samples"] == 3 * 6 + 2 * 10
 
 

@@ -1,6 +1,7 @@
 """One optimizer step, alone and by two processes, against sums done by hand."""
 
 import copy
+import math
 import os
 import socket
 from types import SimpleNamespace
@@ -101,7 +102,8 @@ def test_accumulated_halves_are_the_whole_batch(fixed_noise):
     loss, norm = train(accelerator, whole[0], *whole[2:], [images(8)])
     halves = [images(4), images(4, 4)]
     loss_parts, _ = train(accelerator, parts[0], *parts[2:], halves, accumulate=2)
-    assert norm is None
+    squares = sum(p.grad.square().sum() for p in whole[0].model.parameters())
+    assert norm.item() == pytest.approx(squares.sqrt().item(), rel=1e-5)  # which nobody clipped
     assert loss_parts.item() == pytest.approx(loss.item(), rel=1e-5)
     close(gradients(whole[0].model), gradients(parts[0].model))
     # however many batches make up a step: one step of the optimizer, the schedules and the counters
@@ -159,6 +161,67 @@ def test_a_step_skipped_in_fp16_moves_neither_schedule_nor_average():
     assert (state.step, state.samples) == (1, 4)
     assert (state.sched.last_epoch, state.ema_sched.last_epoch) == (0, 0)
     assert runs.differences(dict(ema), dict(state.model_ema.state_dict())) == []
+
+
+SGD = {"type": "sgd", "lr": 1e-2, "momentum": 0.9}
+
+
+def snapshot(state):
+    return copy.deepcopy((state.model.state_dict(), state.opt.state_dict()["state"]))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, SGD, {"max_grad_norm": None}], ids=["adamw", "sgd", "free"]
+)
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_lost_step_leaves_the_weights_and_the_optimizer(monkeypatch, options, what, fused):
+    """Also the first step of a run, and of a state that the optimizer has only then."""
+    state, accelerator, denoiser, opt = make(optimizer=options)
+    for group in (state.opt.defaults, *state.opt.param_groups):
+        group["fused"] = fused
+    batch_loss, lost = step.batch_loss, [True, False, True, False]
+
+    def lose(*args):
+        loss = batch_loss(*args)
+        if not lost.pop(0):
+            return loss
+        if what == "loss":  # finite gradient, or it would be
+            return loss + torch.tensor([0.0, math.inf, 0.0, 0.0])
+        return torch.where(torch.arange(4) == 1, (loss * 0).sqrt(), loss)
+
+    def train_on():
+        return train(accelerator, state, denoiser, opt, [images(4)])
+
+    monkeypatch.setattr(step, "batch_loss", lose)
+    same = copy.deepcopy(state.model.state_dict())
+    loss, norm = train_on()
+    assert not norm.isfinite()
+    assert loss.isfinite() == (what == "gradient")
+    assert runs.differences(dict(state.model.state_dict()), dict(same)) == []
+    train_on()
+    before, at = snapshot(state), state.step
+    train_on()
+    assert runs.differences(snapshot(state), before) == []
+    assert (state.step, state.samples, state.sched.last_epoch) == (at + 1, 12, at + 1)
+    train_on()
+    assert runs.differences(snapshot(state)[0], before[0]) != []
+    assert all(x.isfinite().all() for x in snapshot(state)[0].values())
+
+
+@pytest.mark.parametrize("options", [{}, SGD], ids=["adamw", "sgd"])
+def test_a_lost_first_step_is_as_if_it_had_not_been(monkeypatch, options):
+    lucky, unlucky = make(optimizer=options), make(optimizer=options)
+    batch_loss = step.batch_loss
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "batch_loss", lambda *args: batch_loss(*args) * math.nan)
+        train(unlucky[1], unlucky[0], *unlucky[2:], [images(4)])
+    for state, accelerator, *rest in lucky, unlucky:
+        state.step = 1
+        for group in state.opt.param_groups:
+            group["lr"] = 1e-3
+        train(accelerator, state, *rest, [images(4)])
+    assert runs.differences(snapshot(unlucky[0]), snapshot(lucky[0])) == []
 
 
 def test_data_that_fails_leaves_the_state_as_it_was():
@@ -266,6 +329,15 @@ def in_each_process(rank, port, folder):
         mine = torch.arange(rank, n, 2.0)[:, None]
         result[f"gathered {n}"] = distributed.gather_shares(accelerator, mine, n)
 
+    # the second process has a lost image
+    state, _, denoiser, opt = make(**FULL)
+    before = copy.deepcopy(state.model.state_dict())
+    batch = images(4, 4 * rank)
+    batch["image"][0] *= math.nan if rank else 1
+    loss, norm = train(accelerator, state, denoiser, opt, [batch])
+    result["lost"] = loss.item(), norm.item()
+    result["changed by it"] = runs.differences(dict(before), dict(state.model.state_dict()))
+
     # only the second process is told to stop
     stop = StopSignal()
     answers = []
@@ -356,6 +428,12 @@ def test_uneven_shares_are_gathered_in_order(two):
     for n in 7, 1:
         assert two[0][f"gathered {n}"].flatten().tolist() == list(range(n))
         assert two[1][f"gathered {n}"] is None
+
+
+def test_a_lost_loss_of_one_process_is_a_lost_step_of_all(two):
+    assert [math.isfinite(result["lost"][0]) for result in two] == [True, False]
+    assert [math.isfinite(result["lost"][1]) for result in two] == [False, False]
+    assert [result["changed by it"] for result in two] == [[], []]
 
 
 def test_all_processes_stop_at_the_same_step(two):
