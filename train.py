@@ -23,6 +23,7 @@ from k_diffusion.data import stream, training_data
 from k_diffusion.training import (
     demo,
     dry_run,
+    evaluation,
     log,
     noise_scale,
     optim,
@@ -51,7 +52,6 @@ def main() -> None:
     console.forgive()
     check_writable(run_files.state_path(args.name))
     accelerator = setup.make_accelerator(args, config)
-    setup.refuse_metrics(args)
     with run_lock.hold(args.name, accelerator):
         train(args, config, accelerator)
 
@@ -95,10 +95,11 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
     if args.reset_ema:
         state.reset_ema()
     begin, end = state.step, args.end_step or math.inf
-    if state.step >= end:
+    if state.step >= end and not args.evaluate_only:
         accelerator.print(f"step {state.step} is done; pass a larger --end-step to continue")
         accelerator.end_training()
         return
+    evaluator = evaluation.make_evaluator(accelerator, args, config, begin, end)
     shares = stream.Stream(
         len(train_data),
         args.batch_size,
@@ -124,6 +125,12 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         with suppress(generation.SamplingStopped):
             logger.image(demo.write_demo(accelerator, denoiser_ema, *rest), state.step)
 
+    def evaluate() -> None:
+        if evaluator is not None:
+            with suppress(generation.SamplingStopped):
+                found = evaluator.evaluate(denoiser_ema, state, logger.say, stop.asked)
+                logger.evaluated(state, found)
+
     def saved(path: Path) -> None:
         logger.say(f"saved {path}")
         if args.wandb_save_model:
@@ -145,6 +152,9 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
             saver.save(state)
 
     with signals.StopSignal() as stop, saver:
+        if args.evaluate_only:
+            evaluate()
+            end = state.step
         try:
             while state.step < end and not stop.agreed(accelerator):
                 loss, norm = step.train_step(
@@ -162,6 +172,8 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
                     save()
                 if state.step % args.demo_every == 0 or state.step == end:
                     make_demo()
+                if args.evaluate_every and state.step % args.evaluate_every == 0:
+                    evaluate()
             if begin < state.step < end:
                 save()
         except log.NonFiniteLoss:

@@ -106,7 +106,7 @@ def test_classes_of_the_command_line():
     assert parse_classes(["all"], 3) == [0, 1, 2]
     assert parse_classes(["2", "0"], 3) == [2, 0]
     assert parse_classes(["all"], 0) is None
-    for names, n in (["3"], 3), (["-1"], 3), (["cat"], 3), (["0"], 0):
+    for names, n in (["3"], 3), (["-1"], 3), (["0"], 0):
         with pytest.raises(ValueError, match="class"):
             parse_classes(names, n)
 

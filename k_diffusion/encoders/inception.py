@@ -1,13 +1,14 @@
 """Inception-v3 of the FID (arXiv:1706.08500), as TorchScript; torchvision's is another network."""
 
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..common.files import PathLike
 from .base import Encoder
-from .weights import find_weights
+from .weights import cache_folder, find_weights
 
 URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -34,6 +35,11 @@ class Inception(Encoder):
     def network(self, x: Tensor) -> Tensor:
         """The features (n, 2048) of normalized images x (n, 3, 299, 299)."""
         return self.model.layers(x).flatten(1)  # type: ignore[operator]
+
+
+def cached() -> Path:
+    """Where the weights are kept once they have been downloaded."""
+    return cache_folder() / Path(URL).name
 
 
 def make_inception(

@@ -117,6 +117,12 @@ def get_metric(name: str) -> Metric:
     return METRICS[name]
 
 
+def label_of(name: str, encoder: str) -> str:
+    """What a metric is called with the features of an encoder: the Fréchet distance of Inception's
+    is the FID."""
+    return "FID" if (name, encoder) == ("fd", "inception") else get_metric(name).label
+
+
 def check_n(names: Sequence[str], n_fake: int, n_real: int | None, options: Options) -> None:
     """Raises ValueError for a metric that needs more samples; before any is drawn, say.
 

@@ -4,8 +4,20 @@ import argparse
 from typing import Any
 
 from ..common import options
+from ..evaluation.protocols import PROTOCOLS, get_protocol
 from ..models.compiling import UNITS
 from ..models.flags import CHECKPOINTING
+
+
+class Default(int):
+    """A flag's default, told from the same number on the command line."""
+
+
+@options.of
+def protocol(text: str) -> str:
+    """An argparse type: an evaluation protocol's name, or its encoder's."""
+    get_protocol(text)
+    return text
 
 
 def parse_args(description: str | None = None) -> argparse.Namespace:
@@ -113,13 +125,13 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--wandb-entity", type=options.text, metavar="ENTITY", help="its entity")
     add("--wandb-group", type=options.text, metavar="GROUP", help="its group of runs")
     add("--wandb-save-model", action="store_true", help="save checkpoints there too")
-    add = p.add_argument_group("metrics", "accepted, without effect in this version").add_argument
+    add = p.add_argument_group("metrics").add_argument
     add(
         "--evaluate-every",
         type=options.non_negative,
-        default=10000,
+        default=Default(10000),
         metavar="STEPS",
-        help="evaluate; 0 for never",
+        help="measure FID and KID; 0 for never; by default only with weights that are in the cache",
     )
     add(
         "--evaluate-n",
@@ -131,10 +143,15 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--evaluate-only", action="store_true", help="evaluate, then exit")
     add(
         "--evaluate-with",
-        choices=["inception", "clip", "dinov2"],
+        type=protocol,
         default="inception",
-        help="the feature extractor",
+        metavar="NAME",
+        help=f"a protocol or its encoder: inception, clip, dinov2, {', '.join(PROTOCOLS)}",
     )
+    text = "weights of the encoder; else the cache folder's, or a download"
+    add("--evaluate-weights", type=options.path, metavar="FILE", help=text)
+    text = "of the data set, to compare with; else the one that is trained on"
+    add("--evaluate-split", type=options.text, metavar="NAME", help=text)
     add("--clip-model", default="ViT-B/16", metavar="MODEL", help="of CLIP")
     add("--dinov2-model", default="vitl14", metavar="MODEL", help="of DINOv2")
     args = p.parse_args()

@@ -10,19 +10,43 @@ from typing import Any
 from torch import nn
 
 from ..distributed import any_process
+from ..encoders import inception
 from ..encoders.weights import cache_folder
 from ..evaluation.extraction import Eye, gather, see_share
 from ..evaluation.protocols import get_protocol, metric_line
 from ..evaluation.reals import RealImages, real_sets
-from ..evaluation.registry import Options, measure
+from ..evaluation.registry import Options, label_of, measure
 from ..generation import STEPS, SamplingStopped, sample_batches
-from .log import Log
+from .args import Default
 from .state import TrainState
 
 # Those of the published training metric: DPM-Solver++(2M) of order 2 without noise.
 SAMPLER = "dpmpp_2m_sde"
 _SAMPLER_ARGS = {"eta": 0.0, "solver_type": "heun"}
 _OPTIONS = Options(resamples=0)
+
+
+def make_evaluator(
+    accelerator: Any, args: argparse.Namespace, config: dict[str, Any], begin: int, end: float
+) -> "Evaluator | None":
+    """The evaluator of a run from step `begin` to step `end`; None where none is due.
+
+    Without any --evaluate flag there is one only if Inception's weights are in the cache folder.
+    Raises as Evaluator does.
+    """
+    every, n = args.evaluate_every, args.evaluate_n
+    due = n > 0 and every > 0 and (begin // every + 1) * every <= end
+    if not (args.evaluate_only or due):
+        return None
+    asked = args.evaluate_only or args.evaluate_weights or args.evaluate_split
+    usual = isinstance(every, Default) and args.evaluate_with == "inception"
+    if usual and not asked and not inception.cached().is_file():
+        accelerator.print(
+            "no FID will be measured: Inception's weights are not in the cache folder; "
+            "--evaluate-every STEPS gets them, --evaluate-with lite0 needs none of them"
+        )
+        return None
+    return Evaluator(accelerator, args, config, args.config.parent)
 
 
 class Evaluator:
@@ -64,11 +88,16 @@ class Evaluator:
         )
 
     def evaluate(
-        self, denoiser: nn.Module, state: TrainState, log: Log, stop: Callable[[], bool]
+        self,
+        denoiser: nn.Module,
+        state: TrainState,
+        say: Callable[[str], object],
+        stop: Callable[[], bool],
     ) -> dict[str, float]:
         """Measure the averaged model; {} on all processes but the main one.
 
-        stop: asked after each sampling step, whether to give up; then SamplingStopped is raised.
+        say: told each metric in a line. stop: asked after each sampling step, whether to give up;
+        then SamplingStopped is raised.
         """
         seeds = range(state.seed, state.seed + self.n)
         batches = sample_batches(
@@ -91,18 +120,18 @@ class Evaluator:
         if seen is None or self.reals is None:
             return found
         for name, eye in self.eyes.items():
+            formula = eye.protocol.formula
             estimates = measure(
-                ("fd", "kid"),
+                ("cmmd",) if formula == "cmmd" else ("fd", "kid"),
                 seen.features[name],
                 self.reals[name],
                 _OPTIONS._replace(subset_size=min(1000, self.n, self.n_reals)),
-                formula=eye.protocol.formula,
+                formula=formula,
             )
             for metric, estimate in estimates.items():
-                label = "FID" if metric == "fd" and eye.protocol.encoder == "inception" else "FD"
-                log.say(
+                say(
                     metric_line(
-                        "KID" if metric == "kid" else label,
+                        label_of(metric, eye.protocol.encoder),
                         name,
                         estimate.value,
                         n=self.n,

@@ -19,7 +19,11 @@ from . import run_files
 from .ema import ema_update_dict
 from .state import TrainState
 
-COLUMNS = ["step", "epoch", "time", "loss", "loss_avg", "lr", "ema_decay", "grad_norm", "gns"]
+# The published ones first; fid and kid have a value where the run was evaluated.
+COLUMNS = [
+    *("step", "time", "loss", "fid", "kid"),
+    *("epoch", "loss_avg", "lr", "ema_decay", "grad_norm", "gns"),
+]
 _AVERAGE_DECAY = 0.98
 
 
@@ -86,6 +90,7 @@ class Log:
         self.csv_path = Path(f"{name}_metrics.csv")
         self.csv: CSVLogger | None = None  # from the first row on
         self.rows: list[list[Any]] = []  # of the CSV, not yet written
+        self.last_row: dict[str, Any] = {}
         # a file gets a line every `every` steps instead of a bar
         self.bar = tqdm(
             total=end_step,
@@ -212,22 +217,42 @@ class Log:
         loss, state.losses = math.fsum(state.losses) / len(state.losses), []
         row = {
             "step": state.step,
-            "epoch": state.epoch,
             "time": round(state.elapsed, 3),
             "loss": loss,
+            "fid": "",
+            "kid": "",
+            "epoch": state.epoch,
             "loss_avg": state.ema_stats["loss"],
             "lr": state.sched.get_last_lr()[0],
             "ema_decay": state.ema_sched.get_value(),
             "grad_norm": "" if self.norm is None else float(self.norm),
             "gns": "" if state.noise_scale is None else state.noise_scale.estimate.get_gns(),
         }
+        self.write_row(row)
+        self.track({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
+        self.show(state, loss)
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """Append a row to the CSV, on the main process."""
+        self.last_row = row
         if self.accelerator.is_main_process:
             self.rows.append(list(row.values()))
             self.attempt(str(self.csv_path), self.write_rows)
-        numbers = {k: v for k, v in row.items() if k != "step" and v != ""}
+
+    def track(self, numbers: dict[str, Any], step: int) -> None:
+        """Send numbers to the trackers."""
         for tracker in self.accelerator.trackers:
-            self.attempt(tracker.name, partial(tracker.log, numbers, step=state.step))
-        self.show(state, loss)
+            self.attempt(tracker.name, partial(tracker.log, numbers, step=step))
+
+    def evaluated(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Write the metrics of an evaluation, `fid` and `kid`, into a row of this step."""
+        if self.last_row.get("step") != state.step:
+            self.write(state)
+        if self.last_row.get("step") == state.step and metrics:
+            known = {key: value for key, value in metrics.items() if key in self.last_row}
+            self.write_row({**self.last_row, **known})
+        if metrics:
+            self.track(metrics, state.step)
 
     def show(self, state: TrainState, loss: float) -> None:
         """Show the progress in the bar, or as a line where there's no terminal."""

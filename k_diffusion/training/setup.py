@@ -16,12 +16,6 @@ from ..data.training_data import TrainingData
 from .state import TrainState
 
 
-def refuse_metrics(args: argparse.Namespace) -> None:
-    """Raises ValueError if all that was asked for is what this version can't measure."""
-    if args.evaluate_only:
-        raise ValueError("--evaluate-only: this version has no metrics; sample.py draws samples")
-
-
 def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any:
     """The Accelerator; sets up TF32. `start_trackers` starts the trackers that it knows of."""
     torch.backends.cuda.matmul.allow_tf32 = not args.no_tf32

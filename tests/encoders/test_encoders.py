@@ -2,6 +2,8 @@
 
 import re
 import sys
+import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from problems import normal
 from torch import nn
 
 from k_diffusion import encoders
+from k_diffusion.common import files
 from k_diffusion.data.datasets import Digits
 from k_diffusion.encoders import dinov2, efficientnet, inception, make_encoder, weights
 
@@ -202,7 +205,14 @@ def inception_file(tmp_path, monkeypatch):
     torch.manual_seed(0)
     torch.jit.script(TinyInception()).save(str(path))
     monkeypatch.setenv("K_DIFFUSION_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(inception, "URL", path.as_uri())
+    url = f"https://a.example/{path.name}"
+    monkeypatch.setattr(inception, "URL", url)
+
+    def open_url(asked):
+        assert asked == url
+        return urllib.request.urlopen(path.as_uri())
+
+    monkeypatch.setattr(files, "_opener", lambda: SimpleNamespace(open=open_url))
     monkeypatch.setattr(inception, "SHA256", weights.sha256(path))
     return path
 

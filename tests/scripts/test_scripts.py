@@ -425,9 +425,7 @@ def test_a_run_counts_the_classes_of_its_folders(call, folder, capsys):
         call("sample", "--checkpoint", "c_00000002.pth", "-n", 2, "--steps", 2, "--class", 2)
 
 
-def test_metrics_are_for_a_later_version(call, capsys):
-    with pytest.raises(SystemExit, match="--evaluate-only: this version has no metrics"):
-        call("train", *tiny("--evaluate-only"))
+def test_the_noise_scale_needs_two_batches(call):
     with pytest.raises(SystemExit, match="--gns compares .* pass --grad-accum-steps 2"):
         call("train", *tiny("--gns"))
 

@@ -140,10 +140,11 @@ def test_the_noise_scale(folder, capsys):
         estimate=estimate, read=lambda accelerator, together: reads.append(together)
     )
     accelerator = Accelerator()
+    accelerator.trackers = [Tracker()]
     logger = log.Log(accelerator, "a", state, None, every=2)
     steps(logger, state, [1, 2])
     assert log.read_rows(folder / "a_metrics.csv")[0]["gns"] == "1234.5"
-    assert accelerator.logged[0][1]["gns"] == 1234.5
+    assert accelerator.trackers[0].logged[0][1]["gns"] == 1234.5
     assert capsys.readouterr().out.endswith(", noise scale 1234\n")
     logger.read(state, together=False)
     assert reads == [True, True]  # of the first step and the row, none of nothing
@@ -237,7 +238,7 @@ def write_rows(path, *rows):
 
 
 def row(step, loss):
-    return [step, 0, 1.0, loss, loss, 1e-3, 0.9, 0.1, ""]
+    return [step, 1.0, loss, "", "", 0, loss, 1e-3, 0.9, 0.1, ""]
 
 
 def test_the_last_row_of_a_step_counts(tmp_path):

@@ -45,7 +45,7 @@ ROWS = [
     Row("train", "--compile all", "invalid choice: 'all'", 2),
     Row("train", "--evaluate-every -1", "must be at least 0", 2),
     Row("train", "--evaluate-n x", "whole number, got 'x'", 2),
-    Row("train", "--evaluate-with fid", "invalid choice: 'fid'", 2),
+    Row("train", "--evaluate-with edn", "did you mean 'edm'", 2),
     Row("train", "--unheard-of 1", "unrecognized arguments: --unheard-of 1", 2),
     Row("train", ["--tensorboard", ""], "--tensorboard: must not be empty", 2),
     Row("train", ["--wandb-project", ""], "--wandb-project: must not be empty", 2),

@@ -25,7 +25,7 @@ from ...evaluation.nearest import nearest, nearest_page
 from ...evaluation.protocols import get_protocol, metric_line
 from ...evaluation.reals import real_sets
 from ...evaluation.references import read_reference, write_samples
-from ...evaluation.registry import METRICS, FeatureSet, Options, measure
+from ...evaluation.registry import METRICS, FeatureSet, Options, label_of, measure
 from .. import sample
 from . import inputs
 from .args import RECOGNITION, parse_args
@@ -254,9 +254,7 @@ class Evaluation:
                 self.metrics, seen.features[name], real, self.options, logits, eye.protocol.formula
             )
             for metric, estimate in found.items():
-                label = METRICS[metric].label
-                if metric == "fd" and eye.protocol.encoder == "inception":
-                    label = "FID"
+                label = label_of(metric, eye.protocol.encoder)
                 notes = [note] if note else []
                 rows.append(self._row(metric, label, name, estimate, count, settings, how, notes))
         if seen.hits is not None:
