@@ -194,7 +194,10 @@ def check_finite(
     source: object,
     remedy: str = "take the checkpoint of an earlier step",
 ) -> None:
-    """Raises CheckpointError naming weights that are NaN or infinite."""
+    """Raises CheckpointError naming weights that are NaN or infinite.
+
+    weights: of any shapes (...), by their names. remedy: ends the sentence.
+    """
     if bad := [k for k, x in weights.items() if x.is_floating_point() and not x.isfinite().all()]:
         raise CheckpointError(f"{source} has NaN or infinite weights: {_some(bad)}; {remedy}")
 

@@ -3,7 +3,7 @@
 The sections of a config build themselves; here is how a plain dict becomes one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,8 +30,32 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
     return typed.model.build(typed.dataset.num_classes)
 
 
+def _at_most(model: Model, num_classes: int) -> int:
+    """Bytes that the weights can't exceed: each block has few matrices, none wider than its widest.
+
+    80 is more than a block of any type has, nine for each convolution, down and up.
+    """
+    section = model.model_dump(warnings="none", exclude={"input_size"})
+    sizes = [num_classes + 1, *_integers(section)]
+    depths = _integers([section.get(key) for key in ("depth", "depths", "mapping_depth")])
+    return 4 * 80 * max(sizes) ** 2 * (sum(depths) + 2)
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _integers(part)
+    elif isinstance(value, int):
+        yield value
+
+
 def _check_size(model: Model, num_classes: int) -> None:
     """Raises ConfigError for a model whose weights don't fit into the memory that is free."""
+    there = memory.available()
+    if there is None or _at_most(model, num_classes) < there:
+        return  # without counting, for which torch takes a second to get ready
     probe = torch.empty(0)
     if probe.device.type == "meta" or type(probe) is not torch.Tensor:
         return  # a model without weights

@@ -144,12 +144,6 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     if args.grid_labels and classes is None:
         raise ValueError("--grid-labels: this model is unconditional, its images have no classes")
     check_picture(output, shape[0])
-    count = args.n if args.grid else min(args.n, args.batch_size)
-    memory.check(
-        4 * count * math.prod(shape) + 100 * args.n,
-        f"{count:,} images of {shape[1]} x {shape[2]}",
-        "pass a smaller --size, -n or --batch-size",
-    )
     writable(output)
     accelerator.print(
         f"{args.n} images of {shape[1]} x {shape[2]} from {args.checkpoint}: {args.sampler}, "
@@ -213,6 +207,12 @@ def draw(
             warnings.simplefilter("ignore")
             load_config({**config, "model": {**model, "input_size": list(size)}})
     shape = (model["input_channels"], *size)
+    count = args.n if getattr(args, "grid", None) else min(args.n, args.batch_size)
+    memory.check(
+        4 * count * math.prod(shape) + 100 * args.n,
+        f"{count:,} images of {shape[1]} x {shape[2]}",
+        "pass a smaller --size, -n or --batch-size",
+    )
     mine = range(accelerator.process_index, args.n, accelerator.num_processes)
     batches = generation.generate(
         guided,

@@ -89,7 +89,7 @@ def test_a_run_that_a_signal_ended_goes_on_bitwise(train, monkeypatch):
 def test_an_error_in_the_data_loses_nothing(train, monkeypatch):
     train("--name", "whole", "--end-step", 7)
     draw = training_data.TrainingData._draw
-    left = [6 * 4]
+    left = [6 * 4 + 1]  # one is drawn before the run, to see what the data set gives
 
     def broken(self, index, seed):
         left[0] -= 1

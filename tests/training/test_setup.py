@@ -22,7 +22,7 @@ def test_a_tracker_without_network_or_key_is_a_sentence():
     )
     state = SimpleNamespace(seed=1, model=nn.Linear(1, 1), config={})
     with pytest.raises(
-        ValueError, match=r"can't start \(api_key not configured .*wandb login`"
+        OSError, match=r"can't start \(api_key not configured .*wandb login`"
     ) as e:
         setup.start_trackers(accelerator, args, state)
     assert "\n" not in str(e.value)

@@ -103,7 +103,7 @@ ROWS = [
     Row("sample", "--cfg-scale 2 --cfg-interval nan 1", "0 or more, got 'nan'", 2),
     Row("sample", "--autoguidance-scale 3", "needs --autoguidance CHECKPOINT", 2),
     Row("sample", "--autoguidance-scale nan", "must be a finite number, got 'nan'", 2),
-    Row("sample", "--cfg-rule zero_star", "--cfg-rule needs a --cfg-scale|invalid choice", 2),
+    Row("sample", "--cfg-rule apg", "--cfg-rule needs a --cfg-scale", 2),
     Row("sample", "--cfg-rule median", "invalid choice: 'median'", 2),
     Row("sample", "--perturbed-scale 2", "needs --skip-layers or --identity-attention", 2),
     Row("sample", "--skip-layers nosuch", "nosuch"),

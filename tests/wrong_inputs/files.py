@@ -164,11 +164,11 @@ CONFIGS = {
     "/dev/zero": "config file /dev/zero is no ordinary file",
     "no_config.safetensors": "no config in its metadata; pass a .json config",
     "bad_config.safetensors": "bad_config.safetensors is not JSON",
-    "text.pth": "text.pth is no checkpoint: it isn't in the zip format of torch.save",
+    "text.pth": "text.pth is damaged or no checkpoint: it isn't in torch.save's zip format",
 }
 TRAINED = {
-    "text.pth": "text.pth is no checkpoint: it isn't in the zip format",
-    "html.pth": "html.pth is no checkpoint",
+    "text.pth": "text.pth is damaged or no checkpoint: it isn't in",
+    "html.pth": "html.pth is damaged or no checkpoint",
     "empty.pth": "empty.pth is damaged or truncated",
     "cut_1.pth": "cut_1.pth is damaged or truncated",
     "cut_100.pth": "cut_100.pth is damaged or truncated",
@@ -194,7 +194,7 @@ TRAINED = {
     "nan.pth": "nan.pth has NaN or infinite weights",
     "expanded.pth": "says that a has shape .*, but stores less of it",
     "evil.pth": r"evil.pth holds code \(\w+.mkdir\), which isn't run; ask .* \.safetensors",
-    "old.pth": "old.pth is no checkpoint: it isn't in the zip format",
+    "old.pth": "old.pth is damaged or no checkpoint: it isn't in",
     "bomb.pth": "bomb.pth has compressed parts .*expand to 10,000,000",
     "other_zip.pth": "other_zip.pth is damaged or truncated",
     "liar.pth": "liar.pth (says that it holds .* bytes, but the file has|is damaged)",
