@@ -51,7 +51,7 @@ def test_a_start_elsewhere_is_noticed():
 def write(folder, name, weight=1.0, loss=0.5):
     state = {"model": {"w": torch.tensor([weight])}, "step": 3, "elapsed": 1.0 + weight}
     torch.save(state, folder / f"{name}_00000003.pth")
-    row = [3, 0, weight, loss, loss, 1e-3, 0.9, 0.1]
+    row = [3, 0, weight, loss, loss, 1e-3, 0.9, 0.1, ""]
     text = "\n".join(",".join(map(str, line)) for line in (log.COLUMNS, row))
     (folder / f"{name}_metrics.csv").write_text(text + "\n")
 
