@@ -26,8 +26,8 @@ def check_torch_file(path: PathLike) -> None:
         head = file.read(4)
         if not b"PK\x03\x04".startswith(head):
             raise ValueError(
-                f"{path} is damaged or no checkpoint: it isn't in torch.save's zip format; an older or "
-                "other file has to be loaded and saved anew by a program that you trust"
+                f"{path} is damaged or no checkpoint: it isn't in torch.save's zip format; an "
+                "older or other file has to be loaded and saved anew by a program that you trust"
             )
         size = file.seek(0, io.SEEK_END)
         try:

@@ -21,8 +21,6 @@ def test_a_tracker_without_network_or_key_is_a_sentence():
         name="a", config="c.json", wandb_project="p", wandb_entity=None, wandb_group=None
     )
     state = SimpleNamespace(seed=1, model=nn.Linear(1, 1), config={})
-    with pytest.raises(
-        OSError, match=r"can't start \(api_key not configured .*wandb login`"
-    ) as e:
+    with pytest.raises(OSError, match=r"can't start \(api_key not configured .*wandb login`") as e:
         setup.start_trackers(accelerator, args, state)
     assert "\n" not in str(e.value)
