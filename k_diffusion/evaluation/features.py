@@ -12,13 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from .. import encoders
+from ..encoders import make_encoder
+from .protocols import NORMALIZATIONS
 
 _INCEPTION_SIZE = (299, 299)
-
-
-def _make(name: str, device: torch.device | str, **options: Any) -> Any:
-    return encoders.make_encoder(name, device=device, **options)
 
 
 class InceptionV3FeatureExtractor(nn.Module):
@@ -27,7 +24,7 @@ class InceptionV3FeatureExtractor(nn.Module):
 
     def __init__(self, device: torch.device | str = "cpu"):
         super().__init__()
-        self.encoder = _make("inception", device)
+        self.encoder = make_encoder("inception", device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """The features (n, 2048) of images x (n, c, h, w) in [-1, 1], c of 3 or 1."""
@@ -45,8 +42,7 @@ class _OnSphere(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The features (n, width) of images x (n, c, h, w) in [-1, 1], c of 3 or 1."""
-        features = self.encoder(x)
-        return F.normalize(features, dim=1) * math.sqrt(features.shape[1])
+        return NORMALIZATIONS["unit times sqrt(width)"](self.encoder(x))
 
 
 class DINOv2FeatureExtractor(_OnSphere):
@@ -56,7 +52,7 @@ class DINOv2FeatureExtractor(_OnSphere):
     """
 
     def __init__(self, name: str = "vitl14", device: torch.device | str = "cpu"):
-        super().__init__(_make("dinov2", device, model=name))
+        super().__init__(make_encoder("dinov2", device=device, model=name))
 
 
 class CLIPFeatureExtractor(_OnSphere):
@@ -66,7 +62,7 @@ class CLIPFeatureExtractor(_OnSphere):
     """
 
     def __init__(self, name: str = "ViT-B/16", device: torch.device | str = "cpu"):
-        super().__init__(_make("clip", device, model=name))
+        super().__init__(make_encoder("clip", device=device, model=name))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import k_diffusion as K
-from k_diffusion import encoders
+from k_diffusion.encoders.inception import Inception
 from k_diffusion.evaluation import features
 
 
@@ -26,7 +26,7 @@ def made(monkeypatch):
         calls.append((name, device, options))
         return Stand()
 
-    monkeypatch.setattr(encoders, "make_encoder", make_encoder, raising=False)
+    monkeypatch.setattr(features, "make_encoder", make_encoder)
     return calls
 
 
@@ -76,3 +76,21 @@ def test_computed_features():
     assert not out.requires_grad
     with pytest.raises(ValueError, match="at least the 3 images asked for, got 2"):
         features.compute_features(Accelerator(), lambda n: torch.zeros(2, 1), lambda x: x, 7, 3)
+
+
+@pytest.mark.parametrize("size", [(299, 299), (20, 30)])
+def test_inception_as_the_protocol_of_its_name_has_it(size, monkeypatch):
+    class Pixels(nn.Module):
+        """The pixels that Inception's layers get."""
+
+        def layers(self, x):
+            return F.adaptive_avg_pool2d(x, (27, 27)).flatten(1)[:, :2048].clone()
+
+    encoder = Inception(Pixels()).freeze()
+    monkeypatch.setattr(features, "make_encoder", lambda name, device: encoder)
+    x = torch.randn(2, 3, *size)
+    got = K.evaluation.InceptionV3FeatureExtractor()(x)
+    if size == (299, 299):
+        x = x.clamp(-1, 1)
+    want = K.evaluation.PROTOCOLS["k-diffusion"].features(encoder, x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
