@@ -33,6 +33,7 @@ def hold(name: str, accelerator: Any) -> Iterator[None]:
         yield
         return
     path = lock_path(name).absolute()
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = _take(path, name, accelerator.print)
     try:
@@ -43,6 +44,9 @@ def hold(name: str, accelerator: Any) -> Iterator[None]:
         if handle is not None:
             path.unlink(missing_ok=True)  # while it is held: nobody else's
             os.close(handle)
+        with contextlib.suppress(OSError):  # a run that was refused leaves no empty folders
+            for folder in made:
+                folder.rmdir()
 
 
 def lock_path(name: str) -> Path:
