@@ -102,6 +102,7 @@ NOT_RUN = "<!-- not run by the tests:"  # the line before a block of shell, with
 SMALL = {
     "train": ["--end-step=1", "--sample-n=2", "--batch-size=4", "--num-workers=0"],
     "sample": ["-n=2", "--steps=2", "--device=cpu"],
+    "evaluate": ["-n=12", "--steps=2", "--device=cpu", "--resamples=2"],
 }
 
 
