@@ -58,8 +58,8 @@ def see_share(
 ) -> Share:
     """Features of this process's share of n images, under all protocols; each image is let go.
 
-    batches: images i = process, process + processes, ... of the set in order, as (k, c, h, w) in
-    [-1, 1]. eyes: by the protocol's name. classes: one id for each of the n images, for
+    batches: (k, c, h, w) in [-1, 1], images i = process, process + processes, ... of the set, in
+    order. eyes: by the protocol's name. classes: one id for each of the n images, for
     `recognizer`. classify: also the log-probabilities of the encoders that have a classifier. keep:
     how many of the n images to return. Raises ValueError where a share has another number of
     images.
@@ -109,5 +109,8 @@ def gather(accelerator: Any, share: Share) -> Seen | None:
 def look_at(
     accelerator: Any, batches: Iterable[Tensor], n: int, eyes: Mapping[str, Eye], **options: Any
 ) -> Seen | None:
-    """`see_share` and `gather`: what all processes see of n images, on the main one."""
+    """`see_share` and `gather`: what all processes see of n images, on the main one.
+
+    batches: (k, c, h, w) in [-1, 1], this process's share.
+    """
     return gather(accelerator, see_share(accelerator, batches, n, eyes, **options))
