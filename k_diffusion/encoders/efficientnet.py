@@ -17,16 +17,23 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 class EfficientNet(Encoder):
     """EfficientNet-Lite0's 1,280 features before its classifier, of images of 224 x 224.
 
-    model: timm's, without a classifier.
+    model: timm's, without its classifier. classifier: features (n, 1280) -> logits (n, 1000).
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, classifier: nn.Module):
         super().__init__("efficientnet-lite0", 1280, 224)
-        self.model = model
+        self.model, self.classifier = model, classifier
 
     def network(self, x: Tensor) -> Tensor:
         """The features (n, 1280) of images x (n, 3, 224, 224) in [-1, 1]."""
         return self.model(x)
+
+    def log_probs(self, pixels: Tensor) -> Tensor:
+        """Log-probabilities (n, 1000) of ImageNet's classes.
+
+        pixels: (n, 3, 224, 224) in [0, 255].
+        """
+        return self.classifier(self.embed(pixels)).log_softmax(1)
 
 
 def make_efficientnet(
@@ -47,5 +54,6 @@ def make_efficientnet(
     # the same tensors in the same order, under other names
     tensors = torch.load(path, map_location="cpu", weights_only=True).values()
     model.load_state_dict(dict(zip(model.state_dict(), tensors, strict=True)))
+    classifier = model.get_classifier()
     model.reset_classifier(0)
-    return EfficientNet(model).freeze(device)
+    return EfficientNet(model, classifier).freeze(device)

@@ -19,7 +19,8 @@ class Inception(Encoder):
 
     model: the TorchScript of stylegan2-ada-pytorch, or a module of its signature:
     `model(pixels, return_features=True)` resizes pixels in [0, 255] to 299 x 299 as TensorFlow 1
-    did, `model.layers(x)` takes them in that size, normalized as (pixels - 128) / 128.
+    did, `model.layers(x)` takes them in that size, normalized as (pixels - 128) / 128, and
+    `model(pixels, no_output_bias=True)` gives the probabilities of the inception score.
     """
 
     def __init__(self, model: nn.Module):
@@ -31,6 +32,13 @@ class Inception(Encoder):
         if pixels.shape[2:] != self.size:
             return self.model(pixels, return_features=True).flatten(1)
         return self.network((pixels - 128) / 128)
+
+    def log_probs(self, pixels: Tensor) -> Tensor:
+        """Log-probabilities of 1,008 classes of pixels (n, 3, h, w) in [0, 255].
+
+        Without the bias of the output, as the published inception scores have it.
+        """
+        return self.model(pixels, no_output_bias=True).clamp(min=1e-30).log()
 
     def network(self, x: Tensor) -> Tensor:
         """The features (n, 2048) of normalized images x (n, 3, 299, 299)."""

