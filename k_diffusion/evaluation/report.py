@@ -79,11 +79,15 @@ def _shown(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
+def settings_of(row: Row) -> dict[str, Any]:
+    """What a row's number depends on, n among it."""
+    return {**row["settings"], "n": row["n"]}
+
+
 def swept(rows: Sequence[Row]) -> list[str]:
     """The settings that differ between rows."""
-    seen = {
-        key: {json.dumps(row["settings"].get(key)) for row in rows} for key in _setting_keys(rows)
-    }
+    keys = [*_setting_keys(rows), "n"]
+    seen = {key: {json.dumps(settings_of(row).get(key)) for row in rows} for key in keys}
     return [key for key, values in seen.items() if len(values) > 1 and key != "checkpoint_sha256"]
 
 
@@ -93,7 +97,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[tuple[list[str], list[
     names = list(dict.fromkeys(name_of(row) for row in rows))
     table: dict[str, tuple[list[str], dict[str, str]]] = {}
     for row in rows:
-        settings = row["settings"]
+        settings = settings_of(row)
         of = [
             Path(str(v)).name if k in _FILES else str(_shown(v))
             for k, v in ((key, settings.get(key, "")) for key in keys)
@@ -136,9 +140,9 @@ def plot(rows: Sequence[Row]) -> bytes | None:
     """A sweep's metrics against its numeric setting with most values, as PNG; None without one."""
     keys = swept(rows)
     axes_of = {
-        key: {row["settings"].get(key) for row in rows}
+        key: {settings_of(row).get(key) for row in rows}
         for key in keys
-        if all(isinstance(row["settings"].get(key), (int, float)) for row in rows)
+        if all(isinstance(settings_of(row).get(key), (int, float)) for row in rows)
     }
     if not axes_of:
         return None
@@ -161,12 +165,12 @@ def plot(rows: Sequence[Row]) -> bytes | None:
         lines: dict[str, list[Row]] = {}
         for row in rows:
             if name_of(row) == name:
-                texts = (str(_shown(row["settings"].get(key))) for key in others)
+                texts = (str(_shown(settings_of(row).get(key))) for key in others)
                 label = ", ".join(Path(text).name for text in texts)
                 lines.setdefault(label, []).append(row)
         for j, (label, line) in enumerate(lines.items()):
-            line = sorted(line, key=lambda row: row["settings"][x])
-            at = [row["settings"][x] for row in line]
+            line = sorted(line, key=lambda row: settings_of(row)[x])
+            at = [settings_of(row)[x] for row in line]
             values = [row["value"] for row in line]
             ends = [
                 [

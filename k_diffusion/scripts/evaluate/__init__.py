@@ -111,6 +111,7 @@ class Evaluation:
         given = {key: getattr(setting, key) for key in self.args.choices}
         return {
             "checkpoint": str(self.source.path),
+            **self.source.step,
             **{k: _plain(v) for k, v in given.items() if v is not None},
             "checkpoint_sha256": self.source.digest[:16],
         }
@@ -323,6 +324,7 @@ class Evaluation:
         n = self.args.likelihood
         settings = {
             "checkpoint": str(self.source.path),
+            **self.source.step,
             "seed": self.args.seed,
             "checkpoint_sha256": self.source.digest[:16],
         }

@@ -1,6 +1,7 @@
 """What evaluate.py measures, and what it compares with."""
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,12 @@ class Source(NamedTuple):
     denoiser: nn.Module | None
     config: dict[str, Any] | None
     images: SampleImages | None
+
+    @property
+    def step(self) -> dict[str, int]:
+        """{"step": N} where the checkpoint's name tells it, as train.py's do; else {}."""
+        found = re.search(r"_(\d{8,})$", self.path.stem)
+        return {"step": int(found[1])} if found else {}
 
     def checkpoint(self) -> tuple[nn.Module, dict[str, Any]]:
         """The denoiser and its config. Raises ValueError for images, which have none."""
