@@ -6,6 +6,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,15 @@ def _setting_keys(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row["settings"]))
 
 
+_FILES = frozenset({"checkpoint", "samples", "autoguidance"})
+
+
 def _shown(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _short(key: str, value: Any) -> str:
+    return Path(str(value)).name if key in _FILES else str(_shown(value))
 
 
 def settings_of(row: Row) -> dict[str, Any]:
@@ -98,17 +106,11 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[tuple[list[str], list[
     table: dict[str, tuple[list[str], dict[str, str]]] = {}
     for row in rows:
         settings = settings_of(row)
-        of = [
-            Path(str(v)).name if k in _FILES else str(_shown(v))
-            for k, v in ((key, settings.get(key, "")) for key in keys)
-        ]
+        of = [_short(key, settings.get(key, "")) for key in keys]
         cells = table.setdefault(json.dumps(settings, sort_keys=True), (of, {}))[1]
         cells[name_of(row)] = number(row)
     lines = [(of, [cells.get(name, "") for name in names]) for of, cells in table.values()]
     return [*keys, *names], lines
-
-
-_FILES = frozenset({"checkpoint", "samples", "autoguidance"})
 
 
 def name_of(row: Row) -> str:
@@ -138,11 +140,12 @@ def better(row: Row) -> str:
 
 def plot(rows: Sequence[Row]) -> bytes | None:
     """A sweep's metrics against its numeric setting with most values, as PNG; None without one."""
-    keys = swept(rows)
+    samples = [row for row in rows if row["key"] != "bits_per_dim"]  # that has fewer settings
+    keys = swept(samples)
     axes_of = {
-        key: {settings_of(row).get(key) for row in rows}
+        key: {settings_of(row).get(key) for row in samples}
         for key in keys
-        if all(isinstance(settings_of(row).get(key), (int, float)) for row in rows)
+        if all(isinstance(settings_of(row).get(key), (int, float)) for row in samples)
     }
     if not axes_of:
         return None
@@ -154,6 +157,7 @@ def plot(rows: Sequence[Row]) -> bytes | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if x in settings_of(row)]
     names = list(dict.fromkeys(name_of(row) for row in rows))
     width = min(3, len(names))
     height = math.ceil(len(names) / width)
@@ -165,8 +169,8 @@ def plot(rows: Sequence[Row]) -> bytes | None:
         lines: dict[str, list[Row]] = {}
         for row in rows:
             if name_of(row) == name:
-                texts = (str(_shown(settings_of(row).get(key))) for key in others)
-                label = ", ".join(Path(text).name for text in texts)
+                texts = (_short(key, settings_of(row).get(key)) for key in others)
+                label = ", ".join(_run(text) if x == "step" else text for text in texts)
                 lines.setdefault(label, []).append(row)
         for j, (label, line) in enumerate(lines.items()):
             line = sorted(line, key=lambda row: settings_of(row)[x])
@@ -190,11 +194,16 @@ def plot(rows: Sequence[Row]) -> bytes | None:
         elif len(axes_of[x]) <= 6:
             axes.set_xticks(sorted(axes_of[x]))
         axes.grid(alpha=0.25)
-        if others and i == 0:
+        if i == 0 and len(lines) > 1:
             axes.legend(fontsize="small")
     out = io.BytesIO()
     canvas.print_png(out)
     return out.getvalue()
+
+
+def _run(name: str) -> str:
+    """A checkpoint's name without its step."""
+    return re.sub(r"_\d{8,}\.\w+$", "", name)
 
 
 # ------------------------------------------------------------------------------------ the page
@@ -282,7 +291,3 @@ def to_html(rows: Sequence[Row], title: str, folder: Path, picture: bytes | None
         + "\n".join(parts)
         + "</body></html>\n"
     )
-
-
-def _short(key: str, value: Any) -> str:
-    return Path(str(value)).name if key in _FILES else str(_shown(value))
