@@ -127,6 +127,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
 
     def evaluate() -> None:
         if evaluator is not None:
+            save()  # what follows takes long
             with suppress(generation.SamplingStopped):
                 found = evaluator.evaluate(denoiser_ema, state, logger.say, stop.asked)
                 logger.evaluated(state, found)

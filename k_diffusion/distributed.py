@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ from .common.text import need
 LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def make_accelerator(find_unused_parameters: bool = False, **options: Any) -> Any:
+def make_accelerator(
+    find_unused_parameters: bool = False, timeout: timedelta | None = None, **options: Any
+) -> Any:
     """The Accelerator of this process; on the CPU where there is nothing faster.
 
-    find_unused_parameters: of DDP, for models not all of whose weights get a gradient. options:
-    the Accelerator's arguments. Raises ImportError without accelerate.
+    find_unused_parameters: of DDP, for models not all of whose weights get a gradient. timeout: how
+    long processes wait for each other; None for the backend's. options: the Accelerator's
+    arguments. Raises ImportError without accelerate.
     """
     need("accelerate", "this script")
-    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     if processes := processes_missing():
         run = [launcher.__file__, "--standalone", f"--nproc-per-node={processes}"]
@@ -31,7 +35,8 @@ def make_accelerator(find_unused_parameters: bool = False, **options: Any) -> An
     # without it, Accelerate takes the processes of torchrun for single ones where there's no GPU
     on_cpu = options.pop("cpu", False) or not torch.accelerator.is_available()
     ddp = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
-    return Accelerator(cpu=on_cpu, kwargs_handlers=[ddp], **options)
+    handlers = [ddp] if timeout is None else [ddp, InitProcessGroupKwargs(timeout=timeout)]
+    return Accelerator(cpu=on_cpu, kwargs_handlers=handlers, **options)
 
 
 def check_device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 """What all encoders are: frozen networks from images to feature vectors."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,14 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> "Encoder":
         """Does nothing: an encoder stays in eval mode, whatever module it is a part of."""
         return super().train(False)
+
+    def fingerprint(self) -> str:
+        """A short digest of the weights: features of two fingerprints can't be compared."""
+        digest = hashlib.sha256(self.name.encode())
+        for name, value in self.state_dict().items():
+            total = value.double().sum().item() if value.numel() else 0.0
+            digest.update(f"{name} {tuple(value.shape)} {total!r}".encode())
+        return digest.hexdigest()[:16]
 
     def freeze(self, device: torch.device | str = "cpu") -> Any:
         """The encoder itself, on `device`, its parameters without gradients."""
@@ -97,7 +106,7 @@ def as_rgb(images: Tensor) -> Tensor:
 def check_range(images: Tensor) -> None:
     """Raises ValueError where images (n, ...) aren't floats in [-1, 1], or are NaN.
 
-    Samples may overshoot that range: the error is for 0 to 255, and for what has diverged.
+    Samples may overshoot that range: the error is for 0 to 255, and for what isn't finite.
     """
     if not images.dtype.is_floating_point:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import gather_shares
+from ..distributed import any_process, gather_shares
 from ..encoders import Encoder
 from ..encoders.digits import Recognizer
 from .protocols import Protocol
@@ -24,13 +24,18 @@ class Seen(NamedTuple):
 
     features: (n, width) by the protocol's name. log_probs: (n, classes) of an encoder's classifier,
     by the protocol's name. hits: (n,), 1 where an image was read as its class, else 0; None without
-    a recognizer. first: (k, c, h, w), the first images.
+    a recognizer. first: (k, c, h, w), the first images, rounded
+    to uint8.
     """
 
     features: dict[str, Tensor]
     log_probs: dict[str, Tensor]
     hits: Tensor | None
     first: Tensor
+
+    def images(self, n: int) -> Tensor:
+        """The first n images that are kept, (n, c, h, w) in [-1, 1]."""
+        return self.first[:n] / 127.5 - 1
 
 
 class Share(NamedTuple):
@@ -83,7 +88,8 @@ def see_share(
         if recognizer is not None and my_classes is not None:
             asked = my_classes[seen : seen + len(images)].to(images.device)
             share.hits.append((recognizer.classify(images) == asked).float())
-        share.first.append(images[: max(0, kept - seen)])
+        first = images[: max(0, kept - seen)].clamp(-1, 1)
+        share.first.append(((first + 1) * 127.5).round().byte())
         seen += len(images)
     if seen != len(mine):
         raise ValueError(f"this process was to see {len(mine)} of {n} images, got {seen}")
@@ -113,4 +119,12 @@ def look_at(
 
     batches: (k, c, h, w) in [-1, 1], this process's share.
     """
-    return gather(accelerator, see_share(accelerator, batches, n, eyes, **options))
+    share, error = None, None
+    try:
+        share = see_share(accelerator, batches, n, eyes, **options)
+    except (ValueError, OSError) as caught:  # told to the others, who would wait
+        error = caught
+    if any_process(accelerator, share is None):
+        raise error or ValueError("another process failed; it says why")
+    assert share is not None
+    return gather(accelerator, share)

@@ -43,6 +43,12 @@ class SampleImages:
             return levels.float() / 127.5 - 1
         assert self._folder is not None
         path = self._folder.paths[index]
+        image = from_pil_image(open_image(path, None))
+        if self.shape[0] == 1 and len(image) > 2:
+            raise ValueError(
+                f"samples of one set are all greyscale or all RGB: {path} is RGB, the first image "
+                "is greyscale; convert them before"
+            )
         image = from_pil_image(open_image(path, "L" if self.shape[0] == 1 else "RGB"))
         if image.shape != self.shape:
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..common.seeds import derive_seed
 from ..distributed import gather_shares
@@ -23,6 +24,7 @@ def real_likelihood(
     seed: int = 0,
     batch_size: int = 64,
     bins: int = 256,
+    device: torch.device | str = "cpu",
 ) -> Tensor | None:
     """Bits per dimension of n real images, (n,), evenly spaced, on the main process; else None.
 
@@ -33,9 +35,11 @@ def real_likelihood(
     indices = reals.spaced(n)
     count = math.ceil(n / batch_size)
     rows = []
-    for b in range(accelerator.process_index, count, accelerator.num_processes):
+    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    hidden = None if accelerator.is_main_process else True
+    for b in tqdm(mine, desc="likelihood", unit="batch", leave=None, disable=hidden):
         part = indices[b * batch_size : (b + 1) * batch_size]
-        ((images, classes),) = reals.batches(part, len(part), accelerator.device)
+        ((images, classes),) = reals.batches(part, len(part), device)
         torch.manual_seed(derive_seed(seed, b))
         bits, _ = bits_per_dim(
             denoiser,
@@ -48,6 +52,7 @@ def real_likelihood(
             bins=bins,
             sigma_data=model["sigma_data"],
         )
+        bits = bits.to(accelerator.device)
         rows.append(torch.nn.functional.pad(bits.float(), (0, batch_size - len(part))))
     empty = torch.zeros(0, batch_size, device=accelerator.device)
     everyone = gather_shares(accelerator, torch.cat([empty, *(row[None] for row in rows)]), count)

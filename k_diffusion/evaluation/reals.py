@@ -21,7 +21,7 @@ from .registry import FeatureSet
 from .statistics import FeatureStatistics
 
 # What a `dataset` section says beyond type and location, for a folder that has no config.
-_PLAIN = {"image_key": 0, "class_key": 1, "background": "white"}
+_PLAIN = {"image_key": 0, "class_key": 1, "background": "white", "split": "all"}
 
 
 def folder_section(folder: Path) -> dict[str, Any]:
@@ -63,7 +63,10 @@ class RealImages(Dataset[dict[str, Any]]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.data[index, 0]
+        try:
+            item = self.data[index, 0]
+        except CorruptImageError as error:
+            raise ValueError(f"{error}; mend or remove it: all images count here") from error
         return {"image": item["original"], "class": item.get("class", 0)}
 
     def batches(
@@ -78,11 +81,8 @@ class RealImages(Dataset[dict[str, Any]]):
             num_workers=num_workers,
             multiprocessing_context="spawn" if num_workers else None,
         )
-        try:
-            for batch in loader:
-                yield batch["image"].to(device), batch["class"]
-        except CorruptImageError as error:
-            raise ValueError(f"{error}; mend or remove it: all images count here") from error
+        for batch in loader:
+            yield batch["image"].to(device), batch["class"]
 
     def spaced(self, n: int) -> list[int]:
         """n indices, evenly spaced: data sets are often sorted by class.
@@ -99,13 +99,15 @@ class RealImages(Dataset[dict[str, Any]]):
         return torch.cat(images), torch.cat(classes)
 
     def key(self) -> dict[str, Any]:
-        """What tells these images from others: the section, the size, and the files as they are."""
-        section = {k: v for k, v in self.section.items() if k not in {"cond_dropout_rate"}}
-        digest = hashlib.sha256()
+        """What tells these images from others: the section, files as they are, and a few images."""
+        section = {k: v for k, v in self.section.items() if k != "cond_dropout_rate"}
+        digest = hashlib.sha256(str(len(self)).encode())
+        for index in sorted({0, len(self) // 2, len(self) - 1}):
+            digest.update(self[index]["image"].numpy().tobytes())
         for path in getattr(self.data.data, "paths", ()):
             stat = path.stat()
             digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-        return {**section, "channels": self.channels, "files": digest.hexdigest()[:16]}
+        return {**section, "channels": self.channels, "images": digest.hexdigest()[:16]}
 
 
 def real_sets(
@@ -124,9 +126,10 @@ def real_sets(
     eyes: by the protocol's name. features: (n, width), for metrics that need them; else statistics,
     which `cache`, a folder, keeps for the next time. All processes call it together.
     """
+    data, split = reals.key(), str(reals.section.get("split"))
     keys = {
-        name: ReferenceKey(reals.key(), str(reals.section.get("split")), reals.size, name, n)
-        for name in eyes
+        name: ReferenceKey(data, split, reals.size, name, n, eye.encoder.fingerprint())
+        for name, eye in eyes.items()
     }
     found: dict[str, FeatureSet] = {}
     if cache is not None and not features and accelerator.is_main_process:

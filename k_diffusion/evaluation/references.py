@@ -166,7 +166,8 @@ def read_plain_pickle(path: Path) -> Any:
 def write_samples(path: Path, batches: Iterable[Tensor], n: int) -> None:
     """Write samples as ADM's evaluator reads them: .npz with arr_0, uint8, (n, h, w, c).
 
-    batches: of images (k, c, h, w) in [-1, 1], n in all; pixels are rounded. One batch at a time is
+    batches: of images (k, c, h, w) in [-1, 1], n in all; pixels are rounded, greyscale is written
+    as RGB. One batch at a time is
     in memory. Raises ValueError for another number of images, other sizes, or NaN.
     """
 
@@ -177,6 +178,8 @@ def write_samples(path: Path, batches: Iterable[Tensor], n: int) -> None:
             archive.open("arr_0.npy", "w", force_zip64=True) as array,
         ):
             for images in batches:
+                if images.shape[1] == 1:
+                    images = images.expand(-1, 3, -1, -1)
                 if shape is None:
                     shape = images.shape[1:]
                     array.write(_header((n, *shape[1:], shape[0])))
@@ -211,7 +214,7 @@ class ReferenceKey(NamedTuple):
     """What statistics of real data depend on.
 
     data: the `dataset` section of a config, or what else names a data set. size: (h, w) of the
-    images. n: of the images, from the start in the data set's order.
+    images. n: of the images, evenly spaced. encoder: the fingerprint of its weights.
     """
 
     data: Mapping[str, Any]
@@ -219,6 +222,7 @@ class ReferenceKey(NamedTuple):
     size: tuple[int, int]
     protocol: str
     n: int
+    encoder: str = ""
 
     def path(self, folder: Path) -> Path:
         """The file of this key in a cache folder: readable words, and a hash of all of the key."""

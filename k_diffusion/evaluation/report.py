@@ -142,7 +142,7 @@ def plot(rows: Sequence[Row]) -> bytes | None:
     """A sweep's metrics against its numeric setting with most values, as PNG; None without one."""
     samples = [row for row in rows if row["key"] != "bits_per_dim"]  # that has fewer settings
     keys = swept(samples)
-    axes_of = {
+    axes_of: dict[str, set[Any]] = {
         key: {settings_of(row).get(key) for row in samples}
         for key in keys
         if all(isinstance(settings_of(row).get(key), (int, float)) for row in samples)
@@ -232,6 +232,17 @@ def _image(data: bytes, text: str, kind: str = "") -> str:
     return f'<img {kind} alt="{html.escape(text)}" src="data:image/png;base64,{source}">'
 
 
+def _pictures(rows: Sequence[Row], key: str, folder: Path) -> list[str]:
+    """The pictures in the folder that rows name, each once, with what differs as its caption."""
+    names = {row[key]: row for row in rows if row.get(key) and (folder / row[key]).is_file()}
+    out = []
+    for name, row in names.items():
+        text = ", ".join(f"{k} {_short(k, settings_of(row).get(k))}" for k in swept(rows))
+        image = _image((folder / name).read_bytes(), f"{key}: {text or name}")
+        out.append(f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>")
+    return out
+
+
 def to_html(rows: Sequence[Row], title: str, folder: Path, picture: bytes | None = None) -> str:
     """The page: a table, the plot, the grids of samples, and every number with its protocol."""
     heads, lines = columns(rows)
@@ -267,21 +278,13 @@ def to_html(rows: Sequence[Row], title: str, folder: Path, picture: bytes | None
     if picture:
         text = "each metric against the swept setting; bars are 95% intervals"
         parts += ["<h2>Sweep</h2>", _image(picture, text, 'class="plot"'), f"<p>{text}</p>"]
-    grids = {
-        row["grid"]: ", ".join(f"{k} {_short(k, row['settings'].get(k))}" for k in swept(rows))
-        for row in rows
-        if row.get("grid") and (folder / row["grid"]).is_file()
-    }
+    grids = _pictures(rows, "grid", folder)
     if grids:
-        parts.append("<h2>Samples</h2>")
-        for name, text in grids.items():
-            image = _image((folder / name).read_bytes(), f"samples: {text or name}")
-            parts.append(f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>")
-    if (page := folder / "nearest.png").is_file():
-        image = _image(page.read_bytes(), "samples and their nearest training images")
+        parts += ["<h2>Samples</h2>", *grids]
+    pages = _pictures(rows, "nearest", folder)
+    if pages:
         text = "Samples, then their nearest training images, with the distance of features."
-        parts += ["<h2>Nearest training images</h2>", f"<figure>{image}<figcaption>{text}"]
-        parts += ["</figcaption></figure>"]
+        parts += ["<h2>Nearest training images</h2>", f"<p>{text}</p>", *pages]
     items = "".join(f"<li><code>{html.escape(row['line'])}</code></li>" for row in rows)
     parts += ["<h2>Numbers with their protocols</h2>", f"<ul>{items}</ul>"]
     return (

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,15 +63,23 @@ class Evaluator:
         self.n: int = args.evaluate_n
         protocol = get_protocol(args.evaluate_with)
         models = {"clip": args.clip_model, "dinov2": args.dinov2_model}
-        if args.evaluate_with in models:
-            protocol = replace(protocol, options={"model": models[args.evaluate_with]})
-        encoder = protocol.make_encoder(args.evaluate_weights, accelerator.device)
+        model_name = models.get(args.evaluate_with)
+        if model_name is not None and protocol.options.get("model", "vitl14") != model_name:
+            name = f"{protocol.name}:{model_name}"
+            protocol = replace(protocol, name=name, options={"model": model_name})
+        with accelerator.local_main_process_first():  # one process downloads
+            encoder = protocol.make_encoder(args.evaluate_weights, accelerator.device)
         self.eyes = {protocol.name: Eye(protocol, encoder)}
         section: Mapping[str, Any] = config["dataset"]
         if args.evaluate_split is not None:
             if "split" not in section:
                 raise ValueError(
                     f"--evaluate-split: a data set of type {section['type']} has no splits"
+                )
+            if (section["split"], args.evaluate_split) == ("all", "test"):
+                raise ValueError(
+                    "--evaluate-split test: the run trains on split all, the held-out images among "
+                    "it; pass --set dataset.split=train"
                 )
             section = {**section, "split": args.evaluate_split}
         model = config["model"]
@@ -93,8 +100,8 @@ class Evaluator:
         state: TrainState,
         say: Callable[[str], object],
         stop: Callable[[], bool],
-    ) -> dict[str, float]:
-        """Measure the averaged model; {} on all processes but the main one.
+    ) -> dict[str, Any]:
+        """Measure the averaged model: columns of the run's CSV; {} on all but the main process.
 
         say: told each metric in a line. stop: asked after each sampling step, whether to give up;
         then SamplingStopped is raised.
@@ -109,14 +116,21 @@ class Evaluator:
             sampler_args=_SAMPLER_ARGS,
             stop=stop,
         )
-        share = None
-        with suppress(SamplingStopped):
+        share, stopped, error = None, False, None
+        try:
             share = see_share(self.accelerator, batches, self.n, self.eyes)
-        if any_process(self.accelerator, share is None):
+        except SamplingStopped:
+            stopped = True
+        except ValueError as caught:  # of samples that aren't finite: training goes on
+            error = caught
+        if any_process(self.accelerator, stopped):
             raise SamplingStopped
+        if any_process(self.accelerator, error is not None):
+            say(f"not evaluated: {error or 'another process failed'}")
+            return {}
         assert share is not None
         seen = gather(self.accelerator, share)
-        found: dict[str, float] = {}
+        found: dict[str, Any] = {}
         if seen is None or self.reals is None:
             return found
         for name, eye in self.eyes.items():
@@ -143,4 +157,5 @@ class Evaluator:
                     )
                 )
                 found["fid" if metric == "fd" else metric] = estimate.value
+            found |= {"protocol": name, "evaluate_n": self.n}
         return found

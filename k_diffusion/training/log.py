@@ -23,6 +23,7 @@ from .state import TrainState
 COLUMNS = [
     *("step", "time", "loss", "fid", "kid"),
     *("epoch", "loss_avg", "lr", "ema_decay", "grad_norm", "gns"),
+    *("cmmd", "protocol", "evaluate_n"),
 ]
 _AVERAGE_DECAY = 0.98
 
@@ -227,6 +228,9 @@ class Log:
             "ema_decay": state.ema_sched.get_value(),
             "grad_norm": "" if self.norm is None else float(self.norm),
             "gns": "" if state.noise_scale is None else state.noise_scale.estimate.get_gns(),
+            "cmmd": "",
+            "protocol": "",
+            "evaluate_n": "",
         }
         self.write_row(row)
         self.track({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
@@ -244,15 +248,17 @@ class Log:
         for tracker in self.accelerator.trackers:
             self.attempt(tracker.name, partial(tracker.log, numbers, step=step))
 
-    def evaluated(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Write the metrics of an evaluation, `fid` and `kid`, into a row of this step."""
+    def evaluated(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Write the metrics of an evaluation, `fid` and `kid` among COLUMNS, into a row."""
         if self.last_row.get("step") != state.step:
             self.write(state)
-        if self.last_row.get("step") == state.step and metrics:
-            known = {key: value for key, value in metrics.items() if key in self.last_row}
-            self.write_row({**self.last_row, **known})
-        if metrics:
-            self.track(metrics, state.step)
+        if not metrics:
+            return
+        if self.last_row.get("step") == state.step:
+            self.write_row({**self.last_row, **metrics})
+        name = metrics["protocol"]
+        numbers = {f"{k}[{name}]": v for k, v in metrics.items() if isinstance(v, float)}
+        self.track(numbers, state.step)
 
     def show(self, state: TrainState, loss: float) -> None:
         """Show the progress in the bar, or as a line where there's no terminal."""

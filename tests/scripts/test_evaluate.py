@@ -29,6 +29,24 @@ def made(tmp_path_factory):
         )
     (folder / "tiny.json").write_text(json.dumps(runs.TINY))
     generator = np.random.default_rng(0)
+    large = runs.tiny_config(model={"input_size": [16, 16]})
+    custom = {**config, "dataset": {"type": "custom", "location": "evil.py", "num_classes": 10}}
+    for name, other in ("large", large), ("custom", K.config.load_config(custom)):
+        model = K.config.make_model(other)
+        path = folder / f"{name}.safetensors"
+        checkpoints.write_inference(path, other, model.state_dict(), "fp32")
+    (folder / "evil.py").write_text("raise SystemExit('run')")
+    for width, name in (3, "narrow"), (64, "wide"):
+        moments = torch.zeros(width), torch.eye(width), 9
+        K.evaluation.FeatureStatistics.from_moments(*moments).save(folder / f"{name}.npz")
+    for name, second in ("sizes", ("L", (9, 8))), ("modes", ("RGB", (8, 8))):
+        (folder / name).mkdir()
+        Image.new("L", (8, 8)).save(folder / name / "0.png")
+        Image.new(*second).save(folder / name / "1.png")
+    (folder / "broken").mkdir()
+    Image.new("L", (8, 8)).save(folder / "broken/0.png")
+    (folder / "broken/1.png").write_bytes(b"no image")
+    Image.new("L", (8, 8)).save(folder / "broken/2.png")
     for i in range(24):
         path = folder / f"images/{i % 2}/{i:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,12 +93,12 @@ def test_report(made, evaluate):
         table = list(csv.DictReader(file))
     assert [float(row["value"]) for row in table] == [row["value"] for row in rows.values()]
     page = (made / "all/index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2  # the grid, the nearest images
+    assert page.count("data:image/png;base64,") == 2  # the grid and the nearest images
     assert "http" not in page  # nothing from elsewhere
     samples = np.load(next((made / "all").glob("samples_*.npz")))["arr_0"]
-    assert samples.shape == (12, 8, 8, 1)
+    assert samples.shape == (12, 8, 8, 3)  # greyscale as RGB, for other evaluators
     assert samples.dtype == np.uint8
-    assert Image.open(made / "all/nearest.png").width == 3 * 50 + 2
+    assert Image.open(next((made / "all").glob("nearest_*.png"))).width == 3 * 50 + 2
 
 
 def test_sweep_goes_on_where_it_stopped(made, evaluate):
@@ -112,10 +130,31 @@ def test_samples_of_a_folder_and_a_reference_file(made, evaluate):
     assert row["n_reference"] == 24
 
 
-def test_reference_of_another_protocol(made, evaluate, capsys):
+def test_a_reference_with_images(made, evaluate):
+    """As ADM's: statistics for the Fréchet distance, images for what needs features."""
+    pixels = np.stack([np.asarray(Image.open(p)) for p in sorted((made / "images").rglob("*.png"))])
+    moments = {"mu": np.zeros(64), "sigma": np.eye(64)}
+    np.savez(made / "adm.npz", arr_0=pixels[..., None].repeat(3, -1), **moments)
+    metrics = "--metrics", "fd,precision", "--output-dir", "adm"
+    evaluate("--samples", "images", "--data", "adm.npz", "-n", 24, *metrics)
+    rows = {row["metric"]: row for row in results(made, "adm")}
+    assert rows["FD"]["value"] > 1
+    assert rows["FD"]["n_reference"] is None  # not said in the file
+    assert rows["precision"]["value"] == 1
+    assert rows["precision"]["n_reference"] == 24
+
+
+def test_more_metrics_are_added_to_a_report(made, evaluate):
+    for metrics in "fd", "fd,precision", "fd":
+        evaluate("--checkpoint", "a.safetensors", "--metrics", metrics, "--output-dir", "more")
+    assert [row["metric"] for row in results(made, "more")] == ["FD", "precision"]
+
+
+def test_reference_of_another_protocol(made, evaluate, capsys, monkeypatch):
     other = K.evaluation.FeatureStatistics.from_moments(torch.zeros(64), torch.eye(64), 9, "lite0")
     other.save(made / "other.npz")
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("k_diffusion.evaluation.images.SampleImages.batches", None)  # none is drawn
         evaluate("--samples", "images", "--data", "other.npz", "--output-dir", "other")
     assert not (made / "other/results.json").exists()
     text = evaluate(
@@ -136,6 +175,16 @@ def test_reference_of_another_protocol(made, evaluate, capsys):
         (("--samples", "images"), "--samples needs --data"),
         (("--samples", "images", "--data", "images", "-n", 25), "has 24 images"),
         (("--checkpoint", "a.safetensors", "--split", "valid"), "did you mean"),
+        (("--checkpoint", "a.safetensors", "--metrics", "inception_score"), "needs a classifier"),
+        (("--checkpoint", "a.safetensors", "--nearest", "--data", "narrow.npz"), "need images"),
+        (("--checkpoint", "a.safetensors", "--likelihood", 400), "has 355 held-out images"),
+        (("--checkpoint", "a.safetensors", "large.safetensors"), "evaluate them apart"),
+        (("--checkpoint", "custom.safetensors"), "is not run unasked; pass --data CONFIG.json"),
+        (("--samples", "images", "--data", "narrow.npz"), "statistics of width 3"),
+        (("--samples", "images", "--data", "wide.npz", "--metrics", "fd,precision"), "alone; pass"),
+        (("--samples", "sizes", "--data", "images", "-n", 2), "samples of one set have one size"),
+        (("--samples", "modes", "--data", "images", "-n", 2), "all greyscale or all RGB"),
+        (("--samples", "images", "--data", "broken"), "mend or remove it"),
     ],
 )
 def test_refusals(made, evaluate, args, said, capsys):

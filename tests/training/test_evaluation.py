@@ -137,4 +137,5 @@ def test_a_stop_ends_it(folder):
     with pytest.raises(generation.SamplingStopped):
         evaluator.evaluate(denoiser, state, print, lambda: True)
     found = evaluator.evaluate(denoiser, state, print, lambda: False)
-    assert set(found) == {"fid", "kid"}
+    assert set(found) == {"fid", "kid", "protocol", "evaluate_n"}
+    assert set(found) < set(log.COLUMNS)

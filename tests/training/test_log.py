@@ -238,7 +238,7 @@ def write_rows(path, *rows):
 
 
 def row(step, loss):
-    return [step, 1.0, loss, "", "", 0, loss, 1e-3, 0.9, 0.1, ""]
+    return [step, 1.0, loss, "", "", 0, loss, 1e-3, 0.9, 0.1, "", "", "", ""]
 
 
 def test_the_last_row_of_a_step_counts(tmp_path):

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,24 @@ from ...common.files import writable, write_atomically
 from ...common.images import grid_columns, image_grid
 from ...common.text import aligned
 from ...encoders.digits import MAX_IMAGES, Recognizer
-from ...encoders.weights import cache_folder
 from ...evaluation import report
 from ...evaluation.extraction import Eye, Seen, look_at
-from ...evaluation.images import SampleImages
 from ...evaluation.intervals import Estimate, bootstrap, with_error
 from ...evaluation.likelihood import real_likelihood
 from ...evaluation.nearest import nearest, nearest_page
+from ...evaluation.neighbors import PRDC
 from ...evaluation.protocols import get_protocol, metric_line
-from ...evaluation.reals import real_sets
-from ...evaluation.references import read_reference, write_samples
-from ...evaluation.registry import METRICS, FeatureSet, Options, label_of, measure
+from ...evaluation.references import write_samples
+from ...evaluation.registry import Options, label_of
 from .. import sample
 from . import inputs
 from .args import RECOGNITION, parse_args
+from .references import Reference, References
 
 __all__ = ["parse_args", "run"]
 
 _GRID = 64  # images of the grid in the report
-_ENTRIES = {"edm": "fid", "edm2-dinov2": "fd_dinov2"}  # of EDM2's reference files
+_WAIT = timedelta(hours=12)  # of the other processes, while the main one computes metrics
 
 
 def run(args: argparse.Namespace) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     Raises ValueError, OSError or ImportError for what can't be done, before anything is sampled.
     """
     device = distributed.check_device(args.device) if args.device else None
-    accelerator = distributed.make_accelerator(cpu=args.device == "cpu")
+    accelerator = distributed.make_accelerator(cpu=args.device == "cpu", timeout=_WAIT)
     device = device or accelerator.device
     evaluation = Evaluation(args, accelerator, device)
     for source in [args.samples] if args.samples else args.checkpoint:
@@ -63,24 +63,31 @@ class Evaluation:
         self.options = Options(
             k=args.k, subset_size=args.kid_size, resamples=args.resamples, seed=args.seed
         )
-        self.rows = distributed.broadcast(
-            report.read_results(self.folder) if accelerator.is_main_process else None
-        )
+        self.rows: list[report.Row] = []
+        if accelerator.is_main_process:
+            self.rows = report.read_results(self.folder)
         self.source = inputs.load_source(args, args.samples or args.checkpoint[0], device)
+        inputs.check_alike(args, self.source)
         self.against = inputs.find_data(args, self.source)
         usual = max(protocol.n for protocol in self.protocols.values())
         self.n: int = args.n or (len(self.source.images) if self.source.images else usual)
         limit = self.against.limit
         self.n_reals = None if limit is None else min(args.n_reference or limit, limit)
         self._check()
-        self.eyes = {
-            name: Eye(protocol, protocol.make_encoder(args.weights, device))
-            for name, protocol in (self.protocols.items() if self.metrics or args.nearest else ())
-        }
+        with accelerator.local_main_process_first():  # one process downloads
+            self.eyes = {
+                name: Eye(protocol, protocol.make_encoder(args.weights, device))
+                for name, protocol in self.protocols.items()
+                if self.metrics or args.nearest
+            }
+        inputs.check_eyes(self.eyes, self.metrics)
         self.recognizer: Recognizer | None = None
-        if RECOGNITION in args.metrics and self.against.reals is not None:
-            self.recognizer = Recognizer(*self.against.reals.load(MAX_IMAGES))
-        self.references: dict[str, tuple[FeatureSet, str]] | None = None
+        if RECOGNITION in args.metrics:
+            self.recognizer = Recognizer(*self.against.images().load(MAX_IMAGES))
+        self.pool: Tensor | None = None  # features of the training images, for --nearest
+        self.references = References(
+            accelerator, args, self.against, self.n_reals, self.eyes, self.metrics, self.options
+        )
 
     def _check(self) -> None:
         known = self.n, self.n_reals, self.protocols, self.metrics, self.options
@@ -91,13 +98,7 @@ class Evaluation:
     def measure(self, path: Path) -> None:
         """Measure a checkpoint under all settings, or a set of images; each is saved when done."""
         if path != self.source.path:
-            before = self.source.shape(self.args)
             self.source = inputs.load_source(self.args, path, self.device)
-            if (shape := self.source.shape(self.args)) != before:
-                raise ValueError(
-                    f"{path} has images of {shape}, the checkpoints before it of {before}; "
-                    "evaluate them apart"
-                )
             self._check()
         if self.args.likelihood:
             self._likelihood()
@@ -107,12 +108,18 @@ class Evaluation:
     def _settings(self, setting: argparse.Namespace) -> dict[str, Any]:
         """What the numbers depend on, as the report lists it."""
         if self.source.images is not None:
-            return {"samples": str(self.source.path), "samples_sha256": self.source.digest[:16]}
+            digest = self.source.digest[:16]
+            return {
+                "samples": str(self.source.path),
+                "data": self.against.name,
+                "samples_sha256": digest,
+            }
         given = {key: getattr(setting, key) for key in self.args.choices}
         return {
             "checkpoint": str(self.source.path),
             **self.source.step,
             **{k: _plain(v) for k, v in given.items() if v is not None},
+            "data": self.against.name,
             "checkpoint_sha256": self.source.digest[:16],
         }
 
@@ -124,20 +131,25 @@ class Evaluation:
     def _done(
         self, settings: dict[str, Any], names: Sequence[tuple[str, str | None]], n: int
     ) -> bool:
-        against = self._compared()
-        have = {
-            (row["key"], row["protocol"])
-            for row in self.rows
-            if row["settings"] == settings and row["n"] == n and row.get("against") == against
-        }
-        return set(names) <= have
+        """Whether the report has all these rows, on all processes as the main one sees it."""
+        have = {(row["key"], row["protocol"]) for row in self.rows if self._same(row, settings, n)}
+        return distributed.broadcast(set(names) <= have)
 
-    def _compared(self) -> str:
-        """What rows of one report are compared with, and how, as a short digest."""
-        reals, file = self.against
-        key = {"file": str(file)} if reals is None else reals.key()
-        text = json.dumps([key, self.n_reals, self.options], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def _same(self, row: report.Row, settings: dict[str, Any], n: int) -> bool:
+        """Whether a row is of these samples, compared with these images in this way."""
+        against = self.references.digest
+        return (row["settings"], row["n"], row.get("against")) == (settings, n, against)
+
+    def _add(self, rows: list[report.Row]) -> None:
+        """Put rows into the report, each in place of an older one of the same."""
+        for new in rows:
+            self.rows = [
+                row
+                for row in self.rows
+                if (row["key"], row["protocol"]) != (new["key"], new["protocol"])
+                or not self._same(row, new["settings"], new["n"])
+            ]
+            self.rows.append(new)
 
     def _setting(self, setting: argparse.Namespace) -> None:
         settings = self._settings(setting)
@@ -148,7 +160,7 @@ class Evaluation:
             say(f"done before: {_line(settings)}")
         if not wanted and not self.args.nearest and not self.args.write_samples:
             return
-        classes = self.source.classes(setting, self.n)
+        references = self.references.read()  # refuses what can't be, before anything is sampled
         with Counter() as counter:
             seen = look_at(
                 self.accelerator,
@@ -156,26 +168,25 @@ class Evaluation:
                 self.n,
                 self.eyes,
                 recognizer=self.recognizer,
-                classes=classes,
+                classes=self.source.classes(setting, self.n),
                 classify="inception_score" in self.metrics,
-                keep=self.n if self.args.write_samples else max(_GRID, 16),
+                keep=self.n if self.args.write_samples else _GRID,
             )
-        self._read_references()
+        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        page = self._write_nearest(seen, f"nearest_{name}.png") if self.args.nearest else None
         if seen is None:
             return
         if wanted:
-            self.rows += self._rows(seen, setting, settings, counter)
-        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-        grid = self._write_grid(seen.first[:_GRID], f"samples_{name}.png", setting)
+            self._add(self._rows(seen, references, setting, settings, counter))
+        grid = self._write_grid(seen.images(_GRID), f"samples_{name}.png", setting)
         for row in self.rows:
             if row["settings"] == settings:
                 row["grid"] = grid
+                row["nearest"] = page or row.get("nearest")
         if self.args.write_samples:
             path = self.folder / f"samples_{name}.npz"
-            write_samples(path, [seen.first], self.n)
+            write_samples(path, (part / 127.5 - 1 for part in seen.first.split(256)), self.n)
             say(f"wrote {path}")
-        if self.args.nearest:
-            self._write_nearest(seen)
         self._save()
 
     def _batches(self, setting: argparse.Namespace, counter: "Counter") -> Iterator[Tensor]:
@@ -193,78 +204,37 @@ class Evaluation:
             counter.batches += 1
             yield images
 
-    def _read_references(self) -> None:
-        """The real images' features, once, on the main process."""
-        if self.references is not None or not self.eyes:
-            return
-        reals, file = self.against
-        if reals is None:
-            assert file is not None
-            self.references = {name: self._from_file(file, name) for name in self.eyes}
-            return
-        # only some metrics are content with statistics
-        whole = bool(self.args.nearest) or not all(METRICS[m].statistics for m in self.metrics)
-        assert self.n_reals is not None
-        sets = real_sets(
-            self.accelerator,
-            reals,
-            self.eyes,
-            self.n_reals,
-            cache=self.args.cache or cache_folder() / "references",
-            features=whole,
-            batch_size=self.args.batch_size,
-            num_workers=self.args.num_workers,
-        )
-        self.references = {name: (found, "") for name, found in (sets or {}).items()}
-
-    def _from_file(self, path: Path, protocol: str) -> tuple[FeatureSet, str]:
-        """A reference file's features or statistics, and what to say with every number."""
-        said = "" if self.args.force else protocol
-        reference = read_reference(path, _ENTRIES.get(protocol), said)
-        note = ""
-        if reference.statistics is not None:
-            other = reference.statistics.protocol
-            if other and other != protocol:
-                note = f"reference of {other}, forced"
-                reference.statistics.protocol = protocol
-            return reference.statistics, note
-        if reference.features is not None:
-            return reference.features, note
-        images = SampleImages(path)
-        seen = look_at(
-            self.accelerator,
-            images.batches(range(len(images)), self.args.batch_size, self.device),
-            len(images),
-            {protocol: self.eyes[protocol]},
-        )
-        assert seen is not None
-        return seen.features[protocol], note
-
     def _rows(
-        self, seen: Seen, setting: argparse.Namespace, settings: dict[str, Any], counter: "Counter"
+        self,
+        seen: Seen,
+        references: dict[str, Reference],
+        setting: argparse.Namespace,
+        settings: dict[str, Any],
+        counter: "Counter",
     ) -> list[report.Row]:
         """The metrics of a set of samples."""
         rows = []
         how = self._how(setting, counter)
-        assert self.references is not None
         for name, eye in self.eyes.items():
-            real, note = self.references[name]
-            count = real.n if hasattr(real, "n") else len(real)
-            logits = seen.log_probs.get(name)
-            found = measure(
-                self.metrics, seen.features[name], real, self.options, logits, eye.protocol.formula
-            )
-            for metric, estimate in found.items():
+            reference = references[name]
+            fakes, log_probs = seen.features[name], seen.log_probs.get(name)
+            formula = eye.protocol.formula
+            found = reference.measure(self.metrics, fakes, self.options, log_probs, formula)
+            for metric, (estimate, n) in found.items():
                 label = label_of(metric, eye.protocol.encoder)
-                notes = [note] if note else []
-                rows.append(self._row(metric, label, name, estimate, count, settings, how, notes))
+                notes = [*self._notes(metric, formula), *filter(None, [reference.note])]
+                rows.append(self._row(metric, label, name, estimate, n, settings, how, notes))
         if seen.hits is not None:
-            hits = seen.hits.double()
+            hits, n = seen.hits.double(), min(MAX_IMAGES, len(self.against.images()))
             estimate = bootstrap(lambda i: hits[i].mean(), [len(hits)], self.options.resamples)
-            rows.append(
-                self._row(RECOGNITION, RECOGNITION, None, estimate, self.n_reals, settings, how)
-            )
+            rows.append(self._row(RECOGNITION, RECOGNITION, None, estimate, n, settings, how))
         return rows
+
+    def _notes(self, metric: str, formula: str) -> list[str]:
+        """What a metric depends on besides its protocol."""
+        if metric == "kid" and formula != "published":
+            return [f"{self.options.subsets} subsets of {self.options.subset_size:,}"]
+        return [f"k = {self.options.k}"] if metric in PRDC._fields else []
 
     def _how(self, setting: argparse.Namespace, counter: "Counter") -> dict[str, Any]:
         if self.source.images is not None:
@@ -313,19 +283,24 @@ class Evaluation:
             "n": n or self.n,
             "n_reference": n_reference,
             "settings": settings,
-            "against": self._compared(),
+            "against": self.references.digest,
             "line": line,
         }
 
     def _likelihood(self) -> None:
-        """Bits per dimension of real images."""
-        reals = self.against.images()
+        """Bits per dimension of real images: held-out ones, unless --split says otherwise."""
+        reals = self.against.held_out(self.args.split)
         denoiser, config = self.source.checkpoint()
         n = self.args.likelihood
+        if n > len(reals):
+            raise ValueError(f"--likelihood {n}: the data set has {len(reals)} held-out images")
+        split = reals.section.get("split")
         settings = {
             "checkpoint": str(self.source.path),
             **self.source.step,
             "seed": self.args.seed,
+            "data": self.against.name,
+            "split": split,
             "checkpoint_sha256": self.source.digest[:16],
         }
         if self._done(settings, [("bits_per_dim", None)], n):
@@ -339,16 +314,17 @@ class Evaluation:
             n,
             seed=self.args.seed,
             batch_size=self.args.batch_size,
+            device=self.device,
         )
         if bits is None:
             return
         error = float(bits.std()) / n**0.5 if n > 1 else float("nan")
         estimate = with_error(float(bits.mean()), error)
-        notes = [f"split {reals.section['split']}"] if "split" in reals.section else []
-        label = "bits/dim"
-        self.rows.append(
-            self._row("bits_per_dim", label, None, estimate, None, settings, {}, notes, n)
-        )
+        notes = [f"split {split}"] if split else []
+        if split == "test" and config["dataset"].get("split") == "all":
+            notes.append("trained on split all")
+        row = self._row("bits_per_dim", "bits/dim", None, estimate, None, settings, {}, notes, n)
+        self._add([row])
         self._save()
 
     # ----------------------------------------------------------------------------- results
@@ -359,23 +335,23 @@ class Evaluation:
         write_atomically(self.folder / name, lambda file: picture.save(file, format="png"))
         return name
 
-    def _write_nearest(self, seen: Seen) -> None:
-        """Samples beside the images that are nearest in the features of the first protocol."""
-        reals = self.against.images()
-        assert self.references is not None
+    def _write_nearest(self, seen: Seen | None, file: str) -> str | None:
+        """Samples beside the training images that are nearest in the first protocol's features."""
+        reals = self.against.trained_on()
         name = next(iter(self.eyes))
-        pool, _ = self.references[name]
-        assert isinstance(pool, Tensor)
-        count = min(16, len(seen.first))
-        distances, indices = nearest(seen.features[name][:count], pool, self.args.nearest)
-        places = reals.spaced(len(pool))
-        neighbours = [reals[places[int(i)]]["image"] for i in indices.flatten()]
-        page = nearest_page(
-            seen.first[:count], torch.stack(neighbours).unflatten(0, indices.shape), distances
+        if self.pool is None:
+            self.pool = self.references.features(reals, name)
+        if seen is None or self.pool is None:
+            return None
+        samples = seen.images(16)
+        distances, indices = nearest(
+            seen.features[name][: len(samples)], self.pool, self.args.nearest
         )
-        path = self.folder / "nearest.png"
-        write_atomically(path, lambda file: page.save(file, format="png"))
-        self.accelerator.print(f"wrote {path}")
+        neighbours = torch.stack([reals[int(i)]["image"] for i in indices.flatten()])
+        page = nearest_page(samples, neighbours.unflatten(0, indices.shape), distances)
+        write_atomically(self.folder / file, lambda f: page.save(f, format="png"))
+        self.accelerator.print(f"wrote {self.folder / file}")
+        return file
 
     def _save(self) -> None:
         title = f"Evaluation of {self.source.path.name}"

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from ...common.files import sha256
 from ...config import load_config
+from ...evaluation.extraction import Eye
 from ...evaluation.images import SampleImages
 from ...evaluation.protocols import Protocol
 from ...evaluation.reals import RealImages, folder_section
@@ -70,11 +72,70 @@ def load_source(args: argparse.Namespace, path: Path, device: torch.device) -> S
     return Source(path, sha256(path), denoiser.to(device), config, None)
 
 
+def check_alike(args: argparse.Namespace, first: Source) -> None:
+    """Raises ValueError where checkpoints have images of other shapes.
+
+    Without --data they must also be trained on one data set. Only their configs are read.
+    """
+    if first.config is None:
+        return
+    for path in args.checkpoint[1:]:
+        config = load_config(path)
+        other = Source(path, "", None, config, None)
+        if (shape := other.shape(args)) != first.shape(args):
+            raise ValueError(
+                f"{path} has images of {shape}, {first.path} of {first.shape(args)}; evaluate them "
+                "apart"
+            )
+        sections = [
+            {key: source.config["dataset"].get(key) for key in ("type", "location", "num_classes")}
+            for source in (first, other)
+            if source.config is not None
+        ]
+        if args.data is None and sections[0] != sections[1]:
+            raise ValueError(
+                f"{path} was trained on {sections[1]}, {first.path} on {sections[0]}; pass --data, "
+                "which all are compared with"
+            )
+
+
+def check_eyes(eyes: Mapping[str, Eye], metrics: Sequence[str]) -> None:
+    """Raises ValueError where an encoder has no classifier, which the inception score needs."""
+    for name, eye in eyes.items():
+        if "inception_score" in metrics and not hasattr(eye.encoder, "log_probs"):
+            raise ValueError(
+                f"inception_score needs a classifier, which {eye.encoder.name}, the encoder of the "
+                f"protocol {name}, hasn't"
+            )
+
+
 class Against(NamedTuple):
-    """What samples are compared with: real images, or a reference file of statistics."""
+    """What samples are compared with: real images, or a reference file of statistics.
+
+    name: what the report calls them. folder: where a custom data set's file lies.
+    """
 
     reals: RealImages | None
     file: Path | None
+    name: str = ""
+    folder: Path = Path()
+
+    def held_out(self, split: str | None) -> RealImages:
+        """The images of a split; by default the held-out ones, where the data set has a part."""
+        reals = self.images()
+        asked = split or ("test" if reals.section.get("split") in {"all", "train"} else None)
+        return self._of(asked)
+
+    def trained_on(self) -> RealImages:
+        """The images a model is trained on: where the held-out ones are compared, the others."""
+        return self._of("train" if self.images().section.get("split") == "test" else None)
+
+    def _of(self, split: str | None) -> RealImages:
+        reals = self.images()
+        if split is None or split == reals.section.get("split"):
+            return reals
+        section = {**reals.section, "split": split}
+        return RealImages(section, reals.size, reals.channels, self.folder)
 
     def images(self) -> RealImages:
         """The real images. Raises ValueError for a file, which holds none."""
@@ -99,8 +160,13 @@ def find_data(args: argparse.Namespace, source: Source) -> Against:
         if source.config is None:
             raise ValueError("--samples needs --data: a folder, a config, or a reference file")
         section = source.config["dataset"]
+        if section["type"] == "custom":
+            raise ValueError(
+                f"{source.path} names a Python file as its data set, which is not run unasked; "
+                "pass --data CONFIG.json with that data set"
+            )
     elif path.suffix in {".npz", ".pkl"}:
-        return Against(None, path)
+        return Against(None, path, str(path))
     elif path.suffix == ".json":
         section, folder = load_config(path, strict=True)["dataset"], path.parent
     else:
@@ -110,7 +176,9 @@ def find_data(args: argparse.Namespace, source: Source) -> Against:
             raise ValueError(f"--split: a data set of type {section['type']} has no splits")
         section = {**section, "split": args.split}
     channels, h, w = source.shape(args)
-    return Against(RealImages(section, (h, w), channels, folder), None)
+    split = section.get("split")
+    name = f"{path or section['type']}" + (f" ({split})" if split else "")
+    return Against(RealImages(section, (h, w), channels, folder), None, name, folder)
 
 
 def check(
@@ -143,5 +211,3 @@ def check(
         )
     if recognition and not (source.num_classes and reals.num_classes):
         raise ValueError("recognition needs a class-conditional model and a labelled data set")
-    if args.likelihood and args.likelihood > len(reals):
-        raise ValueError(f"--likelihood {args.likelihood}: the data set has {len(reals)} images")
