@@ -29,6 +29,17 @@ def parse_args() -> argparse.Namespace:
         help="else CHECKPOINT with .safetensors",
     )
     p.add_argument("--dtype", choices=list(DTYPES), default="fp16", help="of the weights")
+    add = p.add_argument_group("a model to share, instead of the file").add_argument
+    text = "write weights, config, a model card and a grid of samples there"
+    add("--output-folder", type=options.path, metavar="FOLDER", help=text)
+    text = "upload them to the Hugging Face hub"
+    add("--push-to-hub", type=options.text, metavar="OWNER/NAME", help=text)
+    text = "of a new repository: seen by its owner alone"
+    add("--private", action="store_true", help=text)
+    text = "results.json of evaluate.py, for the model card"
+    add("--metrics", type=options.path, metavar="FILE", help=text)
+    text = "images on the grid; 0: no grid"
+    add("--samples", type=options.non_negative, default=16, metavar="N", help=text)
     return p.parse_args()
 
 
@@ -36,6 +47,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     check_readable(args.checkpoint, "checkpoint")
+    if args.output_folder or args.push_to_hub:
+        return share(args)
+    if args.metrics or args.private:
+        raise options.UsageError("--metrics and --private need --output-folder or --push-to-hub")
     output = args.output or args.checkpoint.with_suffix(".safetensors")
     if output.resolve() == args.checkpoint.resolve():
         raise ValueError(f"{output} is the training checkpoint itself; choose another --output")
@@ -55,6 +70,29 @@ def main() -> None:
     print(f"writing {output} in {args.dtype} ...")
     checkpoints.write_inference(output, config, weights, args.dtype)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB")
+
+
+def share(args: argparse.Namespace) -> None:
+    """Writes the folder of a model to share, and uploads it if asked to."""
+    if args.output:
+        raise options.UsageError("--output names a file; leave it out, or --output-folder")
+    if args.private and not args.push_to_hub:
+        raise options.UsageError("--private needs --push-to-hub OWNER/NAME")
+    if args.metrics:
+        check_readable(args.metrics, "file of --metrics")
+    here = torch.accelerator.is_available()
+    device = torch.accelerator.current_accelerator() if here else "cpu"
+    print(f"reading {args.checkpoint} ...")
+    denoiser, config = K.loading.load_denoiser(args.checkpoint, args.config)
+    model = K.loading.Loaded(denoiser, config).to(device)
+    choices = {"metrics": args.metrics, "dtype": args.dtype, "samples": args.samples}
+    if args.push_to_hub:
+        where = {"private": args.private, "folder": args.output_folder}
+        print(f"pushed {K.push_to_hub(model, args.push_to_hub, **choices, **where)}")
+    else:
+        K.save_pretrained(model, args.output_folder, **choices)
+    if args.output_folder:
+        print(f"wrote {args.output_folder}")
 
 
 if __name__ == "__main__":

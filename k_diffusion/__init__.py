@@ -28,6 +28,7 @@ _SUBMODULES = (
     "loading",
     "models",
     "noise",
+    "pretrained",
     "sampling",
     "schedules",
     "scripts",
@@ -35,6 +36,15 @@ _SUBMODULES = (
     "training",
     "utils",
 )
+
+# Names of the package itself, and the submodules that hold them.
+_NAMES = {
+    "Denoiser": "denoisers",
+    "load": "loading",
+    "push_to_hub": "pretrained",
+    "sample": "pretrained",
+    "save_pretrained": "pretrained",
+}
 
 if TYPE_CHECKING:
     from . import (  # noqa: F401
@@ -57,6 +67,7 @@ if TYPE_CHECKING:
         loading,
         models,
         noise,
+        pretrained,
         sampling,
         schedules,
         scripts,
@@ -65,17 +76,25 @@ if TYPE_CHECKING:
         utils,
     )
     from .denoisers import Denoiser
+    from .loading import load
+    from .pretrained import push_to_hub, sample, save_pretrained
 
-__all__ = ["Denoiser", "__version__", *_SUBMODULES]
+__all__ = [
+    "Denoiser",
+    "__version__",
+    "load",
+    "push_to_hub",
+    "sample",
+    "save_pretrained",
+    *_SUBMODULES,
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name == "Denoiser":
-        from .denoisers import Denoiser
-
-        return Denoiser
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,12 +1,119 @@
-"""A denoiser from a checkpoint file."""
+"""A denoiser from a checkpoint file, a folder or a repository of the Hugging Face hub."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import checkpoints
+from .common import hub
+from .common.untrusted import get_safetensors_metadata
 from .config import load_config, make_denoiser_wrapper, make_model
+
+WEIGHTS = "model.safetensors"  # of a folder that `save_pretrained` wrote
+CONFIG = "config.json"
+
+
+class Loaded(nn.Module):
+    """A denoiser, (x, sigma, **cond) -> denoised, with the config that says how to sample it.
+
+    config: the whole config, a dict with its defaults. sigma_min, sigma_max: the range of noise
+    levels to sample in. num_classes: 0 for an unconditional model; others take `class_cond`, whose
+    id num_classes stands for no class. shape: (c, h, w) of an image.
+    """
+
+    def __init__(self, denoiser: nn.Module, config: dict[str, Any]):
+        super().__init__()
+        self.denoiser = denoiser
+        self.training = denoiser.training
+        self.config = config
+        self.sigma_min: float = config["model"]["sigma_min"]
+        self.sigma_max: float = config["model"]["sigma_max"]
+        self.num_classes: int = config["dataset"]["num_classes"] or 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(c, h, w) of an image. Raises ValueError where the config has no size."""
+        model = self.config["model"]
+        if model["input_size"] is None:
+            raise ValueError("the model's config has no model.input_size; add it to the config")
+        return model["input_channels"], *model["input_size"]
+
+    @property
+    def inner_model(self) -> Any:
+        """The network within the denoiser, (x, sigma, **cond) -> F."""
+        return self.denoiser.inner_model
+
+    def forward(self, x: torch.Tensor, sigma: torch.Tensor, **cond: Any) -> torch.Tensor:
+        """The estimate of the clean images. x: (n, c, h, w), sigma: (n,)."""
+        return self.denoiser(x, sigma, **cond)
+
+
+def load(
+    path_or_repo: str | Path, revision: str | None = None, device: torch.device | str = "cpu"
+) -> Loaded:
+    """A trained model, ready to sample, from a file, a folder or the Hugging Face hub.
+
+    path_or_repo: an inference checkpoint (.safetensors), a training checkpoint (.pth; its averaged
+    weights), a folder with one of them, such as `save_pretrained` writes, or a repository
+    OWNER/NAME of the hub, OWNER/NAME/FILE for one of its files. What is here goes before the hub.
+    revision: the hub's branch, tag or commit; a commit is the same model for ever.
+
+    Returns the denoiser in float32 and evaluation mode, on the device. Raises ValueError for a
+    damaged file, a folder or repository without weights or with several; FileNotFoundError; and
+    HubError, an OSError, where the hub has no such repository or can't be reached. No code of a
+    file or repository is run.
+    """
+    path = _find(str(path_or_repo), revision)
+    config = path.with_name(CONFIG)
+    stored = path.suffix != ".safetensors" or "config" in get_safetensors_metadata(path)
+    given = None if stored or not config.is_file() else config
+    return Loaded(*load_denoiser(path, given)).to(device)
+
+
+def _find(source: str, revision: str | None) -> Path:
+    """The checkpoint file of what `load` takes, downloaded if need be."""
+    path = Path(source)
+    if path.exists():
+        if revision is not None:
+            raise ValueError(
+                f"a revision is of a repository of the hub, but {source} is on this machine; leave "
+                "revision out"
+            )
+        return _weights_in(path, source) if path.is_dir() else path
+    named = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:/(.+))?", source)
+    if not named or (not named[2] and path.suffix in {".safetensors", ".pth"}):
+        raise FileNotFoundError(
+            f"there is no file or folder {source}; a repository of the hub would be OWNER/NAME"
+        )
+    repo, file = named[1], named[2]
+    folder = hub.download(repo, revision, [file or "*.safetensors", CONFIG])
+    if not file:
+        return _weights_in(folder, repo)
+    if not (folder / file).is_file():
+        raise FileNotFoundError(f"the repository {repo} has no file {file}; look at its page")
+    return folder / file
+
+
+def _weights_in(folder: Path, source: str) -> Path:
+    """The one checkpoint of a folder. Raises ValueError that tells what else there is."""
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    for ending in "safetensors", "pth":
+        found = sorted(folder.glob(f"*.{ending}"))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found[:4]) + (", ..." if found[4:] else "")
+            raise ValueError(
+                f"{source} has {len(found)} .{ending} files ({names}); name one: {source}/FILE"
+            )
+        if found:
+            return found[0]
+    raise ValueError(
+        f"{source} has no weights: no .safetensors file; name the file if it has another ending, "
+        "or use make_diffusers_denoiser for a model of diffusers"
+    )
 
 
 def load_denoiser(

@@ -165,7 +165,8 @@ def test_page_runs_from_top_to_bottom(page, checkpoint, tmp_path, monkeypatch):
             continue
         exec(compile(code, f"{page.name}, block {i + 1}", "exec"), names)
         for name in ("images", "latents"):
-            assert name not in names or names[name].isfinite().all(), code
+            made = names.get(name)  # K.sample's are PIL images
+            assert not isinstance(made, torch.Tensor) or made.isfinite().all(), code
 
 
 def test_new_pages_are_found():

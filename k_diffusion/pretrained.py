@@ -1,0 +1,253 @@
+"""Models that one shares: images of them in a line, and folders and repositories with them.
+
+model = K.load("digits_00002000.pth")
+K.sample(model, n=16)[0].save("digit.png")
+K.push_to_hub(model, "me/digits")
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from PIL import Image
+from torch import nn
+
+from . import checkpoints, generation, sampling
+from .common import hub
+from .common.files import writable, write_atomically
+from .common.images import PIL_MODES, from_pil_image, grid_columns, image_grid, to_pil_image
+from .common.modules import n_params
+from .evaluation import report
+from .guidance import CFGDenoiser
+from .loading import CONFIG, WEIGHTS, Loaded
+
+GRID = "samples.png"
+
+# Numbers of evaluate.py: its results.json or the rows of it; or numbers by their names.
+Metrics: TypeAlias = str | Path | Sequence[Mapping[str, Any]] | Mapping[str, float]
+
+
+def sample(
+    model: nn.Module,
+    n: int = 16,
+    classes: int | Sequence[int] | None = None,
+    seed: int = 0,
+    sampler: str = "dpmpp_2m",
+    steps: int = 32,
+    cfg_scale: float = 1.0,
+    schedule: str = "karras",
+    batch_size: int = 64,
+) -> list[Image.Image]:
+    """Images of a model that `load` gave, as n 8-bit PIL images.
+
+    model: what `load` returns, or guidance around it. classes: ids that the images have in turn; by
+    default all of the model's. seed: image i has seed + i, whatever n and batch_size. sampler: a
+    row of `sampling.SAMPLERS`. steps: from sigma_max down to 0. cfg_scale: strength of
+    classifier-free guidance; 1 for none. schedule: a row of `sampling.SCHEDULES`.
+
+    Raises TypeError for a model without a config, ValueError for an unknown name, for classes that
+    the model hasn't got, or images of other channels than pictures have.
+    """
+    loaded = _loaded(model)
+    if loaded.shape[0] not in PIL_MODES:
+        raise ValueError(
+            f"the model's images have {loaded.shape[0]} channels; pictures have "
+            f"{', '.join(map(str, PIL_MODES))}; use generation.generate for tensors"
+        )
+    if isinstance(classes, int):
+        classes = [classes]
+    if classes is None and loaded.num_classes:
+        classes = range(loaded.num_classes)
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    if cfg_scale != 1:
+        if not loaded.num_classes:
+            raise ValueError("cfg_scale needs a class-conditional model; this one has no classes")
+        null = torch.tensor([loaded.num_classes], device=device)
+        model = CFGDenoiser(model, cfg_scale, class_cond=null)
+    batches = generation.generate(
+        model,
+        loaded.shape,
+        range(seed, seed + n),
+        sampling.make_sigmas(schedule, steps, loaded.sigma_min, loaded.sigma_max),
+        classes=classes and [classes[i % len(classes)] for i in range(n)],
+        num_classes=loaded.num_classes,
+        sampler=sampler,
+        batch_size=batch_size,
+        device=device,
+    )
+    return [to_pil_image(image) for batch in batches for image in batch]
+
+
+def _loaded(model: nn.Module) -> Loaded:
+    """The model that `load` gave, within its guidance."""
+    found = (m for m in model.modules() if isinstance(m, Loaded))
+    if (loaded := next(found, None)) is None:
+        raise TypeError(
+            f"needs a model of K.load, which knows its config, got {type(model).__name__}; use "
+            "K.sampling.sample for other denoisers"
+        )
+    return loaded
+
+
+def save_pretrained(
+    model: Loaded,
+    folder: str | Path,
+    metrics: Metrics | None = None,
+    *,
+    dtype: str = "fp32",
+    samples: int = 16,
+) -> None:
+    """Write a folder that `load` reads: weights, config, a model card, a grid of samples.
+
+    model: of `load`. metrics: for the card: the results.json of evaluate.py, its rows, or numbers
+    by name. dtype: of the weights; fp32, fp16 or bf16. samples: images on the grid; 0 leaves it
+    out, as do images that aren't pictures. Files are model.safetensors, config.json, README.md and
+    samples.png. Raises OSError, ValueError.
+    """
+    _write(model, Path(folder), Path(folder).resolve().name, _rows(metrics), dtype, samples)
+
+
+def push_to_hub(
+    model: Loaded,
+    repo_id: str,
+    metrics: Metrics | None = None,
+    *,
+    dtype: str = "fp32",
+    samples: int = 16,
+    private: bool = False,
+    folder: str | Path | None = None,
+) -> str:
+    """Upload what `save_pretrained` writes to a repository of the Hugging Face hub.
+
+    repo_id: OWNER/NAME, made if need be. private: a new repository is seen by its owner alone.
+    folder: keeps the files there. The other arguments: as of `save_pretrained`. Returns the
+    commit's address. Raises HubError where the hub refuses or can't be reached, before it samples.
+    """
+    rows = _rows(metrics)
+    hub.make_repository(repo_id, private)
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        _write(model, Path(place), repo_id, rows, dtype, samples)
+        return hub.upload(Path(place), repo_id)
+
+
+def _write(
+    model: Loaded,
+    folder: Path,
+    name: str,
+    metrics: Sequence[Mapping[str, Any]],
+    dtype: str,
+    samples: int,
+) -> None:
+    """Writes the files of `save_pretrained`; the card calls the model `name`."""
+    path = writable(folder / WEIGHTS)
+    checkpoints.write_inference(path, model.config, model.inner_model.state_dict(), dtype)
+    config = json.dumps(model.config, indent=2)
+    write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
+    pictures = samples > 0 and model.shape[0] in PIL_MODES
+    if pictures:
+        images = torch.stack([from_pil_image(image) for image in sample(model, samples)])
+        labels = [i % model.num_classes for i in range(samples)] if model.num_classes else None
+        columns = grid_columns(model.num_classes, samples, *model.shape[1:])
+        grid = image_grid(images, columns, labels=labels)
+        write_atomically(folder / GRID, lambda file: grid.save(file, "PNG"))
+    card = model_card(model, name, metrics, GRID if pictures else None)
+    write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
+
+
+def _rows(metrics: Metrics | None) -> Sequence[Mapping[str, Any]]:
+    """Metrics as rows of evaluate.py's results. Raises ValueError."""
+    if metrics is None:
+        return []
+    source = "metrics"
+    if isinstance(metrics, str | Path):
+        source = str(metrics)
+        try:
+            metrics = json.loads(Path(metrics).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{source} is not JSON: {error}; pass a results.json") from None
+    if isinstance(metrics, Mapping):
+        metrics = [{"metric": name, "value": value} for name, value in metrics.items()]
+    if not isinstance(metrics, Sequence):
+        raise ValueError(f"{source} must be a list of rows, got {metrics!r}; pass a results.json")
+    for row in metrics:
+        if not (isinstance(row, Mapping) and "metric" in row and "value" in row):
+            raise ValueError(f"{source}: a row needs 'metric' and 'value', got {row!r}")
+        if not isinstance(row["value"], int | float | None):
+            raise ValueError(f"{source}: {row['metric']} must be a number, got {row['value']!r}")
+    return [row for row in metrics if row["value"] is not None and math.isfinite(row["value"])]
+
+
+def model_card(
+    model: Loaded,
+    name: str,
+    metrics: Sequence[Mapping[str, Any]] = (),
+    picture: str | None = None,
+) -> str:
+    """The hub's page of a model, Markdown after a YAML header, from its config and metrics.
+
+    name: what `load` takes. metrics: rows of evaluate.py's results.json. picture: a file beside it.
+    """
+    config, data = model.config["model"], model.config["dataset"]["type"]
+    kind = "Class-conditional" if model.num_classes else "Unconditional"
+    task = "unconditional-image-generation"
+    header: dict[str, Any] = {
+        "library_name": "k-diffusion",
+        "pipeline_tag": task,
+        "tags": ["k-diffusion", "diffusion", config["type"]],
+    }
+    if metrics:
+        measured = [
+            {"type": str(row["metric"]).lower(), "name": report.name_of(dict(row))}
+            | {"value": row["value"]}
+            for row in metrics
+        ]
+        result = {"task": {"type": task}, "dataset": {"name": data, "type": data}}
+        index = [{"name": name, "results": [result | {"metrics": measured}]}]
+        header["model-index"] = index
+    c, h, w = model.shape
+    facts = {
+        "images": f"{h} x {w} pixels, {c} channel{'s' if c > 1 else ''}, in [-1, 1]",
+        "classes": str(model.num_classes or "none"),
+        "data set": data,
+        "network": f"{config['type']}, {n_params(model):,} parameters",
+        "noise levels": f"{model.sigma_min:g} to {model.sigma_max:g}",
+        "standard deviation of the data": f"{config['sigma_data']:g}",
+    }
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),  # JSON is YAML
+        "---",
+        "",
+        f"# {Path(name).name}",
+        "",
+        *([f"![samples]({picture})", ""] if picture else []),
+        f"{kind} diffusion model after Karras et al. (2022), trained with k-diffusion.",
+        "",
+        "```python",
+        "import k_diffusion as K",
+        "",
+        f"model = K.load({json.dumps(name)})",
+        "images = K.sample(model, n=16, seed=0)  # PIL images",
+        "```",
+        "",
+        *_table([("", ""), *facts.items()]),
+    ]
+    if metrics:
+        rows = [
+            (report.name_of(dict(row)), report.number(dict(row)), str(row.get("line", "")))
+            for row in metrics
+        ]
+        lines += ["", "## Evaluation", "", *_table([("metric", "value", "protocol"), *rows])]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """A table of Markdown; the first row is its head."""
+    escaped = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in escaped]
+    return [lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]

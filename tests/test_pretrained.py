@@ -1,0 +1,214 @@
+"""`K.sample`, and models that one shares: folders, cards, the hub (a stand-in)."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+
+import k_diffusion as K
+from k_diffusion import checkpoints, generation, guidance, pretrained
+from k_diffusion.common.hub import HubError
+from k_diffusion.common.images import to_pil_image
+
+
+def make(**sections):
+    config = runs.tiny_config(**sections)
+    torch.manual_seed(0)
+    model = K.config.make_model(config)
+    for p in model.parameters():  # some begin at 0
+        p.data += 0.05 * torch.randn_like(p)
+    denoiser = K.config.make_denoiser_wrapper(config)(model)
+    return K.loading.Loaded(denoiser.eval().requires_grad_(False), config)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make()
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images])
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+def test_images_are_those_of_generate(model):
+    images = K.sample(model, n=3, classes=[3, 7], seed=5, sampler="heun", steps=4)
+    sigmas = K.sampling.get_sigmas_karras(4, 0.02, 40)
+    options = {"classes": [3, 7, 3], "num_classes": 10, "sampler": "heun"}
+    (want,) = generation.generate(model, (1, 8, 8), [5, 6, 7], sigmas, **options)
+    assert all(isinstance(image, Image.Image) and image.mode == "L" for image in images)
+    assert (pixels(images) == pixels(map(to_pil_image, want))).all()
+
+
+def test_image_i_depends_on_seed_plus_i_alone(model):
+    images = pixels(K.sample(model, n=4, classes=1, seed=3, steps=3))
+    few = pixels(K.sample(model, n=2, classes=1, seed=5, steps=3, batch_size=1))
+    assert abs(images[2:].astype(int) - few).max() <= 1
+    assert (images[0] != images[1]).any()
+
+
+def test_all_classes_in_turn_by_default(model):
+    images = K.sample(model, n=12, steps=2)
+    given = K.sample(model, n=12, classes=[*range(10)], steps=2)
+    assert (pixels(images) == pixels(given)).all()
+
+
+def test_guidance_and_schedule(model):
+    options = {"n": 2, "classes": 4, "steps": 3}
+    images = K.sample(model, **options, cfg_scale=3, schedule="exponential")
+    null = torch.tensor([10])
+    guided = guidance.CFGDenoiser(model, 3, class_cond=null)
+    assert (pixels(images) == pixels(K.sample(guided, **options, schedule="exponential"))).all()
+    assert (pixels(images) != pixels(K.sample(model, **options, schedule="exponential"))).any()
+
+
+def test_an_unconditional_model_in_colour():
+    model = make(model={"input_channels": 3}, dataset={"num_classes": 0})
+    (image,) = K.sample(model, n=1, steps=2)
+    assert (image.mode, image.size) == ("RGB", (8, 8))
+    with pytest.raises(ValueError, match="needs a class-conditional model"):
+        K.sample(model, cfg_scale=2)
+    with pytest.raises(ValueError, match="the model is unconditional"):
+        K.sample(model, classes=3)
+
+
+def test_what_cannot_be_sampled(model):
+    with pytest.raises(ValueError, match="class 10 is out of range"):
+        K.sample(model, classes=10)
+    with pytest.raises(ValueError, match="unknown sampler 'dpmpp_2n'"):
+        K.sample(model, sampler="dpmpp_2n")
+    with pytest.raises(TypeError, match="needs a model of K.load"):
+        K.sample(model.denoiser)
+    with pytest.raises(ValueError, match="images have 5 channels"):
+        K.sample(make(model={"input_channels": 5}))
+
+
+# -------------------------------------------------------------------------------------- folders
+
+ROW = {
+    "metric": "FD",
+    "protocol": "lite0",
+    "value": 12.345,
+    "error": 0.25,
+    "line": "FD[lite0] 12.3 | n 500",
+}
+
+
+def test_a_folder_is_the_model(model, tmp_path):
+    K.save_pretrained(model, tmp_path / "new/digits", [ROW, ROW | {"value": None}], samples=3)
+    names = sorted(path.name for path in (tmp_path / "new/digits").iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors", "samples.png"]
+    again = K.load(tmp_path / "new/digits")
+    assert again.config == model.config
+    assert json.loads((tmp_path / "new/digits/config.json").read_text()) == model.config
+    assert runs.differences(dict(again.state_dict()), dict(model.state_dict())) == []
+    assert Image.open(tmp_path / "new/digits/samples.png").width > 48
+    card = (tmp_path / "new/digits/README.md").read_text()
+    assert "# digits\n\n![samples](samples.png)" in card
+    assert 'model = K.load("digits")' in card
+    assert "| FD[lite0] | 12.3 ± 0.2 | FD[lite0] 12.3 \\| n 500 |" in card
+    assert card.count("FD[lite0] |") == 1
+    assert str(tmp_path) not in card
+
+
+def test_the_cards_header_is_what_the_hub_reads(model):
+    cards = pytest.importorskip("huggingface_hub").ModelCard
+    card = cards(pretrained.model_card(model, "me/digits", [ROW]))
+    data = card.data.to_dict()
+    assert data["library_name"] == "k-diffusion"
+    assert data["pipeline_tag"] == "unconditional-image-generation"
+    (result,) = card.data.eval_results
+    assert (result.metric_name, result.metric_value) == ("FD[lite0]", 12.345)
+    assert result.dataset_type == "digits"
+    assert "samples" not in card.text
+
+
+def test_half_precision_and_no_grid(model, tmp_path):
+    K.save_pretrained(model, tmp_path, {"FID": 2}, dtype="fp16", samples=0)
+    weights = checkpoints.read_weights(tmp_path / "model.safetensors")
+    assert torch.float16 in {x.dtype for x in weights.values()}
+    assert not (tmp_path / "samples.png").exists()
+    assert "| FID | 2 |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "m.json is not JSON"),
+        ("3", "m.json must be a list of rows, got 3"),
+        ("[1]", "m.json: a row needs 'metric' and 'value', got 1"),
+        ('{"FID": "low"}', "m.json: FID must be a number, got 'low'"),
+    ],
+)
+def test_metrics_that_are_none(model, tmp_path, text, says):
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        K.save_pretrained(model, tmp_path / "new", tmp_path / "m.json")
+    assert not (tmp_path / "new").exists()
+
+
+# ------------------------------------------------------------------------------------------ hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What is sent to the hub, instead of sending it."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    sent = SimpleNamespace(repositories=[], folders=[])
+
+    class Api:
+        def create_repo(self, repo, **options):
+            if repo == "you/x":
+                raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required.")
+            sent.repositories.append((repo, options))
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            sent.folders.append((repo_id, {p.name: p.read_bytes() for p in folder_path.iterdir()}))
+            return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    return sent
+
+
+def test_pushing_makes_the_repository_and_uploads_the_folder(hub, model, tmp_path):
+    url = K.push_to_hub(model, "me/digits", samples=1, private=True)
+    assert url == "https://hub/me/digits/commit/1"
+    assert hub.repositories == [("me/digits", {"private": True, "exist_ok": True})]
+    ((repo, files),) = hub.folders
+    assert repo == "me/digits"
+    assert files.keys() == {"README.md", "config.json", "model.safetensors", "samples.png"}
+    assert 'K.load("me/digits")' in files["README.md"].decode()
+    (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])
+    assert K.load(tmp_path).config == model.config
+
+
+def test_who_may_not_push_learns_it_before_the_work(hub, model, monkeypatch):
+    monkeypatch.setattr(pretrained, "sample", None)
+    with pytest.raises(HubError, match=r"can't push to you/x: the hub refuses it .* log in"):
+        K.push_to_hub(model, "you/x")
+    assert hub.folders == []
+
+
+def test_the_conversion_script_shares_a_model(hub, model, tmp_path, monkeypatch, capsys):
+    weights = model.inner_model.state_dict()
+    state = {"config": dict(model.config), "model": weights, "model_ema": weights}
+    checkpoints.write_checkpoint(tmp_path / "a.pth", state)
+    (tmp_path / "results.json").write_text(json.dumps([ROW]))
+
+    def convert(*args):
+        runs.call("convert_for_inference", *args, folder=tmp_path, monkeypatch=monkeypatch)
+
+    convert("a.pth", "--output-folder", "new", "--metrics", "results.json", "--samples", 1)
+    assert "FD[lite0]" in (tmp_path / "new/README.md").read_text()
+    assert K.load(tmp_path / "new").num_classes == 10
+    assert hub.folders == []
+    convert("a.pth", "--push-to-hub", "me/a", "--output-folder", "kept", "--samples", 0)
+    assert hub.folders[0][1].keys() == {path.name for path in (tmp_path / "kept").iterdir()}
+    assert "pushed https://hub/me/a/commit/1" in capsys.readouterr().out
+    assert not (tmp_path / "a.safetensors").exists()
