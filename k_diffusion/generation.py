@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import sampling
+from . import editing, sampling
 from .common.modules import eval_mode
 from .distributed import any_process, gather_shares
 
@@ -34,6 +35,10 @@ def generate(
     device: torch.device | str = "cpu",
     disable: bool | None = None,
     stop: Callable[[], bool] = lambda: False,
+    start: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    resample: int = 1,
+    jump: int = 10,
 ) -> Iterator[torch.Tensor]:
     """Sample one image per seed, batch by batch.
 
@@ -41,7 +46,8 @@ def generate(
     (c, h, w). sigmas: (steps + 1,), the schedule. classes: one id per seed, for a
     class-conditional model of num_classes. sampler: a row of `sampling.SAMPLERS`. disable: hides
     the progress bar; None hides it where there's no terminal. stop: asked after each step, whether
-    to give up.
+    to give up. start: (1, c, h, w), an image that the noise is added to. noise: (1, c, h, w), of
+    standard deviation 1, instead of the seeds'. resample, jump: of `editing.sample_resampled`.
 
     Yields (n, c, h, w) in float32, n <= batch_size, in the order of the seeds. Raises ValueError
     for class ids out of range or an unknown sampler, SamplingStopped once `stop` says so.
@@ -54,11 +60,17 @@ def generate(
         names = ", ".join(name for name, row in sampling.SAMPLERS.items() if row.takes_sigmas)
         raise ValueError(f"sampler {sampler!r} takes no schedule; these do: {names}")
 
+    draw: Callable[..., torch.Tensor] = sampling.sample
+    if resample > 1:
+        draw = partial(editing.sample_resampled, resample=resample, jump=jump)
+
     def run(at: slice, step: Callable[..., object]) -> torch.Tensor:
-        x = sampling.randn_per_seed(seeds[at], shape, device=device) * float(sigmas[0])
+        x = sampling.randn_per_seed(seeds[at], shape, device=device)
+        x = (x if noise is None else noise.expand_as(x)) * float(sigmas[0])
+        x = x if start is None else x + start
         cond = {} if classes is None else {"class_cond": torch.tensor(classes[at], device=device)}
         with eval_mode(model):
-            return sampling.sample(
+            return draw(
                 model,
                 x,
                 sigmas,
@@ -77,7 +89,7 @@ def generate(
 
     starts = range(0, len(seeds), batch_size)
     with tqdm(
-        total=len(starts) * (len(sigmas) - 1),
+        total=len(starts) * (len(sigmas) - 1) * resample,
         desc="sampling",
         unit="step",
         leave=None,  # gone when done, where it stands below another bar
@@ -85,8 +97,8 @@ def generate(
         mininterval=0.1 if sys.stderr.isatty() else 30,
         disable=disable,
     ) as bar:
-        for start in starts:
-            yield run(slice(start, start + batch_size), step)
+        for first in starts:
+            yield run(slice(first, first + batch_size), step)
 
 
 def check_classes(classes: Sequence[int] | None, num_classes: int) -> None:

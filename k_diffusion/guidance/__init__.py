@@ -18,6 +18,7 @@ from .by_model import (
     ThresholdedDenoiser,
 )
 from .combine import APG, CFGPlusPlus, Combine, Guidance, Rescaled, Scale, linear
+from .inpainting import InpaintingDenoiser
 from .rules import FDG, RULES, TCFG, CFGZeroStar
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Combine",
     "GradientGuidedDenoiser",
     "Guidance",
+    "InpaintingDenoiser",
     "IntervalDenoiser",
     "PerturbedDenoiser",
     "Rescaled",

@@ -23,6 +23,7 @@ from ..common.tensors import DTYPES
 from ..common.text import aligned
 from ..config import load_config
 from ..loading import load_denoiser
+from . import editing
 
 # A sampler's own parameters, by the flag that sets them.
 OPTIONS = {"eta": "eta", "churn": "s_churn"}
@@ -60,6 +61,7 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
     add("--grid", type=picture, metavar="FILE", help="write one picture of all of them instead")
     add("--grid-labels", action="store_true", help="with each image's class above it")
     add_choices(p, sampler=sampler, steps=steps)
+    editing.add_arguments(p)
 
 
 def add_choices(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> None:
@@ -130,6 +132,7 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     if args.grid_labels and not args.grid:
         raise options.UsageError("--grid-labels are written on a grid: pass --grid FILE, too")
     check_choices(args)
+    editing.check(args)
     device = distributed.check_device(args.device) if args.device else None
     accelerator = distributed.make_accelerator(cpu=args.device == "cpu")
     device = device or accelerator.device
@@ -214,11 +217,14 @@ def draw(
         "pass a smaller --size, -n or --batch-size",
     )
     mine = range(accelerator.process_index, args.n, accelerator.num_processes)
+    sigmas = sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"])
+    say = accelerator.print
+    edit = editing.prepare(args, guided, config, shape, sigmas, classes, device, say)
     batches = generation.generate(
-        guided,
+        edit.denoiser,
         shape,
         [seed + i for i in mine],
-        sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"]),
+        edit.sigmas,
         classes=classes and [classes[i % len(classes)] for i in mine],
         num_classes=num_classes,
         sampler=args.sampler,
@@ -226,12 +232,13 @@ def draw(
         batch_size=args.batch_size,
         device=device,
         disable=not accelerator.is_main_process,
+        **edit.options,
     )
     dtype = DTYPES[args.dtype]
     autocast = (
         nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
     )
-    return Drawn(shape, classes, generation.in_context(batches, autocast))
+    return Drawn(shape, classes, map(edit.finish, generation.in_context(batches, autocast)))
 
 
 @options.of
