@@ -1,6 +1,8 @@
 """The examples run as they stand, and do what they say."""
 
+import json
 import re
+import runpy
 import sys
 
 import numpy as np
@@ -21,10 +23,19 @@ def run(name, *args, folder):
     return text
 
 
+def run_here(name, *args, folder, monkeypatch):
+    """Run an example in this process, which has imported what it needs."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
 def test_examples_are_short():
     names = sorted(path.name for path in EXAMPLES.glob("*.py"))
     assert names == [
         "guide_by_a_loss.py",
+        "inpaint.py",
+        "sample_stable_diffusion.py",
         "train_on_your_folder.py",
         "write_your_own_sampler.py",
     ]
@@ -64,3 +75,69 @@ def test_guide_by_a_loss(tmp_path):
         losses.append(float(re.search(r"mean loss ([\d.]+)", text)[1]))
     assert losses[1] < 0.5 * losses[0]
     assert (tmp_path / "guided.png").exists()
+
+
+def test_inpaint(tmp_path, monkeypatch):
+    config = runs.tiny_config()
+    model = K.config.make_model(config)
+    checkpoints.write_inference(tmp_path / "a.safetensors", config, model.state_dict(), "fp32")
+    levels = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(levels).save(tmp_path / "image.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[:, 4:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    args = "a.safetensors", "image.png", "mask.png", "--class", 3, "-n", 1, "--steps", 3
+    run_here("inpaint.py", *args, folder=tmp_path, monkeypatch=monkeypatch)
+    grid = np.asarray(Image.open(tmp_path / "painted.png"))
+    given, painted = grid[2:50:6, 2:50:6], grid[52:100:6, 2:50:6]
+    assert (given == levels).all()
+    assert (painted[:, :4] == levels[:, :4]).all()
+    assert (painted[:, 4:] != levels[:, 4:]).any()
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs about configs
+def test_sample_stable_diffusion(tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    words = ["<|startoftext|>", "<|endoftext|>", "a", "b", "a</w>", "b</w>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path, model_max_length=8)
+    sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1}
+    text = transformers.CLIPTextConfig(
+        vocab_size=6, num_attention_heads=2, max_position_embeddings=8, eos_token_id=1, **sizes
+    )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=12,
+    )
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    diffusers.StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "tiny")
+    args = "tiny", "a b", "-n", 2, "--steps", 2, "--seed", 3
+    run_here("sample_stable_diffusion.py", *args, folder=tmp_path, monkeypatch=monkeypatch)
+    grid = Image.open(tmp_path / "samples.png")
+    assert grid.mode == "RGB"
+    first, second = (np.asarray(grid.crop((2, y, 50, y + 48))) for y in (2, 52))
+    assert first.std() > 1
+    assert (first != second).any()
