@@ -94,8 +94,8 @@ def invert(
     if sampling.get_sampler(sampler).stochastic:
         raise ValueError(f"{sampler} adds noise, so it can't be inverted; use heun or dpmpp_2m")
     ascending = sigmas[sigmas > 0].flip(0)
-    options = {"callback": callback, "extra_args": extra_args, "disable": disable}
-    return sampling.sample(model, x, ascending, sampler, **options)
+    options: dict[str, Any] = {"extra_args": extra_args, "disable": disable}
+    return sampling.sample(model, x, ascending, sampler, callback=callback, **options)
 
 
 def sample_resampled(

@@ -164,22 +164,23 @@ def _rows(metrics: Metrics | None) -> Sequence[Mapping[str, Any]]:
     if metrics is None:
         return []
     source = "metrics"
+    rows: Any = metrics
     if isinstance(metrics, str | Path):
         source = str(metrics)
         try:
-            metrics = json.loads(Path(metrics).read_text(encoding="utf-8"))
+            rows = json.loads(Path(metrics).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{source} is not JSON: {error}; pass a results.json") from None
-    if isinstance(metrics, Mapping):
-        metrics = [{"metric": name, "value": value} for name, value in metrics.items()]
-    if not isinstance(metrics, Sequence):
-        raise ValueError(f"{source} must be a list of rows, got {metrics!r}; pass a results.json")
-    for row in metrics:
+    if isinstance(rows, Mapping):
+        rows = [{"metric": name, "value": value} for name, value in rows.items()]
+    if not isinstance(rows, Sequence):
+        raise ValueError(f"{source} must be a list of rows, got {rows!r}; pass a results.json")
+    for row in rows:
         if not (isinstance(row, Mapping) and "metric" in row and "value" in row):
             raise ValueError(f"{source}: a row needs 'metric' and 'value', got {row!r}")
         if not isinstance(row["value"], int | float | None):
             raise ValueError(f"{source}: {row['metric']} must be a number, got {row['value']!r}")
-    return [row for row in metrics if row["value"] is not None and math.isfinite(row["value"])]
+    return [row for row in rows if row["value"] is not None and math.isfinite(row["value"])]
 
 
 def model_card(
