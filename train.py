@@ -27,6 +27,7 @@ from k_diffusion.training import (
     log,
     noise_scale,
     optim,
+    power_ema,
     resume,
     run_files,
     run_lock,
@@ -78,6 +79,8 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         dataset_length=len(train_data),
         run=setup.run_facts(args, accelerator, len(train_data)),
     )
+    if args.power_ema:
+        state.power_ema = power_ema.PowerEMA(state.model_ema, args.power_ema)
     if args.compile:
         models.compile_model(inner, args.compile)
     prepared, opt = accelerator.prepare(inner, opt)

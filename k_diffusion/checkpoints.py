@@ -59,11 +59,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _check_parts(state: Mapping[str, Any], path: object) -> None:
     """Raises CheckpointError unless each part of a training checkpoint is of its kind."""
-    for key in ("config", "ema_stats", "opt", "sched", "ema_sched"):
+    for key in ("config", "ema_stats", "opt", "sched", "ema_sched", "power_ema"):
         if not isinstance(state.get(key) or {}, Mapping):
             raise CheckpointError(f"{path} is no training checkpoint: its {key!r} is no dict")
     for key in ("model", "model_ema"):
         _check_tensors(state.get(key, state["model"]), f"{path} ({key})")
+    for width, profile in (state.get("power_ema") or {}).items():
+        if not isinstance(profile, Mapping) or not {"began", "images", "weights"} <= profile.keys():
+            raise CheckpointError(f"{path} is no training checkpoint: 'power_ema' lacks values")
+        _check_tensors(profile["weights"], f"{path} (power_ema {width})")
     opt = state.get("opt", {"state": {}, "param_groups": []})
     for key, kind in (("state", Mapping), ("param_groups", list)):
         if not isinstance(opt.get(key), kind):
@@ -135,12 +139,17 @@ _KEPT_WHOLE = ("freqs", "freqs_h", "freqs_w", "time_emb.weight", "aug_emb.weight
 
 
 def write_inference(
-    path: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], dtype: str
+    path: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, torch.Tensor],
+    dtype: str,
+    snapshot: str = "",
 ) -> None:
     """Write an inference checkpoint: safetensors, with the config as JSON in its metadata.
 
-    dtype: a row of DTYPES, for floating-point weights but the constants of embeddings. Raises
-    CheckpointError for weights that aren't finite, or no longer are in that dtype.
+    dtype: a row of DTYPES, for floating-point weights but the constants of embeddings. snapshot:
+    what the metadata says of an average, if it is one of `snapshots`. Raises CheckpointError for
+    weights that aren't finite, or no longer are in that dtype.
     """
     check_finite(weights, path)
 
@@ -151,6 +160,8 @@ def write_inference(
     tensors = {k: convert(k, v) for k, v in weights.items()}
     check_finite(tensors, f"{path} in {dtype}", "choose bf16 or fp32")
     metadata = {"config": json.dumps(config)}
+    if snapshot:
+        metadata["snapshot"] = snapshot
     data = save(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)})
     write_atomically(path, lambda file: file.write(data), len(data))
 
@@ -159,8 +170,8 @@ _DIGEST = "sha256"
 
 
 def _digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of names, types, shapes and bytes of all weights, and of the config."""
-    sha = hashlib.sha256(metadata.get("config", "").encode())
+    """SHA-256 of names, types, shapes and bytes of all weights, and of the metadata."""
+    sha = hashlib.sha256((metadata.get("config", "") + metadata.get("snapshot", "")).encode())
     for name, x in sorted(weights.items()):
         sha.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())
         sha.update(x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

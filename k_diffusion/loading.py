@@ -1,6 +1,8 @@
 """A denoiser from a checkpoint file, a folder or a repository of the Hugging Face hub."""
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from . import checkpoints
 from .common import hub
 from .common.untrusted import get_safetensors_metadata
 from .config import load_config, make_denoiser_wrapper, make_model
+from .snapshots import SNAPSHOT, Average, reconstruct
 
 WEIGHTS = "model.safetensors"  # of a folder that `save_pretrained` wrote
 CONFIG = "config.json"
@@ -102,7 +105,8 @@ def _weights_in(folder: Path, source: str) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
     for ending in "safetensors", "pth":
-        found = sorted(folder.glob(f"*.{ending}"))
+        # a run's snapshots are not what it has learned, but parts of it
+        found = [p for p in sorted(folder.glob(f"*.{ending}")) if not SNAPSHOT.fullmatch(p.name)]
         if len(found) > 1:
             names = ", ".join(path.name for path in found[:4]) + (", ..." if found[4:] else "")
             raise ValueError(
@@ -133,6 +137,23 @@ def load_denoiser(
         state = checkpoints.read_checkpoint(path)
         weights = state.get("model_ema", state["model"])
         loaded = load_config(config or state["config"], strict=config is not None)
-    model = make_model(loaded)
-    checkpoints.load_weights(model, weights, path)
-    return make_denoiser_wrapper(loaded)(model).eval().requires_grad_(False), loaded
+    return _make(weights, loaded, path), loaded
+
+
+def load_average(
+    run: str | Path, width: float, step: int | None = None
+) -> tuple[nn.Module, Average]:
+    """The denoiser of a run's weights averaged with any width, from its snapshots.
+
+    run, width, step: as of `snapshots.reconstruct`. Returns it as `load_denoiser` does, and what it
+    is made of, whose config is filled in. Raises ValueError.
+    """
+    average = reconstruct(Path(run), width, step)
+    average = replace(average, config=load_config(average.config))
+    return _make(average.weights, average.config, run), average
+
+
+def _make(weights: Mapping[str, Any], config: dict[str, Any], source: object) -> nn.Module:
+    model = make_model(config)
+    checkpoints.load_weights(model, weights, source)
+    return make_denoiser_wrapper(config)(model).eval().requires_grad_(False)

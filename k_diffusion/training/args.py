@@ -7,6 +7,7 @@ from ..common import options
 from ..evaluation.protocols import PROTOCOLS, get_protocol
 from ..models.compiling import UNITS
 from ..models.flags import CHECKPOINTING
+from ..snapshots import parse_width
 
 
 class Default(int):
@@ -83,6 +84,15 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         "--gns",
         action="store_true",
         help="measure the gradient noise scale: how large a batch pays",
+    )
+    add(
+        "--power-ema",
+        type=options.of(parse_width),
+        nargs="+",
+        default=[],
+        metavar="WIDTH",
+        help="keep power-function averages of these widths, e.g. 0.05 0.1, and write a snapshot of "
+        "each at every save, from which k_diffusion.training.posthoc makes any other width",
     )
     add = p.add_argument_group("data").add_argument
     add("--num-workers", type=options.few, default=8, metavar="N", help="loading processes")

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..checkpoints import CheckpointError, write_checkpoint
 from ..common.files import temporary_of, write_atomically
+from ..snapshots import PATTERN
 
 
 def run_file(name: str, suffix: str) -> Path:
@@ -76,6 +77,7 @@ def before(name: str, step: int) -> Path | None:
 def prune(name: str, step: int, keep: int, trouble: int = 0) -> None:
     """Delete all of a run's checkpoints up to `step` but the newest `keep`.
 
+    Snapshots of averages stay: another width is made of those of the whole run.
     trouble: a step, whose last checkpoint before it is kept as well; 0 for none.
     """
     kept = before(name, trouble) if trouble else None
@@ -90,7 +92,7 @@ def remove_temporaries(name: str) -> None:
     state = state_path(name)
     own = re.compile(
         re.escape(state.name.removesuffix("_state.json"))
-        + r"_(\d{8,}\.pth|state\.json|demo_\d{8,}\.png|loss\.png)"
+        + rf"_(\d{{8,}}\.pth|{PATTERN}|state\.json|demo_\d{{8,}}\.png|loss\.png)"
     )
     for path in state.parent.glob(".*.part"):
         if own.fullmatch(temporary_of(path) or ""):

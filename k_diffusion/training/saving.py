@@ -9,7 +9,8 @@ from typing import Any
 
 from ..common.tensors import copy_to_host
 from ..distributed import broadcast
-from .run_files import prune, save_checkpoint
+from ..snapshots import snapshot_suffix, write_snapshot
+from .run_files import prune, run_file, save_checkpoint
 from .state import TrainState
 
 
@@ -73,6 +74,16 @@ class Saver:
             self.writing = self.writer.submit(self._write, state.step, values, state.trouble)
 
     def _write(self, step: int, values: dict[str, Any], trouble: int) -> Path:
+        # before the checkpoint: a run that resumes from it has all snapshots up to there
+        for width, profile in (values.get("power_ema") or {}).items():
+            write_snapshot(
+                run_file(self.name, snapshot_suffix(step, width)),
+                values["config"],
+                profile,
+                step=step,
+                width=width,
+                since=self.began_step,
+            )
         path = save_checkpoint(self.name, step, values)
         if self.keep is not None:
             prune(self.name, step, self.keep, trouble)

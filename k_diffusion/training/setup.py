@@ -82,6 +82,7 @@ def run_facts(args: argparse.Namespace, accelerator: Any, images: int) -> dict[s
         "processes": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
         "images": images,
+        "power_ema": args.power_ema,
     }
     return facts if args.seed is None else {**facts, "seed": args.seed}
 

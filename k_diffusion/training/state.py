@@ -11,6 +11,7 @@ from torch import nn
 from ..checkpoints import CheckpointError, check_weights
 from .ema import EMAWarmup
 from .noise_scale import NoiseScale
+from .power_ema import PowerEMA
 
 
 @dataclass
@@ -19,11 +20,11 @@ class TrainState:
 
     model, model_ema: the inner models, unwrapped. scaler: of the gradients, in fp16. step: steps
     done. samples: images seen, by all processes. losses: of the steps since the last row of the
-    log. noise_scale: of the gradient, under --gns. run: what else the numbers depend on, such as
-    the batch size. bad_steps: how many of the last steps in a row were skipped; bad_at: the last
-    step skipped; trouble: the first one, since a checkpoint before which none was; all 0 if none
-    were. Random numbers are a function of (seed, step) and (seed, sample), so the seed is all there
-    is to keep of them.
+    log. noise_scale: of the gradient, under --gns. power_ema: averages of --power-ema. run: what
+    else the numbers depend on, such as the batch size. bad_steps: how many of the last steps in a
+    row were skipped; bad_at: the last step skipped; trouble: the first one, since a checkpoint
+    before which none was; all 0 if none were. Random numbers are a function of (seed, step) and
+    (seed, sample), so the seed is all there is to keep of them.
     """
 
     config: dict[str, Any]
@@ -36,6 +37,7 @@ class TrainState:
     dataset_length: int
     scaler: Any = None
     noise_scale: NoiseScale | None = None
+    power_ema: PowerEMA | None = None
     step: int = 0
     samples: int = 0
     elapsed: float = 0.0
@@ -88,6 +90,7 @@ class TrainState:
             "run": {**self.run, "seed": self.seed},
             "bad_steps": (self.bad_steps, self.bad_at, self.trouble),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "power_ema": self.power_ema and self.power_ema.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], source: object) -> None:
@@ -99,6 +102,9 @@ class TrainState:
         averaged = state.get("model_ema", state["model"])
         check_weights(self.model, state["model"], source)
         check_weights(self.model_ema, averaged, source)
+        power_ema = state.get("power_ema") or {}
+        if self.power_ema is not None:
+            self.power_ema.check_state_dict(power_ema, source)
         if "opt" in state:
             self._load_optimizer(state["opt"], source)
         self.model.load_state_dict(state["model"])
@@ -112,6 +118,8 @@ class TrainState:
         self.step = int(state.get("step", 0))
         # older versions counted epochs alone
         self.samples = int(state.get("samples", state.get("epoch", 0) * self.dataset_length))
+        if self.power_ema is not None:
+            self.power_ema.load_state_dict(power_ema, self.samples)
         self.seed = int(state.get("seed", self.seed))
         self.elapsed = float(state.get("elapsed", 0.0))
         self.losses = list(state.get("losses", ()))
@@ -150,7 +158,9 @@ class TrainState:
         self.sched.load_state_dict({"_step_count": steps + 1, "_last_lr": rates})
 
     def reset_ema(self) -> None:
-        """Go on from the averaged weights, both with the model and with a new average of it."""
+        """Go on from the averaged weights, both with the model and with new averages of it."""
         self.model.load_state_dict(self.model_ema.state_dict())
         self.ema_sched.last_epoch = 0
+        if self.power_ema is not None:
+            self.power_ema.begin(self.samples)
         self.ema_stats = {}

@@ -109,6 +109,8 @@ def train_step(
             state.sched.step()
             ema_update(state.model, state.model_ema, state.ema_sched.get_value())
             state.ema_sched.step()
+            if state.power_ema is not None:
+                state.power_ema.update(state.model, state.samples + seen)
         state.samples += seen
         state.step += 1
     return torch.stack(losses).mean(), norm

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import k_diffusion as K
-from k_diffusion import checkpoints
+from k_diffusion import checkpoints, snapshots
 
 SHORT = "--protocol", "random", "-n", 12, "--steps", 2, "--batch-size", 4, "--resamples", 4
 
@@ -119,6 +119,29 @@ def test_sweep_goes_on_where_it_stopped(made, evaluate):
     assert sorted(results(made, "sweep"), key=str) == sorted(rows, key=str)
 
 
+def test_widths_of_an_average(made, evaluate):
+    config = runs.tiny_config(dataset={"split": "train"})
+    for step in (1, 2):
+        torch.manual_seed(step)
+        weights = K.config.make_model(config).state_dict()
+        # those of a new model, whose last layer is 0, don't show in its images
+        weights = {k: x + 0.1 * torch.randn_like(x) for k, x in weights.items()}
+        for width in (0.05, 0.1):
+            path = made / f"run_{snapshots.snapshot_suffix(step, width)}"
+            profile = {"images": 10 * step, "began": 0, "buffers": [], "weights": weights}
+            snapshots.write_snapshot(path, config, profile, step=step, width=width, since=0)
+    text = evaluate("--checkpoint", "run", "--ema-width", "0.05,0.07", "--output-dir", "widths")
+    rows = results(made, "widths")
+    assert [row["settings"]["ema_width"] for row in rows] == [0.05, 0.07]
+    assert rows[0]["value"] != rows[1]["value"]
+    assert re.search(r"^ema_width +FD\[random\]$", text, re.MULTILINE)
+    assert (made / "widths/sweep.png").is_file()
+    # a stored width is its file
+    file = "run_00000002_ema0.05.safetensors"
+    evaluate("--checkpoint", file, "--output-dir", "stored")
+    assert results(made, "stored")[0]["value"] == rows[0]["value"]
+
+
 def test_samples_of_a_folder_and_a_reference_file(made, evaluate):
     evaluate("--samples", "images", "--data", "images", "-n", 24, "--output-dir", "same")
     (row,) = results(made, "same")
@@ -174,6 +197,9 @@ def test_reference_of_another_protocol(made, evaluate, capsys, monkeypatch):
         (("--checkpoint", "a.safetensors", "--data", "images"), "2 classes, but the model"),
         (("--checkpoint", "a.safetensors", "--data", "nowhere"), "no folder, config or reference"),
         (("--samples", "images"), "--samples needs --data"),
+        (("--samples", "images", "--ema-width", "0.1"), "need a --checkpoint"),
+        (("--checkpoint", "a.safetensors", "--ema-width", "0.4"), "must be from 0.001"),
+        (("--checkpoint", "a.safetensors", "--ema-width", "0.1"), "no snapshots of averages"),
         (("--samples", "images", "--data", "images", "-n", 25), "has 24 images"),
         (("--checkpoint", "a.safetensors", "--split", "valid"), "did you mean"),
         (("--checkpoint", "a.safetensors", "--metrics", "inception_score"), "needs a classifier"),

@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
     accelerator = distributed.make_accelerator(cpu=args.device == "cpu", timeout=_WAIT)
     device = device or accelerator.device
     evaluation = Evaluation(args, accelerator, device)
-    for source in [args.samples] if args.samples else args.checkpoint:
-        evaluation.measure(source)
+    for path, width in args.sources:
+        evaluation.measure(path, width)
     evaluation.finish()
     accelerator.end_training()
 
@@ -66,7 +66,8 @@ class Evaluation:
         self.rows: list[report.Row] = []
         if accelerator.is_main_process:
             self.rows = report.read_results(self.folder)
-        self.source = inputs.load_source(args, args.samples or args.checkpoint[0], device)
+        path, width = args.sources[0]
+        self.source = inputs.load_source(args, path, width, device)
         inputs.check_alike(args, self.source)
         self.against = inputs.find_data(args, self.source)
         usual = max(protocol.n for protocol in self.protocols.values())
@@ -95,10 +96,13 @@ class Evaluation:
 
     # --------------------------------------------------------------------------- measuring
 
-    def measure(self, path: Path) -> None:
-        """Measure a checkpoint under all settings, or a set of images; each is saved when done."""
-        if path != self.source.path:
-            self.source = inputs.load_source(self.args, path, self.device)
+    def measure(self, path: Path, width: float | None = None) -> None:
+        """Measure a checkpoint under all settings, or a set of images; each is saved when done.
+
+        width: of an average over the run that `path` names, in place of a checkpoint.
+        """
+        if (path, width) != (self.source.path, self.source.width):
+            self.source = inputs.load_source(self.args, path, width, self.device)
             self._check()
         if self.args.likelihood:
             self._likelihood()
@@ -110,14 +114,13 @@ class Evaluation:
         if self.source.images is not None:
             digest = self.source.digest[:16]
             return {
-                "samples": str(self.source.path),
+                **self.source.settings,
                 "data": self.against.name,
                 "samples_sha256": digest,
             }
         given = {key: getattr(setting, key) for key in self.args.choices}
         return {
-            "checkpoint": str(self.source.path),
-            **self.source.step,
+            **self.source.settings,
             **{k: _plain(v) for k, v in given.items() if v is not None},
             "data": self.against.name,
             "checkpoint_sha256": self.source.digest[:16],
@@ -296,8 +299,7 @@ class Evaluation:
             raise ValueError(f"--likelihood {n}: the data set has {len(reals)} held-out images")
         split = reals.section.get("split")
         settings = {
-            "checkpoint": str(self.source.path),
-            **self.source.step,
+            **self.source.settings,
             "seed": self.args.seed,
             "data": self.against.name,
             "split": split,

@@ -10,6 +10,7 @@ from ...common import options
 from ...common.text import did_you_mean, unknown_name
 from ...evaluation.protocols import PROTOCOLS, get_protocol
 from ...evaluation.registry import METRICS
+from ...snapshots import parse_width
 from .. import sample
 
 RECOGNITION = "recognition"
@@ -35,6 +36,12 @@ def _protocols(text: str) -> list[str]:
     return [get_protocol(name).name for name in _words(text)]
 
 
+@options.of
+def _widths(text: str) -> list[float]:
+    """An argparse type: widths of averages, by commas."""
+    return [parse_width(word) for word in _words(text)]
+
+
 def _choices_parser() -> argparse.ArgumentParser:
     """The flags on how samples are drawn, which --sweep may vary."""
     p = argparse.ArgumentParser(add_help=False, formatter_class=options.HelpFormatter)
@@ -49,7 +56,8 @@ def parse_args(
     """The command line of evaluate.py.
 
     `settings`: a namespace for each combination of --sweep, one without it. `choices`: the flags,
-    by their names in the namespace, in which these may differ.
+    by their names in the namespace, in which these may differ. `sources`: what to measure, each a
+    path and the width of an average, if any.
     """
     choices = _choices_parser()
     p = argparse.ArgumentParser(
@@ -59,6 +67,8 @@ def parse_args(
     count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
     add = p.add_argument_group("what to measure").add_argument
     add("--checkpoint", nargs="+", default=[], **file, help="checkpoints, .safetensors or .pth")
+    text = "widths of averages to measure, of the run whose name, folder or .pth --checkpoint is"
+    add("--ema-width", type=_widths, metavar="WIDTHS", help=text)
     text = "images in place of a checkpoint: a folder, or an .npz of ADM's evaluator"
     add("--samples", type=options.path, metavar="PATH", help=text)
     text = "what to compare with: a folder, a config's data set, or a reference .npz or .pkl; else "
@@ -104,8 +114,10 @@ def parse_args(
     args = p.parse_args(argv)
     if bool(args.checkpoint) == bool(args.samples):
         p.error("pass one of --checkpoint and --samples")
-    if args.samples and (args.sweep or args.likelihood):
-        p.error("--sweep and --likelihood need a --checkpoint")
+    if args.samples and (args.sweep or args.likelihood or args.ema_width):
+        p.error("--sweep, --likelihood and --ema-width need a --checkpoint")
+    widths = args.ema_width or [None]
+    args.sources = [(path, w) for path in args.checkpoint or [args.samples] for w in widths]
     known = sorted(set(vars(choices.parse_args([]))) - {"device", "batch_size"})
     args.choices = known
     args.settings = []

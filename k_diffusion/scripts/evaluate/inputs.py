@@ -16,25 +16,37 @@ from ...evaluation.images import SampleImages
 from ...evaluation.protocols import Protocol
 from ...evaluation.reals import RealImages, folder_section
 from ...evaluation.registry import Options, check_n
-from ...loading import load_denoiser
+from ...loading import load_average, load_denoiser
+from ...snapshots import find_snapshots
 from .. import sample
 from .args import RECOGNITION
 
 
 class Source(NamedTuple):
-    """What is measured: a checkpoint's denoiser with its config, or a set of images."""
+    """What is measured: a checkpoint's denoiser with its config, or a set of images.
+
+    width: of the average over a run, which `path` names; None for the file's own weights.
+    """
 
     path: Path
+    width: float | None
     digest: str
     denoiser: nn.Module | None
     config: dict[str, Any] | None
     images: SampleImages | None
 
     @property
-    def step(self) -> dict[str, int]:
-        """{"step": N} where the checkpoint's name tells it, as train.py's do; else {}."""
-        found = re.search(r"_(\d{8,})$", self.path.stem)
-        return {"step": int(found[1])} if found else {}
+    def settings(self) -> dict[str, Any]:
+        """What the report says of it, but for its digest.
+
+        With the step, where the checkpoint's name tells it, as train.py's do.
+        """
+        if self.images is not None:
+            return {"samples": str(self.path)}
+        found = re.search(r"_(\d{8,})(_ema[\d.]+)?$", self.path.stem)
+        step = {"step": int(found[1])} if found else {}
+        width = {} if self.width is None else {"ema_width": self.width}
+        return {"checkpoint": str(self.path), **step, **width}
 
     def checkpoint(self) -> tuple[nn.Module, dict[str, Any]]:
         """The denoiser and its config. Raises ValueError for images, which have none."""
@@ -63,13 +75,18 @@ class Source(NamedTuple):
         return None if ids is None else [ids[i % len(ids)] for i in range(n)]
 
 
-def load_source(args: argparse.Namespace, path: Path, device: torch.device) -> Source:
-    """A checkpoint, on the device, or the images of --samples. Raises ValueError."""
+def load_source(
+    args: argparse.Namespace, path: Path, width: float | None, device: torch.device
+) -> Source:
+    """A checkpoint or an average, on the device, or the images of --samples. Raises ValueError."""
     if args.samples:
         images = SampleImages(path)
-        return Source(path, images.digest(), None, None, images)
-    denoiser, config = load_denoiser(path)
-    return Source(path, sha256(path), denoiser.to(device), config, None)
+        return Source(path, None, images.digest(), None, None, images)
+    if width is None:
+        denoiser, config = load_denoiser(path)
+        return Source(path, None, sha256(path), denoiser.to(device), config, None)
+    denoiser, average = load_average(path, width)
+    return Source(path, width, average.digest, denoiser.to(device), average.config, None)
 
 
 def check_alike(args: argparse.Namespace, first: Source) -> None:
@@ -80,8 +97,8 @@ def check_alike(args: argparse.Namespace, first: Source) -> None:
     if first.config is None:
         return
     for path in args.checkpoint[1:]:
-        config = load_config(path)
-        other = Source(path, "", None, config, None)
+        file = find_snapshots(path)[-1].path if args.ema_width else path
+        other = Source(path, None, "", None, load_config(file), None)
         if (shape := other.shape(args)) != first.shape(args):
             raise ValueError(
                 f"{path} has images of {shape}, {first.path} of {first.shape(args)}; evaluate them "

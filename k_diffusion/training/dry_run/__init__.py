@@ -137,11 +137,12 @@ def dry_run(
     accumulate: int = 1,
     processes: int = 1,
     checkpointing: str = "off",
+    averages: int = 1,
 ) -> DryRun:
     """What training would cost with a config, as `load_config` returns it; it needs no data.
 
     mixed_precision: a row of AUTOCAST. batch_size: images per process and batch, `accumulate`
-    batches per step. checkpointing: a row of CHECKPOINTING.
+    batches per step. checkpointing: a row of CHECKPOINTING. averages: that it keeps.
 
     Raises ValueError for what the model or the device can't do.
     """
@@ -191,7 +192,7 @@ def dry_run(
             "weights": weights,
             "gradients": 4 * parameters,
             f"{optimizer['type']} state": per_parameter * parameters,
-            "averaged weights": weights,
+            "averaged weights": weights * averages,
         },
         macs=next(iter(steps.values())).macs // batch_size,
         levels=levels,
@@ -227,6 +228,7 @@ def main(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
         accumulate=args.grad_accum_steps,
         processes=_environment(distributed.LAUNCHED, distributed.processes_missing() or 1),
         checkpointing=args.checkpointing,
+        averages=1 + len(args.power_ema),
     )
     print(run, file=sys.stderr, flush=True)
     print(json.dumps(config, indent=2))

@@ -1,0 +1,162 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from k_diffusion import checkpoints, snapshots
+from k_diffusion.snapshots import coefficients, gamma_of, width_of
+
+
+def test_widths_and_gammas():
+    assert gamma_of(0.05) == pytest.approx(16.97, abs=0.01)
+    assert gamma_of(0.10) == pytest.approx(6.94, abs=0.01)
+    assert gamma_of(snapshots.MAX_WIDTH) == pytest.approx(0, abs=1e-9)
+    for width in (0.001, 0.01, 0.05, 0.1, 0.2, 0.28):
+        gamma = gamma_of(width)
+        assert width_of(gamma) == pytest.approx(width, rel=1e-9)
+        # the standard deviation of the profile (gamma + 1) tau^gamma over [0, 1]
+        mean, square = (gamma + 1) / (gamma + 2), (gamma + 1) / (gamma + 3)
+        assert (square - mean**2) ** 0.5 == pytest.approx(width, rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [0, -1, 0.3, float("nan")])
+def test_a_width_without_a_profile_that_grows(width):
+    with pytest.raises(ValueError, match="must be from 0.001 to 0.2887"):
+        gamma_of(width)
+
+
+def test_products_are_the_integrals():
+    a, b, x = (300.0, 16.97), (200.0, 6.94), np.linspace(0, 300, 300_001)
+    p, q = (np.where(x <= t, (g + 1) * (x / t) ** g / t, 0) for t, g in (a, b))
+    for first, second, values in ((a, b, p * q), (b, a, q * p), (a, a, p * p)):
+        got = snapshots._products([first], [second])[0, 0]
+        assert got == pytest.approx(np.trapezoid(values, x), rel=1e-4)
+
+
+def test_a_stored_profile_is_itself():
+    stored = [(t, gamma_of(w)) for t in (100.0, 200.0, 300.0) for w in (0.05, 0.1)]
+    for i, profile in enumerate(stored):
+        found, error = coefficients(stored, profile)
+        assert found.tolist() == np.eye(6)[i].tolist()
+        assert error == 0
+        # and by the solution, for one as good as stored
+        found, error = coefficients(stored, (profile[0], profile[1] * (1 + 1e-12)))
+        np.testing.assert_allclose(found, np.eye(6)[i], atol=1e-9)
+        assert error < 1e-6
+
+
+def test_coefficients_sum_to_one_and_their_error_is_the_distance():
+    stored = [(t, gamma_of(w)) for t in (50.0, 100.0) for w in (0.05, 0.1)]
+    target = 100.0, gamma_of(0.15)
+    found, error = coefficients(stored, target)
+    assert found.sum() == pytest.approx(1)
+    x = np.linspace(0, 100, 200_001)
+
+    def profile(t, g):
+        return np.where(x <= t, (g + 1) * (x / t) ** g / t, 0)
+
+    wanted = profile(*target)
+    made = sum(c * profile(*p) for c, p in zip(found, stored))
+    norm = np.trapezoid((made - wanted) ** 2, x) / np.trapezoid(wanted**2, x)
+    assert error == pytest.approx(norm**0.5, rel=1e-2)
+
+
+# ------------------------------------------------------------------------------- files
+
+
+class Walk:
+    """Weights that wander, and their averages of any width, directly, in float64."""
+
+    def __init__(self, steps=2000, images=7):
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(steps, 5, dtype=torch.float64, generator=generator)
+        self.weights = noise.cumsum(0) / steps**0.5 + 3
+        self.times = images * torch.arange(1, steps + 1, dtype=torch.float64)
+
+    def average(self, width, step):
+        end = self.times[step - 1]
+        edges = torch.cat([torch.zeros(1), self.times[:step]]) / end
+        return (edges ** (gamma_of(width) + 1)).diff() @ self.weights[:step]
+
+
+def test_dense_snapshots_give_any_width():
+    walk = Walk()
+    stored = [(step, width) for step in range(20, 2001, 20) for width in (0.05, 0.1)]
+    profiles = [(float(walk.times[step - 1]), gamma_of(width)) for step, width in stored]
+    averages = torch.stack([walk.average(width, step) for step, width in stored])
+    for width, tolerance in ((0.03, 2e-5), (0.04, 5e-6), (0.07, 2e-6), (0.15, 2e-6), (0.2, 1e-4)):
+        found, _ = coefficients(profiles, (float(walk.times[-1]), gamma_of(width)))
+        error = torch.from_numpy(found) @ averages - walk.average(width, 2000)
+        assert error.abs().max() / walk.weights.std() < tolerance, width
+        assert abs(found).sum() < 20  # so that rounding isn't enlarged by more
+
+
+def write(folder, name, step, width, weight, images, *, since=0, began=0, buffer=0):
+    model = nn.BatchNorm1d(5)
+    model.weight.data = weight.float()
+    model.num_batches_tracked.fill_(buffer)
+    names = [name for name, _ in model.named_buffers()]
+    profile = {"images": images, "began": began, "buffers": names, "weights": model.state_dict()}
+    path = folder / f"{name}_{snapshots.snapshot_suffix(step, width)}"
+    rest = {"step": step, "width": width, "since": since}
+    snapshots.write_snapshot(path, {"a": name}, profile, **rest)
+
+
+def test_any_width_of_a_trajectory_is_its_average(tmp_path):
+    walk = Walk()
+    for step in range(100, 2001, 100):
+        for width in (0.05, 0.1):
+            average = walk.average(width, step)
+            write(tmp_path, "run", step, width, average, int(walk.times[step - 1]), buffer=step)
+    for width in (0.04, 0.07, 0.1, 0.15):
+        for step in (1000, 2000):
+            made = snapshots.reconstruct(tmp_path / "run", width, step)
+            error = (made.weights["weight"] - walk.average(width, step)).abs().max()
+            assert error / walk.weights.std() < 3e-3, (width, step)
+            assert made.error < 0.03
+            assert made.step == step
+            assert made.weights["num_batches_tracked"] == step  # copied
+    assert snapshots.reconstruct(tmp_path, 0.07).step == 2000
+    assert made.config == {"a": "run"}
+
+
+def test_a_stored_width_comes_back_bitwise(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, "run", step, 0.05, torch.full((5,), step / 3), step)
+    made = snapshots.reconstruct(tmp_path / "run_00000001.pth", 0.05)
+    assert torch.equal(made.weights["weight"], torch.full((5,), 1 / 3))
+    assert made.weights["weight"].dtype == torch.float32
+    assert [s.step for s in made.snapshots] == [1]
+    assert made.digest != snapshots.reconstruct(tmp_path, 0.05).digest
+
+
+def test_snapshots_of_a_run_that_was_left_are_not_on_the_way(tmp_path):
+    # a run that saved at 5, 10 and 15; one that went on from 5 and saved at 7, 10 and 17
+    since = {5: 0, 7: 5, 10: 5, 15: 0, 17: 5}
+    assert snapshots.lineage(since, 17) == [5, 7, 10, 17]
+    assert snapshots.lineage(since, 15) == [5, 15]
+    assert snapshots.lineage({**since, 20: 15}, 20) == [5, 15, 20]
+    for step, start in since.items():
+        write(tmp_path, "run", step, 0.05, torch.zeros(5), step, since=start, began=int(step == 5))
+    # averaging began anew after step 5
+    assert [s.step for s in snapshots.find_snapshots(tmp_path)] == [7, 10, 17]
+
+
+def test_what_has_no_snapshots_says_so(tmp_path):
+    with pytest.raises(checkpoints.CheckpointError, match="no snapshots of averages; train.py"):
+        snapshots.find_snapshots(tmp_path / "run")
+    for name in "ab":
+        write(tmp_path, name, 3, 0.05, torch.zeros(5), 3)
+    with pytest.raises(checkpoints.CheckpointError, match="snapshots of a, b; name one"):
+        snapshots.find_snapshots(tmp_path)
+    with pytest.raises(checkpoints.CheckpointError, match="no snapshot of step 4; there are 3"):
+        snapshots.find_snapshots(tmp_path / "a_00000004.pth")
+    path = tmp_path / "c_00000003_ema0.05.safetensors"
+    checkpoints.write_inference(path, {}, {"w": torch.zeros(2)}, "fp32")
+    with pytest.raises(checkpoints.CheckpointError, match="is no snapshot of an average"):
+        snapshots.find_snapshots(tmp_path / "c")
+    checkpoints.write_inference(path, {}, {"w": torch.zeros(2)}, "fp32", json.dumps({"step": 3}))
+    with pytest.raises(checkpoints.CheckpointError, match="is no snapshot of an average"):
+        snapshots.find_snapshots(tmp_path / "c")
