@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .common import numbers
 from .common.tensors import append_dims, widen
 
 Weighting = Callable[[torch.Tensor], torch.Tensor]
@@ -29,6 +30,22 @@ WEIGHTINGS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     # SNR = 1 / sigma^2, which is the plain squared error of the estimated noise (DDPM).
     "snr": lambda sigma, sigma_data: sigma_data**2 / (sigma**2 + sigma_data**2),
 }
+
+
+def sigmoid_weighting(bias: float, sigma_data: float = 1.0) -> Weighting:
+    """The sigmoid weighting (arXiv:2303.00848): the squared error of D weighs 1 / (sigma^2 + e^-b).
+
+    That is soft-min-SNR with a free cap: SNR = 1 / sigma^2 softly limited to e^bias. At
+    bias = -2 ln(sigma_data) it is `soft-min-snr`. Returns the function of sigma: (n,) that
+    `Denoiser` takes, to weights (n,) of the squared error of F.
+    """
+
+    def weighting(sigma: torch.Tensor) -> torch.Tensor:
+        square = widen(sigma) ** 2
+        c_out = square * sigma_data**2 / (square + sigma_data**2)
+        return (c_out / (square + math.exp(-bias))).to(sigma.dtype)
+
+    return weighting
 
 
 def dct(x: torch.Tensor, dims: Sequence[int] | None = None) -> torch.Tensor:
@@ -210,3 +227,44 @@ class SimpleLossDenoiser(Denoiser):
         output = self._network(input + noise * append_dims(sigma, input.ndim), sigma, **kwargs)
         error = self._squared_error(output, self._target(input, noise, sigma))
         return error * self._named_weight("snr", sigma)
+
+
+class XPredictionDenoiser(Denoiser):
+    """A denoiser whose network estimates the clean data itself (JiT, arXiv:2511.13720).
+
+    D(x, sigma) = F(c_in x, sigma), with c_in = s / (s + sigma): JiT's z = t x + (1 - t) s noise at
+    t = s / (s + sigma). The loss is that of v = (x - z) / (1 - t): the squared error of D weighs
+    ((s + sigma) / sigma)^2, at most `max_weight`; 400 is JiT's 1 - t >= 0.05. At sigma = 0 the
+    result is the network's, not x.
+
+    sigma_data: the standard deviation of the data, which plays no part. noise_scale: s, 1 at 256
+    pixels and 2 at 512. scales, dct_dims: as of `Denoiser`.
+    """
+
+    def __init__(
+        self,
+        inner_model: nn.Module,
+        sigma_data: float = 1.0,
+        noise_scale: float = 1.0,
+        max_weight: float = 400.0,
+        scales: int = 1,
+        dct_dims: Sequence[int] | None = None,
+    ):
+        numbers.positive(noise_scale=noise_scale, max_weight=max_weight)
+        super().__init__(inner_model, sigma_data, self._v_weight, scales, dct_dims)
+        self.noise_scale = noise_scale
+        self.max_weight = max_weight
+
+    def get_scalings(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """c_skip = 0, c_out = 1 and c_in, shaped like sigma."""
+        c_in = self.noise_scale / (self.noise_scale + widen(sigma))
+        return torch.zeros_like(sigma), torch.ones_like(sigma), c_in.to(sigma.dtype)
+
+    def _target(
+        self, input: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor
+    ) -> torch.Tensor:
+        return input
+
+    def _v_weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        ratio = (self.noise_scale + widen(sigma)) / sigma
+        return ratio.square().clamp(max=self.max_weight).to(sigma.dtype)

@@ -11,8 +11,10 @@ from k_diffusion.denoisers import (
     WEIGHTINGS,
     DenoiserWithVariance,
     SimpleLossDenoiser,
+    XPredictionDenoiser,
     dct,
     frequency_weights,
+    sigmoid_weighting,
 )
 
 SIGMA = torch.tensor([0.02, 0.3, 2.0, 40.0], dtype=torch.float64)
@@ -143,6 +145,8 @@ def test_losses_are_weighted_squared_errors_of_the_denoised_image(scales):
         "karras": 1 / SIGMA**2 + 1 / s**2,
         "soft-min-snr": 1 / (SIGMA**2 + s**2),
         "snr": 1 / SIGMA**2,
+        sigmoid_weighting(0.7, s): 1 / (SIGMA**2 + math.exp(-0.7)),
+        sigmoid_weighting(-2 * math.log(s), s): 1 / (SIGMA**2 + s**2),
         (lambda sigma: sigma**3): SIGMA**3 * (1 / SIGMA**2 + 1 / s**2),
     }
     assert set(WEIGHTINGS) < set(weights)
@@ -151,6 +155,30 @@ def test_losses_are_weighted_squared_errors_of_the_denoised_image(scales):
         error = dct(model(x + noise * per_sample(SIGMA), SIGMA) - x) ** 2
         expected = weight * mean(error * frequency_weights(x, scales))
         torch.testing.assert_close(model.loss(x, noise, SIGMA), expected)
+
+
+@pytest.mark.parametrize("s", [1.0, 2.0])
+def test_x_prediction_is_the_network_and_its_loss_that_of_v(s):
+    """By JiT's formulas: z = t x + (1 - t) s e, sigma = s (1 - t) / t, v = (x - z) / (1 - t)."""
+    x, noise = data(), data(1)
+    t = torch.tensor([0.05, 0.3, 0.9, 0.99], dtype=x.dtype)
+    sigma = s * (1 - t) / t
+    model = XPredictionDenoiser(NETWORK, noise_scale=s)
+    z = per_sample(t) * x + per_sample(1 - t) * s * noise
+    estimate = NETWORK(z, sigma)
+    torch.testing.assert_close(model(x + noise * per_sample(sigma), sigma), estimate)
+    # both velocities with a denominator of at least 0.05
+    below = per_sample((1 - t).clamp(min=0.05))
+    expected = mean(((estimate - z) / below - (x - z) / below) ** 2)
+    torch.testing.assert_close(model.loss(x, noise, sigma), expected)
+
+
+def test_x_prediction_has_a_finite_loss_at_sigma_zero():
+    model, zero = XPredictionDenoiser(NETWORK), torch.zeros(4)
+    x, noise = data(dtype=torch.float32), data(1, dtype=torch.float32)
+    torch.testing.assert_close(model.loss(x, noise, zero), 400 * mean((model(x, zero) - x) ** 2))
+    with pytest.raises(ValueError, match="noise_scale must be"):
+        XPredictionDenoiser(NETWORK, noise_scale=0)
 
 
 def test_simple_loss_is_the_squared_error_of_the_noise_and_equals_snr_weighting():

@@ -21,7 +21,7 @@ from .base import (
 )
 
 # Of the model, where it doesn't say.
-MODEL_DEFAULTS = {"sigma_data": 1.0, "sigma_min": 0.01, "sigma_max": 80.0}
+MODEL_DEFAULTS = {"sigma_data": 1.0, "sigma_min": 0.01, "sigma_max": 80.0, "noise_scale": 1.0}
 
 
 def _of(model: Mapping[str, Any], key: str) -> Any:
@@ -69,6 +69,24 @@ class LogNormal(SampleDensity):
         return partial(
             densities.rand_log_normal,
             loc=self.mean,
+            scale=self.std,
+        )
+
+
+class LogitNormal(SampleDensity):
+    """logit t ~ N(mean, std^2) of t = s / (s + sigma), with s the model's noise_scale (JiT).
+
+    Then ln sigma ~ N(ln s - mean, std^2).
+    """
+
+    type: Literal["logit-normal"]
+    mean: LogLevel = -0.8
+    std: PositiveFloat = 0.8
+
+    def build(self, model: Mapping[str, Any]) -> partial[Tensor]:
+        return partial(
+            densities.rand_log_normal,
+            loc=math.log(_of(model, "noise_scale")) - self.mean,
             scale=self.std,
         )
 
@@ -175,7 +193,13 @@ class ForeignDensity(SampleDensity):
 
 
 Density = Annotated[
-    LogNormal | LogLogistic | LogUniform | VDiffusion | SplitLogNormal | CosineInterpolated,
+    LogNormal
+    | LogitNormal
+    | LogLogistic
+    | LogUniform
+    | VDiffusion
+    | SplitLogNormal
+    | CosineInterpolated,
     Field(discriminator="type"),
     keep_unknown(ForeignDensity.model_construct),
 ]

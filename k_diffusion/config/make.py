@@ -13,9 +13,10 @@ from torch import nn
 
 from ..common import memory
 from .base import ConfigError
+from .denoiser_schema import DenoiserSection
 from .density_schema import Density, SampleDensity, with_bounds
 from .load import parse
-from .model_schema import DenoiserSection, Model
+from .model_schema import Model
 
 
 def make_model(config: Mapping[str, Any]) -> nn.Module:

@@ -1,8 +1,6 @@
 """Typed models of a config's `model` section, model types and attention; each builds itself."""
 
 from abc import abstractmethod
-from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, model_validator
@@ -10,7 +8,6 @@ from torch import nn
 from typing_extensions import Self
 
 from ..augmentation import COND_DIM, KarrasAugmentWrapper
-from ..denoisers import Denoiser, DenoiserWithVariance, SimpleLossDenoiser
 from ..models.attention import (
     Geometry,
     GlobalAttentionSpec,
@@ -40,6 +37,7 @@ from .base import (
     is_strict,
     keep_unknown,
 )
+from .denoiser_schema import DenoiserSection
 from .density_schema import Density, ForeignDensity, with_bounds
 
 # ---------------------------------------------------------------- attention geometries
@@ -94,39 +92,6 @@ Attention = Annotated[
 ]
 
 # ---------------------------------------------------------------- models
-
-
-class DenoiserSection(Section):
-    """What the denoiser around a model reads of its section.
-
-    variance_weighting: with has_variance, let the loss honour loss_weighting and loss_scales.
-    """
-
-    sigma_data: PositiveFloat = 1.0
-    has_variance: bool = False
-    loss_config: Literal["karras", "simple"] = "karras"
-    loss_weighting: Literal["karras", "soft-min-snr", "snr"] = "karras"
-    loss_scales: Positive = 1
-    variance_weighting: bool = False
-
-    @model_validator(mode="after")
-    def _one_loss(self) -> Self:
-        if self.loss_config == "simple" and self.has_variance:
-            raise fail("loss_config 'simple' has no learned variance: set has_variance to false")
-        return self
-
-    def build_wrapper(self) -> Callable[[nn.Module], nn.Module]:
-        """A function that wraps the inner model into its denoiser."""
-        options: dict[str, Any] = {
-            "sigma_data": self.sigma_data,
-            "weighting": self.loss_weighting,
-            "scales": self.loss_scales,
-        }
-        if self.loss_config == "simple":
-            return partial(SimpleLossDenoiser, **options)
-        if self.has_variance:
-            return partial(DenoiserWithVariance, **options, weighted=self.variance_weighting)
-        return partial(Denoiser, **options)
 
 
 class Model(DenoiserSection):
@@ -286,6 +251,7 @@ class ImageTransformerV2(Model):
 
     d_ffs, mapping_d_ff: 3 times the width where not given. self_attns: neighborhood attention with
     kernel_size 7 below and global attention on top. dropout_rate: one for all levels or one each.
+    patch_bottleneck: features between a patch and its token; 0 for none.
     """
 
     type: Literal["image_transformer_v2"]
@@ -300,6 +266,7 @@ class ImageTransformerV2(Model):
     mapping_d_ff: Positive | None = None
     mapping_dropout_rate: Rate = 0.0
     mapping_cond_dim: Count = 0
+    patch_bottleneck: Count = 0
 
     @model_validator(mode="after")
     def _defaults(self) -> "ImageTransformerV2":
@@ -365,6 +332,7 @@ class ImageTransformerV2(Model):
             patch_size=self.patch_size,
             num_classes=_rows(num_classes),
             mapping_cond_dim=self.mapping_cond_dim,
+            patch_bottleneck=self.patch_bottleneck,
         )
 
     @property

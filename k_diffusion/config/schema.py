@@ -12,6 +12,7 @@ from .base import (
     Colour,
     Count,
     NonNegativeFloat,
+    Positive,
     PositiveFloat,
     Probability,
     Rate,
@@ -196,6 +197,30 @@ class ExponentialSched(Section):
     min_lr: NonNegativeFloat = 0.0
 
 
+class CosineSched(Section):
+    """Half a cosine from the rate, after a linear warm-up, to min_lr at step num_steps."""
+
+    type: Literal["cosine"]
+    num_steps: Positive
+    warmup_steps: Count = 0
+    min_lr: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "CosineSched":
+        if self.warmup_steps >= self.num_steps:
+            raise fail(f"warmup_steps {self.warmup_steps} must be below num_steps {self.num_steps}")
+        return self
+
+
+class InverseSqrtSched(Section):
+    """max(1, step / decay_start) ** -0.5, after a linear warm-up, never below min_lr."""
+
+    type: Literal["inverse-sqrt"]
+    decay_start: PositiveFloat
+    warmup_steps: Count = 0
+    min_lr: NonNegativeFloat = 0.0
+
+
 class ForeignSched(Section):
     """A schedule of another program."""
 
@@ -203,7 +228,7 @@ class ForeignSched(Section):
 
 
 AnySched = Annotated[
-    ConstantSched | InverseSched | ExponentialSched,
+    ConstantSched | InverseSched | ExponentialSched | CosineSched | InverseSqrtSched,
     Field(discriminator="type"),
     keep_unknown(ForeignSched.model_construct),
 ]

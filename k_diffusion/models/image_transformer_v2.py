@@ -210,6 +210,20 @@ class TokenMerge(nn.Module):
         return self.proj(x)
 
 
+class BottleneckTokenMerge(TokenMerge):
+    """TokenMerge by way of a few features, as natural images lie near few dimensions (JiT)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, patch_size: Sequence[int], bottleneck: int
+    ):
+        super().__init__(in_features, bottleneck, patch_size)
+        self.expand = apply_wd(Linear(bottleneck, out_features, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Merge patches of tokens. x: (n, h, w, d)."""
+        return self.expand(super().forward(x))
+
+
 class TokenSplitWithoutSkip(nn.Module):
     """Splits each token into a patch: (..., h, w, c) to (..., h * ph, w * pw, out)."""
 
@@ -248,7 +262,8 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
     mapping: the mapping network. patch_size: pixels per token of the first level, (h, w).
     num_classes: rows of the table of class embeddings, of which the last usually means "no class"
     (a config adds that row); 0 for a model without classes.
-    mapping_cond_dim: width of a free-form condition; 0 for none.
+    mapping_cond_dim: width of a free-form condition; 0 for none. patch_bottleneck: features between
+    a patch and its token (JiT, arXiv 2511.13720); 0 for none.
 
     Sizes of an image must be multiples of patch_size * 2 ** (len(levels) - 1).
     """
@@ -262,6 +277,7 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         patch_size: Sequence[int],
         num_classes: int = 0,
         mapping_cond_dim: int = 0,
+        patch_bottleneck: int = 0,
     ):
         super().__init__()
         self.in_channels = in_channels
@@ -269,7 +285,11 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         self.size_multiple = tuple(p * 2 ** (len(levels) - 1) for p in patch_size)
         width, cond_features = levels[0].width, mapping.width
 
-        self.patch_in = TokenMerge(in_channels, width, patch_size)
+        self.patch_in = (
+            BottleneckTokenMerge(in_channels, width, patch_size, patch_bottleneck)
+            if patch_bottleneck
+            else TokenMerge(in_channels, width, patch_size)
+        )
         self.add_conditioning(
             lambda: MappingNetwork(mapping.depth, cond_features, mapping.d_ff, mapping.dropout),
             cond_features,

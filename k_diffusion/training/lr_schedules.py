@@ -1,5 +1,6 @@
-"""Learning-rate schedules with an exponential warm-up. Step them once per optimizer step."""
+"""Learning-rate schedules with a warm-up. Step them once per optimizer step."""
 
+import math
 from typing import Any
 
 from torch import optim
@@ -9,7 +10,7 @@ from ..common import numbers
 
 
 class _WarmupLR(LRScheduler):
-    """(1 - warmup^(k + 1)) max(min_lr, lr factor(k)) at step k."""
+    """(1 - warmup^(k + 1)) max(min_lr, lr factor(k)) at step k, unless a subclass differs."""
 
     def __init__(
         self,
@@ -28,10 +29,15 @@ class _WarmupLR(LRScheduler):
     def factor(self, step: int) -> float:
         return 1.0
 
+    def ramp(self, step: int) -> float:
+        return 1 - self.warmup ** (step + 1)
+
+    def decayed(self, lr: Any, step: int) -> Any:
+        return max(self.min_lr, lr * self.factor(step))
+
     def get_lr(self) -> list[Any]:
-        warmup = 1 - self.warmup ** (self.last_epoch + 1)
-        decay = self.factor(self.last_epoch)
-        return [warmup * max(self.min_lr, lr * decay) for lr in self.base_lrs]
+        step = self.last_epoch
+        return [self.ramp(step) * self.decayed(lr, step) for lr in self.base_lrs]
 
 
 class InverseLR(_WarmupLR):
@@ -102,3 +108,69 @@ class ConstantLRWithWarmup(_WarmupLR):
         verbose: bool = False,
     ):
         super().__init__(optimizer, warmup, 0.0, last_epoch)
+
+
+class _LinearWarmupLR(_WarmupLR):
+    """min(1, (k + 1) / warmup_steps) times the decayed rate at step k."""
+
+    def __init__(
+        self, optimizer: optim.Optimizer, warmup_steps: int, min_lr: float, last_epoch: int
+    ):
+        numbers.non_negative(warmup_steps=warmup_steps)
+        self.warmup_steps = warmup_steps
+        super().__init__(optimizer, 0.0, min_lr, last_epoch)
+
+    def ramp(self, step: int) -> float:
+        return min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+
+class CosineLR(_LinearWarmupLR):
+    """Half a cosine from lr, at the end of a linear warm-up, to min_lr, at step `num_steps`.
+
+    From there on the rate stays. warmup_steps: 0 for no warm-up. A rate below min_lr, as of a group
+    of its own, doesn't decay. Raises ValueError unless num_steps > warmup_steps.
+    """
+
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        num_steps: int,
+        warmup_steps: int = 0,
+        min_lr: float = 0.0,
+        last_epoch: int = -1,
+    ):
+        if not num_steps > warmup_steps:
+            raise ValueError(f"num_steps {num_steps} must be above warmup_steps {warmup_steps}")
+        self.num_steps = num_steps
+        super().__init__(optimizer, warmup_steps, min_lr, last_epoch)
+
+    def factor(self, step: int) -> float:
+        share = (step - self.warmup_steps) / (self.num_steps - self.warmup_steps)
+        return (1 + math.cos(math.pi * min(1.0, max(0.0, share)))) / 2
+
+    def decayed(self, lr: Any, step: int) -> Any:
+        end = min(self.min_lr, lr)
+        return end + (lr - end) * self.factor(step)
+
+
+class InverseSqrtLR(_LinearWarmupLR):
+    """lr / sqrt(max(1, k / decay_start)) at step k, after a linear warm-up.
+
+    The schedule of EDM2 (arXiv:2312.02696). warmup_steps: 0 for no warm-up. min_lr bounds the
+    decay. Raises ValueError unless decay_start > 0.
+    """
+
+    def __init__(
+        self,
+        optimizer: optim.Optimizer,
+        decay_start: float,
+        warmup_steps: int = 0,
+        min_lr: float = 0.0,
+        last_epoch: int = -1,
+    ):
+        numbers.positive(decay_start=decay_start)
+        self.decay_start = decay_start
+        super().__init__(optimizer, warmup_steps, min_lr, last_epoch)
+
+    def factor(self, step: int) -> float:
+        return max(1.0, step / self.decay_start) ** -0.5

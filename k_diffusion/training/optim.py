@@ -7,7 +7,13 @@ import torch
 
 from ..common.text import need
 from .ema import EMAWarmup
-from .lr_schedules import ConstantLRWithWarmup, ExponentialLR, InverseLR
+from .lr_schedules import (
+    ConstantLRWithWarmup,
+    CosineLR,
+    ExponentialLR,
+    InverseLR,
+    InverseSqrtLR,
+)
 
 Groups = list[dict[str, Any]]
 
@@ -52,6 +58,8 @@ LR_SCHEDS: dict[str, Callable[..., torch.optim.lr_scheduler.LRScheduler]] = {
     "constant": ConstantLRWithWarmup,
     "inverse": InverseLR,
     "exponential": ExponentialLR,
+    "cosine": CosineLR,
+    "inverse-sqrt": InverseSqrtLR,
 }
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import k_diffusion as K
 from k_diffusion.config import ConfigError, load_config, parse_overrides, round_to_power_of_two
+from k_diffusion.denoisers import sigmoid_weighting
 from k_diffusion.models.image_v1 import ImageDenoiserModelV1
 
 ROOT = Path(__file__).parents[2]
@@ -367,6 +368,7 @@ def test_every_config_builds_and_runs(path):
         ({"loss_config": "simple"}, "SimpleLossDenoiser"),
         ({"has_variance": True}, "DenoiserWithVariance"),
         ({"has_variance": True, "variance_weighting": True}, "DenoiserWithVariance"),
+        ({"prediction": "x", "noise_scale": 2.0}, "XPredictionDenoiser"),
     ],
 )
 def test_the_denoiser_of_a_config(change, name):
@@ -375,6 +377,30 @@ def test_the_denoiser_of_a_config(change, name):
     assert type(denoiser) is getattr(K.denoisers, name)
     assert denoiser.sigma_data == 0.3
     assert getattr(denoiser, "weighted", False) == change.get("variance_weighting", False)
+
+
+def test_the_sigmoid_weighting_of_a_config():
+    change = {"loss_weighting": "sigmoid", "loss_bias": 1.5, "sigma_data": 0.3}
+    config = load_config({"model": V1["model"] | change})
+    weighting = K.config.make_denoiser_wrapper(config)(torch.nn.Identity()).weighting
+    sigma = torch.tensor([0.1, 1.0, 10.0])
+    torch.testing.assert_close(weighting(sigma), sigmoid_weighting(1.5, 0.3)(sigma))
+
+
+def test_x_prediction_takes_no_other_loss():
+    for change in ({"loss_weighting": "snr"}, {"loss_config": "simple"}, {"has_variance": True}):
+        with pytest.raises(K.config.ConfigError, match="prediction 'x' has a loss of its own"):
+            load_config({"model": V1["model"] | change | {"prediction": "x"}})
+
+
+def test_the_logit_normal_density_of_a_noise_scale():
+    """ln sigma ~ N(0.8 + ln s, 0.8^2)."""
+    section = {"sigma_sample_density": {"type": "logit-normal"}, "noise_scale": 2.0}
+    density = K.config.make_sample_density(section)
+    assert density.keywords == {"loc": pytest.approx(0.8 + math.log(2)), "scale": 0.8}
+    t = 2 / (2 + density([20_000], dtype=torch.float64))
+    assert torch.logit(t).mean().item() == pytest.approx(-0.8, abs=0.03)
+    assert torch.logit(t).std().item() == pytest.approx(0.8, abs=0.03)
 
 
 def test_a_density_takes_its_open_ends_from_the_model():

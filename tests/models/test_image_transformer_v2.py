@@ -3,8 +3,10 @@
 import copy
 
 import pytest
+import runs
 import torch
 from golden import fill, normal
+from torch.nn import functional as F
 
 import k_diffusion as K
 from k_diffusion.models import image_transformer_v2 as v2
@@ -50,6 +52,20 @@ def gradients(model, *args, **kw):
 
 
 # ---------------------------------------------------------------- the function
+
+
+def test_the_bottleneck_of_patches_is_two_convolutions():
+    """p x p to the bottleneck, then 1 x 1 (JiT); without one the weights are as published."""
+    model = make(patch=2, patch_bottleneck=5)
+    x = normal(0, (2, 3, 8, 8))
+    first = model.patch_in.proj.weight.view(5, 2, 2, 3).movedim(-1, 1)
+    last = model.patch_in.expand.weight[:, :, None, None]
+    tokens = F.conv2d(F.conv2d(x, first, stride=2), last)
+    torch.testing.assert_close(model.patch_in(x.movedim(1, -1)), tokens.movedim(1, -1))
+    plain = [k for k in model.state_dict() if k != "patch_in.expand.weight"]
+    assert plain == list(make(patch=2).state_dict())
+    config = runs.tiny_config(model={"patch_bottleneck": 3})
+    assert K.config.make_model(config).patch_in.proj.weight.shape == (3, 4)
 
 
 @pytest.mark.parametrize("attention", ATTENTION)

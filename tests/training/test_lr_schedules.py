@@ -1,3 +1,4 @@
+import math
 import pickle
 import warnings
 from functools import partial
@@ -8,6 +9,7 @@ import torch
 from torch import nn, optim
 
 from k_diffusion import utils
+from k_diffusion.training.lr_schedules import CosineLR, InverseSqrtLR
 
 
 def lrs(make, n=12, lr=0.5):
@@ -37,6 +39,27 @@ def test_constant_lr_with_warmup():
     values = lrs(partial(utils.ConstantLRWithWarmup, warmup=0.99), n=400)
     assert values[99] == pytest.approx(0.5 * (1 - 0.99**100))
     assert values[-1] == pytest.approx(0.5, rel=0.02)
+
+
+def test_cosine_lr_is_its_closed_form():
+    values = lrs(partial(CosineLR, num_steps=10, warmup_steps=4, min_lr=0.1), n=14)
+    assert values[:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    expected = [0.1 + 0.4 * (1 + math.cos(math.pi * k / 6)) / 2 for k in range(7)]
+    assert values[4:11] == pytest.approx(expected)
+    assert values[10:] == pytest.approx([0.1] * 4)
+    # a group whose rate is below min_lr doesn't rise
+    assert lrs(partial(CosineLR, num_steps=3, min_lr=0.7)) == pytest.approx([0.5] * 12)
+    with pytest.raises(ValueError, match="num_steps 4 must be above warmup_steps 4"):
+        lrs(partial(CosineLR, num_steps=4, warmup_steps=4))
+
+
+def test_inverse_sqrt_lr_is_its_closed_form():
+    values = lrs(partial(InverseSqrtLR, decay_start=4, warmup_steps=2, min_lr=0.32), n=16)
+    assert values[:5] == pytest.approx([0.25, 0.5, 0.5, 0.5, 0.5])
+    assert values[5:9] == pytest.approx([0.5 * (k / 4) ** -0.5 for k in range(5, 9)])
+    assert values[10:] == pytest.approx([0.32] * 6)
+    with pytest.raises(ValueError, match="decay_start must be"):
+        lrs(partial(InverseSqrtLR, decay_start=0))
 
 
 def test_min_lr_bounds_the_decay_and_not_the_warmup():

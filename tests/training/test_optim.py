@@ -1,3 +1,4 @@
+import math
 import sys
 
 import pytest
@@ -43,6 +44,8 @@ def test_adam8bit_needs_a_package(monkeypatch):
         ({"type": "constant", "warmup": 0.5}, lambda k: 1 - 0.5 ** (k + 1)),
         ({"type": "inverse", "inv_gamma": 4.0, "power": 0.5}, lambda k: (1 + k / 4) ** -0.5),
         ({"type": "exponential", "num_steps": 5.0}, lambda k: 0.5 ** (k / 5)),
+        ({"type": "cosine", "num_steps": 4}, lambda k: (1 + math.cos(math.pi * min(k, 4) / 4)) / 2),
+        ({"type": "inverse-sqrt", "decay_start": 2.0}, lambda k: max(1, k / 2) ** -0.5),
     ],
 )
 def test_schedules(section, factor):
