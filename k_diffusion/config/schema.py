@@ -145,11 +145,24 @@ class Optimizer(Section):
     max_grad_norm: PositiveFloat | None = 1.0
 
 
-class Adam(Optimizer):
-    type: Literal["adamw", "adam8bit"]
+class AdamKeys(Optimizer):
+    """What Adam and its relatives have."""
+
     betas: list[Rate] = Field(default_factory=lambda: [0.9, 0.99], min_length=2, max_length=2)
     eps: PositiveFloat = 1e-8
     weight_decay: NonNegativeFloat = 1e-4
+
+
+class Adam(AdamKeys):
+    type: Literal["adamw", "adam8bit"]
+
+
+class Muon(AdamKeys):
+    """Muon for hidden matrices, AdamW for the rest. momentum, nesterov: of Muon."""
+
+    type: Literal["muon"]
+    momentum: Rate = 0.95
+    nesterov: bool = True
 
 
 class SGD(Optimizer):
@@ -166,7 +179,7 @@ class ForeignOptimizer(Optimizer):
 
 
 AnyOptimizer = Annotated[
-    Adam | SGD, Field(discriminator="type"), keep_unknown(ForeignOptimizer.model_construct)
+    Adam | SGD | Muon, Field(discriminator="type"), keep_unknown(ForeignOptimizer.model_construct)
 ]
 
 

@@ -15,6 +15,8 @@ class ConditionedModel(nn.Module):
     """A model with a mapping network, which sums up its conditions for every adaptive norm."""
 
     takes_aug_cond = True
+    # The first and last layers, whose matrices Muon leaves alone; models add theirs.
+    outer_layers: tuple[str, ...] = ("time_in_proj", "aug_in_proj", "mapping_cond_in_proj")
 
     def add_conditioning(
         self,

@@ -153,6 +153,8 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
     Raises ValueError if d_model isn't a multiple of 64.
     """
 
+    outer_layers = (*ConditionedModel.outer_layers, "in_proj", "out_proj")
+
     def __init__(
         self,
         n_layers: int,

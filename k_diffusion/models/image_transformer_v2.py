@@ -268,6 +268,8 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
     Sizes of an image must be multiples of patch_size * 2 ** (len(levels) - 1).
     """
 
+    outer_layers = (*ConditionedModel.outer_layers, "patch_in", "patch_out")
+
     def __init__(
         self,
         levels: Sequence[LevelSpec],

@@ -109,6 +109,8 @@ class ImageDenoiserModelV1(nn.Module):
     """
 
     takes_aug_cond = False  # but within `KarrasAugmentWrapper`
+    # The first and last matrices, which Muon leaves alone; proj_in and proj_out are convolutions.
+    outer_layers = "mapping.0", "mapping_cond"
 
     def __init__(
         self,

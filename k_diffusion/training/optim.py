@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..common.text import need
 from .ema import EMAWarmup
@@ -14,11 +15,14 @@ from .lr_schedules import (
     InverseLR,
     InverseSqrtLR,
 )
+from .muon import MuonWithAdamW, hidden_matrices
 
 Groups = list[dict[str, Any]]
 
 
-def _adamw(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
+def _adamw(
+    groups: Groups, o: Mapping[str, Any], fused: bool, model: nn.Module
+) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         groups,
         lr=o["lr"],
@@ -29,7 +33,9 @@ def _adamw(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.Opt
     )
 
 
-def _adam8bit(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
+def _adam8bit(
+    groups: Groups, o: Mapping[str, Any], fused: bool, model: nn.Module
+) -> torch.optim.Optimizer:
     # Adam, whose weight decay is part of the gradient, unlike adamw's
     adam = need("bitsandbytes", "optimizer adam8bit", "bitsandbytes").optim.Adam8bit
     return adam(
@@ -37,7 +43,9 @@ def _adam8bit(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.
     )
 
 
-def _sgd(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
+def _sgd(
+    groups: Groups, o: Mapping[str, Any], fused: bool, model: nn.Module
+) -> torch.optim.Optimizer:
     return torch.optim.SGD(
         groups,
         lr=o["lr"],
@@ -48,10 +56,28 @@ def _sgd(groups: Groups, o: Mapping[str, Any], fused: bool) -> torch.optim.Optim
     )
 
 
-OPTIMIZERS: dict[str, Callable[[Groups, Mapping[str, Any], bool], torch.optim.Optimizer]] = {
+def _muon(
+    groups: Groups, o: Mapping[str, Any], fused: bool, model: nn.Module
+) -> torch.optim.Optimizer:
+    return MuonWithAdamW(
+        groups,
+        hidden_matrices(model),
+        lr=o["lr"],
+        weight_decay=o["weight_decay"],
+        momentum=o["momentum"],
+        nesterov=o["nesterov"],
+        betas=tuple(o["betas"]),
+        eps=o["eps"],
+    )
+
+
+OPTIMIZERS: dict[
+    str, Callable[[Groups, Mapping[str, Any], bool, nn.Module], torch.optim.Optimizer]
+] = {
     "adamw": _adamw,
     "adam8bit": _adam8bit,
     "sgd": _sgd,
+    "muon": _muon,
 }
 
 LR_SCHEDS: dict[str, Callable[..., torch.optim.lr_scheduler.LRScheduler]] = {
@@ -72,7 +98,8 @@ def make_optimizer(
     without saying so.
     """
     section = config["optimizer"]
-    return OPTIMIZERS[section["type"]](model.param_groups(section["lr"]), section, fused)
+    groups = model.param_groups(section["lr"])
+    return OPTIMIZERS[section["type"]](groups, section, fused, model)
 
 
 def make_lr_sched(

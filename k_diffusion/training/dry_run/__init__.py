@@ -34,6 +34,7 @@ OPTIMIZER_STATE: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "adamw": lambda o: 8,
     "adam8bit": lambda o: 2,
     "sgd": lambda o: 4 if o["momentum"] else 0,
+    "muon": lambda o: 8,  # at most: 4 for those of Muon
 }
 
 
