@@ -91,7 +91,10 @@ class Denoiser(nn.Module):
     from sigma: (n,) to weights (n,) of the squared error of F; the attribute is such a function.
     scales: above 1, the loss weighs low spatial frequencies more, in the domain of the discrete
     cosine transform. dct_dims: the dimensions that it transforms, see `dct`; for signals
-    (n, c, length) pass (2,).
+    (n, c, length) pass (2,). learned_weighting: in the loss, the network is called with
+    `return_uncertainty=True` and returns (F, u: (n,)), the logarithm of the loss that it expects at
+    sigma; the loss L is L / e^u + u, so that all noise levels weigh the same in the gradient (EDM2,
+    arXiv:2312.02696, equation 14).
     """
 
     weighting: Weighting
@@ -103,6 +106,7 @@ class Denoiser(nn.Module):
         weighting: str | Weighting = "karras",
         scales: int = 1,
         dct_dims: Sequence[int] | None = None,
+        learned_weighting: bool = False,
     ):
         super().__init__()
         if not sigma_data > 0:
@@ -121,6 +125,7 @@ class Denoiser(nn.Module):
         )
         self.scales = scales
         self.dct_dims = dct_dims
+        self.learned_weighting = learned_weighting
 
     def get_scalings(self, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """c_skip, c_out, c_in of table 1, shaped like sigma."""
@@ -137,9 +142,14 @@ class Denoiser(nn.Module):
 
         Returns (n,), the mean over all other dimensions; finite at sigma = 0 also.
         """
-        output = self._network(input + noise * append_dims(sigma, input.ndim), sigma, **kwargs)
+        x = input + noise * append_dims(sigma, input.ndim)
+        if self.learned_weighting:
+            output, u = self._network(x, sigma, return_uncertainty=True, **kwargs)
+        else:
+            output = self._network(x, sigma, **kwargs)
         error = self._squared_error(output, self._target(input, noise, sigma))
-        return error * self.weighting(sigma)
+        loss = error * self.weighting(sigma)
+        return loss * torch.exp(-u) + u if self.learned_weighting else loss
 
     def forward(self, input: torch.Tensor, sigma: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """The denoised input. input: (n, ...), sigma: (n,)."""
@@ -238,7 +248,7 @@ class XPredictionDenoiser(Denoiser):
     result is the network's, not x.
 
     sigma_data: the standard deviation of the data, which plays no part. noise_scale: s, 1 at 256
-    pixels and 2 at 512. scales, dct_dims: as of `Denoiser`.
+    pixels and 2 at 512. scales, dct_dims, learned_weighting: as of `Denoiser`.
     """
 
     def __init__(
@@ -249,9 +259,11 @@ class XPredictionDenoiser(Denoiser):
         max_weight: float = 400.0,
         scales: int = 1,
         dct_dims: Sequence[int] | None = None,
+        learned_weighting: bool = False,
     ):
         numbers.positive(noise_scale=noise_scale, max_weight=max_weight)
-        super().__init__(inner_model, sigma_data, self._v_weight, scales, dct_dims)
+        rest = scales, dct_dims, learned_weighting
+        super().__init__(inner_model, sigma_data, self._v_weight, *rest)
         self.noise_scale = noise_scale
         self.max_weight = max_weight
 

@@ -157,6 +157,24 @@ def test_losses_are_weighted_squared_errors_of_the_denoised_image(scales):
         torch.testing.assert_close(model.loss(x, noise, SIGMA), expected)
 
 
+@pytest.mark.parametrize("make", [Denoiser, XPredictionDenoiser])
+def test_a_learned_weighting_is_least_at_the_log_of_the_loss(make):
+    """L / e^u + u is 1 + ln L there, and its gradient by the network that of ln L."""
+    x, noise = data(), data(1)
+    plain = make(NETWORK, 0.5).loss(x, noise, SIGMA)
+    u = plain.log().requires_grad_()
+
+    def network(x, sigma, return_uncertainty=False):
+        return (NETWORK(x, sigma), u) if return_uncertainty else NETWORK(x, sigma)
+
+    model = make(Fn(network), 0.5, learned_weighting=True)
+    loss = model.loss(x, noise, SIGMA)
+    torch.testing.assert_close(loss, 1 + plain.log())
+    (grad,) = torch.autograd.grad(loss.sum(), u)
+    torch.testing.assert_close(grad, torch.zeros(4).double(), atol=1e-12, rtol=0)
+    assert torch.equal(model(x, SIGMA), make(NETWORK, 0.5)(x, SIGMA))
+
+
 @pytest.mark.parametrize("s", [1.0, 2.0])
 def test_x_prediction_is_the_network_and_its_loss_that_of_v(s):
     """By JiT's formulas: z = t x + (1 - t) s e, sigma = s (1 - t) / t, v = (x - z) / (1 - t)."""

@@ -24,7 +24,8 @@ class DenoiserSection(Section):
     variance_weighting: with has_variance, let the loss honour loss_weighting and loss_scales.
     loss_bias: b of the sigmoid weighting 1 / (sigma^2 + e^-b) of the denoiser's error. prediction
     'x': the network estimates the clean data, and the loss is JiT's. noise_scale: its s;
-    loss_max_weight: at most that.
+    loss_max_weight: at most that. learned_weighting: the loss L is L / e^u + u with a learned u of
+    sigma.
     """
 
     sigma_data: PositiveFloat = 1.0
@@ -37,6 +38,7 @@ class DenoiserSection(Section):
     prediction: Literal["karras", "x"] = "karras"
     noise_scale: PositiveFloat = 1.0
     loss_max_weight: PositiveFloat = 400.0
+    learned_weighting: bool = False
 
     @model_validator(mode="after")
     def _one_loss(self) -> Self:
@@ -45,6 +47,11 @@ class DenoiserSection(Section):
             raise fail(
                 "prediction 'x' has a loss of its own: leave out has_variance, loss_config and "
                 "loss_weighting"
+            )
+        if self.learned_weighting and (self.has_variance or self.loss_config == "simple"):
+            raise fail(
+                "learned_weighting needs loss_config 'karras', and no has_variance, which learns a "
+                "weighting of its own"
             )
         if self.loss_config == "simple" and self.has_variance:
             raise fail("loss_config 'simple' has no learned variance: set has_variance to false")
@@ -59,6 +66,7 @@ class DenoiserSection(Section):
                 noise_scale=self.noise_scale,
                 max_weight=self.loss_max_weight,
                 scales=self.loss_scales,
+                learned_weighting=self.learned_weighting,
             )
         weighting: Any = self.loss_weighting
         if weighting == "sigmoid":
@@ -72,4 +80,4 @@ class DenoiserSection(Section):
             return partial(SimpleLossDenoiser, **options)
         if self.has_variance:
             return partial(DenoiserWithVariance, **options, weighted=self.variance_weighting)
-        return partial(Denoiser, **options)
+        return partial(Denoiser, **options, learned_weighting=self.learned_weighting)

@@ -116,6 +116,8 @@ class Model(DenoiserSection):
             with_bounds(self.sigma_sample_density, vars(self))
         if self.has_variance and not isinstance(self, ImageV1):
             raise fail("has_variance needs a model with a variance head: image_v1")
+        if self.learned_weighting and isinstance(self, ImageV1):
+            raise fail("learned_weighting needs a transformer; for image_v1 set has_variance")
         if is_strict(info) and self.input_size is None:
             raise fail("is required", "input_size")
         return self
@@ -243,6 +245,7 @@ class ImageTransformerV1(Model):
             dropout=self.dropout_rate,
             sigma_data=self.sigma_data,
             attn_backend=self.attn_backend,
+            learned_weighting=self.learned_weighting,
         )
 
 
@@ -333,6 +336,7 @@ class ImageTransformerV2(Model):
             num_classes=_rows(num_classes),
             mapping_cond_dim=self.mapping_cond_dim,
             patch_bottleneck=self.patch_bottleneck,
+            learned_weighting=self.learned_weighting,
         )
 
     @property

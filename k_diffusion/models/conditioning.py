@@ -7,7 +7,7 @@ from torch import nn
 
 from ..augmentation import COND_DIM
 from .checks import check_classes, check_shape
-from .embeddings import FourierFeatures
+from .embeddings import FourierFeatures, Uncertainty
 from .transformer import Linear, MappingNetwork, log_sigma, tag_module, tagged_param_groups
 
 
@@ -42,6 +42,18 @@ class ConditionedModel(nn.Module):
             Linear(mapping_cond_dim, width, bias=False) if mapping_cond_dim else None
         )
         self.mapping = tag_module(make_mapping(), "mapping")
+
+    def add_uncertainty(self, wanted: bool) -> None:
+        """Add the network of a learned loss weighting, if wanted; last, for the same reasons."""
+        self.uncertainty = Uncertainty() if wanted else None
+
+    def with_uncertainty(
+        self, output: torch.Tensor, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The network's output, (n, ...), and u, (n,). sigma: (n,). Raises ValueError without u."""
+        if self.uncertainty is None:
+            raise ValueError("return_uncertainty needs a model built with learned_weighting=True")
+        return output, self.uncertainty(sigma)
 
     def condition(
         self,

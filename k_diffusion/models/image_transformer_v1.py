@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -150,6 +151,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
     means no class (a config adds that row). dropout: a probability.
     sigma_data: kept as an attribute alone; scaling the input is the part of `K.Denoiser`.
     attn_backend: forces a backend of the attention; None takes the best that can run.
+    learned_weighting: add what `K.Denoiser` needs to learn the weighting of its loss.
     Raises ValueError if d_model isn't a multiple of 64.
     """
 
@@ -167,6 +169,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         dropout: float = 0.0,
         sigma_data: float = 1.0,
         attn_backend: str | None = None,
+        learned_weighting: bool = False,
     ):
         super().__init__()
         self.in_features = in_features
@@ -184,6 +187,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         )
         self.out_norm = RMSNorm(d_model)
         self.out_proj = zero_init(Linear(d_model, out_features * patch_area, bias=False))
+        self.add_uncertainty(learned_weighting)
 
     def proj_(self) -> None:
         """Clamp the scales of queries and keys, which every forward pass does too."""
@@ -198,13 +202,14 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         aug_cond: torch.Tensor | None = None,
         class_cond: torch.Tensor | None = None,
         perturbation: Perturbation | None = None,
-    ) -> torch.Tensor:
+        return_uncertainty: bool = False,
+    ) -> Any:
         """The network's output for a preconditioned input at noise levels `sigma`.
 
         x: (n, in_features, h, w), h and w multiples of the patch size. sigma: (n,). aug_cond:
         (n, 9), zeros if None. class_cond: (n,) integers below num_classes. perturbation: blocks
-        to weaken. Returns (n, out_features, h, w). Raises ValueError for other shapes and for a
-        missing class_cond.
+        to weaken. Returns (n, out_features, h, w), and with return_uncertainty u, (n,), too. Raises
+        ValueError for other shapes and for a missing class_cond.
         """
         check_shape("x", x, ("n", self.in_features, "h", "w"))
         _, _, h, w = x.shape
@@ -221,7 +226,8 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         pos = pos.view(*x.shape[1:3], 2)
         x = run_blocks(self.blocks, x, pos, cond, perturbation, "blocks")
         x = self.out_proj(self.out_norm(x))
-        return rearrange(x, "n h w (c p q) -> n c (h p) (w q)", **patches)
+        x = rearrange(x, "n h w (c p q) -> n c (h p) (w q)", **patches)
+        return self.with_uncertainty(x, sigma) if return_uncertainty else x
 
     def describe_levels(self, h: int, w: int) -> list[Level]:
         """The one level of an image of h x w pixels."""

@@ -263,7 +263,8 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
     num_classes: rows of the table of class embeddings, of which the last usually means "no class"
     (a config adds that row); 0 for a model without classes.
     mapping_cond_dim: width of a free-form condition; 0 for none. patch_bottleneck: features between
-    a patch and its token (JiT, arXiv 2511.13720); 0 for none.
+    a patch and its token (JiT, arXiv 2511.13720); 0 for none. learned_weighting: add what
+    `K.Denoiser` needs to learn the weighting of its loss.
 
     Sizes of an image must be multiples of patch_size * 2 ** (len(levels) - 1).
     """
@@ -280,6 +281,7 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         num_classes: int = 0,
         mapping_cond_dim: int = 0,
         patch_bottleneck: int = 0,
+        learned_weighting: bool = False,
     ):
         super().__init__()
         self.in_channels = in_channels
@@ -312,6 +314,7 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         self.out_norm = RMSNorm(width)
         self.patch_out = TokenSplitWithoutSkip(width, out_channels, patch_size)
         zero_init(self.patch_out.proj)
+        self.add_uncertainty(learned_weighting)
 
     def forward(
         self,
@@ -321,13 +324,14 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         class_cond: torch.Tensor | None = None,
         mapping_cond: torch.Tensor | None = None,
         perturbation: Perturbation | None = None,
-    ) -> torch.Tensor:
+        return_uncertainty: bool = False,
+    ) -> Any:
         """The network's output for a preconditioned input at noise levels `sigma`.
 
         x: (n, in_channels, h, w). sigma: (n,). aug_cond: (n, 9), zeros if None. class_cond: (n,)
         integers below num_classes. mapping_cond: (n, mapping_cond_dim). perturbation: blocks to
-        weaken. Returns (n, out_channels, h, w). Raises ValueError for other shapes, and for
-        conditions missing or not known to the model.
+        weaken. Returns (n, out_channels, h, w), and with return_uncertainty u, (n,), too. Raises
+        ValueError for other shapes, and for conditions missing or not known to the model.
         """
         check_shape("x", x, ("n", self.in_channels, "h", "w"))
         reason = "patch size x 2 for each level above the first"
@@ -347,7 +351,8 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         ups = enumerate(zip(self.up_levels, self.splits, skips))
         for i, (level, split, skip) in reversed(list(ups)):
             x = level(split(x, skip), cond, perturbation, f"up_levels.{i}")
-        return self.patch_out(self.out_norm(x)).movedim(-1, 1)
+        x = self.patch_out(self.out_norm(x)).movedim(-1, 1)
+        return self.with_uncertainty(x, sigma) if return_uncertainty else x
 
     def describe_levels(self, h: int, w: int) -> list[LevelDescription]:
         """The levels of an image of h x w pixels, from the finest to the middle."""
