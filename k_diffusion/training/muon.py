@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 
-def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+def hidden_matrices(model: nn.Module) -> set[torch.Tensor]:
     """The weights of linear layers between a model's first and last, each side larger than 1.
 
     Embeddings, convolutions, biases and scales are none, nor the layers that a module's
@@ -19,7 +19,7 @@ def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
         for name, p in module.named_parameters()
         if name.startswith(tuple(f"{layer}." for layer in getattr(module, "outer_layers", ())))
     }
-    weights = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    weights: set[torch.Tensor] = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
     return {w for w in weights - outer if min(w.shape) > 1}
 
 
@@ -28,14 +28,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     Muon's momentum is made orthogonal, in bfloat16, and scaled by 0.2 sqrt(max(rows, columns)), so
     that its steps have the size of AdamW's, whose learning rate and weight decay serve for both.
-    groups: of the parameters, in which those of `matrices` are Muon's. Raises ImportError where
-    torch has no Muon.
+    groups: of the parameters, in which those of `matrices`, each (rows, columns), are Muon's.
+    Raises ImportError where torch has no Muon.
     """
 
     def __init__(
         self,
         groups: Sequence[dict[str, Any]],
-        matrices: set[nn.Parameter],
+        matrices: set[torch.Tensor],
         *,
         lr: float,
         weight_decay: float,
@@ -49,16 +49,20 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 f"optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; install it "
                 'with: pip install "torch>=2.9"'
             )
-        both = {"lr": lr, "weight_decay": weight_decay}
         muon = torch.optim.Muon(
             _those(groups, lambda p: p in matrices),
-            **both,
+            lr=lr,
+            weight_decay=weight_decay,
             momentum=momentum,
             nesterov=nesterov,
             adjust_lr_fn="match_rms_adamw",
         )
         adamw = torch.optim.AdamW(
-            _those(groups, lambda p: p not in matrices), **both, betas=betas, eps=eps
+            _those(groups, lambda p: p not in matrices),
+            lr=lr,
+            weight_decay=weight_decay,
+            betas=betas,
+            eps=eps,
         )
         self.parts = muon, adamw
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
@@ -81,6 +85,6 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def _those(
-    groups: Sequence[dict[str, Any]], belongs: Callable[[nn.Parameter], bool]
+    groups: Sequence[dict[str, Any]], belongs: Callable[[torch.Tensor], bool]
 ) -> list[dict[str, Any]]:
     return [{**group, "params": [p for p in group["params"] if belongs(p)]} for group in groups]
