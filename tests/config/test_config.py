@@ -154,7 +154,7 @@ ERRORS = [
     (
         V2 | {"optimizer": {"type": "adam"}},
         "optimizer.type: unknown type 'adam' (did you mean 'adamw'?); "
-        "there are: adamw, adam8bit, sgd",
+        "there are: adamw, adam8bit, sgd, muon",
     ),
     ({"model": {}}, "model: needs a 'type'"),
     ({}, "model: is required"),

@@ -39,6 +39,8 @@ ROWS = [
     Row("train", "--lr 0", "must be a finite number above 0, got '0'", 2),
     Row("train", "--lr=-1e-4", "above 0, got '-1e-4'", 2),
     Row("train", "--lr fast", "above 0, got 'fast'", 2),
+    Row("train", "--power-ema 0.05 wide", "average must be a number, got 'wide'", 2),
+    Row("train", "--power-ema 0.3", "must be from 0.001 to 0.2887, the plain mean; got 0.3", 2),
     Row("train", "--mixed-precision fp64", "invalid choice: 'fp64'", 2),
     Row("train", "--start-method thread", "invalid choice: 'thread'", 2),
     Row("train", "--checkpointing some", "invalid choice: 'some'", 2),
