@@ -223,8 +223,8 @@ class DenoiserWithVariance(Denoiser):
 class SimpleLossDenoiser(Denoiser):
     """A denoiser trained on the squared error of the noise it estimates, (x - D) / sigma.
 
-    This simple loss of DDPM (arXiv:2006.11239, equation 14) is the `snr` weighting; `weighting` is
-    accepted and not used.
+    This simple loss of DDPM (arXiv:2006.11239, equation 14) is the `snr` weighting; `weighting` and
+    `learned_weighting` are accepted and not used.
     """
 
     def loss(
