@@ -106,8 +106,11 @@ def test_averages_begin_anew_with_the_weights(tmp_path, monkeypatch):
     train(tmp_path, monkeypatch, "--end-step", 2, "--power-ema", 0.1, "--reset-ema")
     state = runs.read(tmp_path / "model_00000002.pth")
     assert (state["power_ema"][0.1]["began"], state["power_ema"][0.1]["images"]) == (6, 6)
-    names = {s.step for s in snapshots.find_snapshots(tmp_path)}
-    assert names == {2}
+    assert {s.step for s in snapshots.find_snapshots(tmp_path)} == {2}
+    # the run's model is its checkpoint, whatever snapshots lie beside it
+    (tmp_path / "model_00000001.pth").unlink()
+    weights = dict(K.loading.load(tmp_path).inner_model.state_dict())
+    assert runs.differences(weights, dict(state["model_ema"])) == []
 
 
 def test_a_damaged_average_of_a_checkpoint_is_named(tmp_path):
