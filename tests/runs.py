@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,11 @@ def call(script, *args, folder, monkeypatch):
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def _hangup_counts():
+    """SIGHUP isn't ignored, though the tests may run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(*command, folder, **env):
     """Start a program in its own process group, its output in one pipe."""
     return subprocess.Popen(
@@ -75,6 +81,7 @@ def start(*command, folder, **env):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=_hangup_counts,
     )
 
 
