@@ -145,6 +145,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         args.name,
         state,
         saved,
+        logger.say,
         every=args.save_every,
         minutes=args.save_minutes,
         keep=args.keep,

@@ -69,7 +69,7 @@ def measure(state: Any, folder: Path, device: str) -> str:
     state.step = 1
     waited = seconds(lambda: run_files.save_checkpoint(name, 1, state.state_dict()), device)
     alone = steps(200)
-    with saving.Saver(process, name, state, print, every=10**9, minutes=10**9) as saver:
+    with saving.Saver(process, name, state, print, print, every=10**9, minutes=10**9) as saver:
         saver.saved_step, state.step = 1, 2
         held = seconds(lambda: saver.save(state), device)
         started, during = time.perf_counter(), []

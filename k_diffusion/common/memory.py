@@ -19,6 +19,14 @@ def available() -> int | None:
     return min(limits, default=None)
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch has a class of its own for GPUs alone."""
+    said = str(error).split("\n")[0]
+    return isinstance(error, MemoryError) or any(
+        text in said for text in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
 def check(size: float, what: str, remedy: str) -> None:
     """Raises ValueError if `size` bytes for `what` are more than there is."""
     there = available()

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from . import console
+from . import console, memory
 
 T = TypeVar("T")
 
@@ -53,12 +53,9 @@ _MENDABLE = (ValueError, ImportError, OSError, FloatingPointError)
 
 def _out_of_memory(error: BaseException) -> str | None:
     """A sentence for an error that says that memory ran out, None for any other."""
-    said = str(error).split("\n")[0]
-    # torch has a class of its own for GPUs alone
-    if not isinstance(error, MemoryError) and not any(
-        text in said for text in ("out of memory", "can't allocate memory", "not enough memory")
-    ):
+    if not memory.ran_out(error):
         return None
+    said = str(error).split("\n")[0]
     return (
         f"there is not enough memory ({said or 'of the host'}); lower the batch size, the size "
         "of the images or the model's"

@@ -65,17 +65,24 @@ _SIGNALS = {
 
 
 class _Loader(DataLoader[dict[str, Any]]):
-    """A DataLoader whose workers start with signals blocked, until they have left the group."""
+    """A DataLoader whose workers start with signals blocked, until they have left the group.
+
+    A killed worker is an error where the next batch is waited for, after seconds, and nowhere else.
+    """
 
     def __iter__(self) -> Any:
         if not self.num_workers or os.name != "posix":
             return super().__iter__()
         resource_tracker.ensure_running()  # it would unblock them
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        children = signal.getsignal(signal.SIGCHLD)
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            # torch's handler raises wherever the main thread is, in the middle of a step, too
+            if signal.getsignal(signal.SIGCHLD) is not children:
+                signal.signal(signal.SIGCHLD, children)
 
 
 def _own_session(worker: int) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..common.tensors import copy_to_host
+from ..common import memory
+from ..common.tensors import copy_to_host, nbytes
 from ..distributed import broadcast
 from ..snapshots import snapshot_suffix, write_snapshot
 from .run_files import prune, run_file, save_checkpoint
@@ -17,10 +18,11 @@ from .state import TrainState
 class Saver:
     """Saves a run every `every` steps and every `minutes`; a context to save and train in.
 
-    Training waits for the copy to host memory alone. A second checkpoint waits for the first to be
-    written. An error of writing is raised at the next step, or on leaving the context. keep: how
-    many checkpoints to keep, None for all. report: is told the path of each, once it is written.
-    All processes make the same calls; the main one writes.
+    Training waits for the copy to host memory alone, or until all is written where there is no
+    memory for a copy. A second checkpoint waits for the first to be written. An error of writing is
+    raised at the next step, or on leaving the context. keep: how many checkpoints to keep, None for
+    all. report: is told the path of each, once it is written. say: is told what went otherwise. All
+    processes make the same calls; the main one writes.
     """
 
     def __init__(
@@ -29,17 +31,19 @@ class Saver:
         name: str,
         state: TrainState,
         report: Callable[[Path], object],
+        say: Callable[[str], object],
         *,
         every: int,
         minutes: float,
         keep: int | None = None,
     ):
-        self.main, self.name, self.report = accelerator.is_main_process, name, report
+        self.main, self.name = accelerator.is_main_process, name
+        self.report, self.say = report, say
         self.every, self.seconds, self.keep = every, 60 * minutes, keep
         self.began = self.saved_at = time.monotonic()
         self.began_step = self.saved_step = self.look_at = state.step
-        self.failed = False
-        self.writing: Future[Path] | None = None
+        self.failed = self.crowded = False
+        self.writing: Future[tuple[Path, OSError | None]] | None = None
         # joined when the interpreter ends, too
         self.writer = ThreadPoolExecutor(1, "checkpoint")
 
@@ -62,18 +66,32 @@ class Saver:
         return steps == 0
 
     def save(self, state: TrainState) -> None:
-        """Copy the state to host memory, and write it from there; nothing if no step was done."""
+        """Copy the state to host memory, and write it from there; nothing if no step was done.
+
+        Raises an error of writing where there is no memory for a copy.
+        """
         if state.step == self.saved_step or self.failed:
             return
         self.finish()
         if state.bad_at <= self.saved_step:  # all went well since the last checkpoint
             state.trouble = 0
+        values = state.state_dict() if self.main else {}
+        copied = _copy(values)
         self.saved_at, self.saved_step, self.look_at = time.monotonic(), state.step, 0
         if self.main:
-            values = copy_to_host(state.state_dict())
-            self.writing = self.writer.submit(self._write, state.step, values, state.trouble)
+            self.writing = self.writer.submit(
+                self._write, state.step, values if copied is None else copied, state.trouble
+            )
+        if copied is None:
+            if not self.crowded:
+                self.crowded = True
+                self.say("the host has no memory for a copy of the state: training waits for saves")
+            self.finish()
 
-    def _write(self, step: int, values: dict[str, Any], trouble: int) -> Path:
+    def _write(
+        self, step: int, values: dict[str, Any], trouble: int
+    ) -> tuple[Path, OSError | None]:
+        """The path of the checkpoint, and an error of deleting old ones."""
         # before the checkpoint: a run that resumes from it has all snapshots up to there
         for width, profile in (values.get("power_ema") or {}).items():
             write_snapshot(
@@ -85,9 +103,12 @@ class Saver:
                 since=self.began_step,
             )
         path = save_checkpoint(self.name, step, values)
-        if self.keep is not None:
-            prune(self.name, step, self.keep, trouble)
-        return path
+        try:
+            if self.keep is not None:
+                prune(self.name, step, self.keep, trouble)
+        except OSError as error:
+            return path, error
+        return path, None
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and report it. Raises its error."""
@@ -95,11 +116,13 @@ class Saver:
             return
         done, self.writing = self.writing, None
         try:
-            path = done.result()
+            path, left = done.result()
         except BaseException:
             self.failed = True
             raise
         self.report(path)
+        if left is not None:
+            self.say(f"can't delete old checkpoints ({left}); going on")
 
     def __enter__(self) -> "Saver":
         return self
@@ -114,3 +137,16 @@ class Saver:
             self.finish()
         finally:
             self.writer.shutdown()
+
+
+def _copy(values: dict[str, Any]) -> dict[str, Any] | None:
+    """A copy on the host, or None if there is no memory for one."""
+    there = memory.available()
+    if there is not None and nbytes(values) > there:
+        return None
+    try:
+        return copy_to_host(values)
+    except (MemoryError, RuntimeError) as error:
+        if not memory.ran_out(error):
+            raise
+        return None

@@ -1,6 +1,7 @@
 """train.py told to save, to leave, or left alone by its terminal, its disk and its launcher."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import runs
 
 from k_diffusion import generation
-from k_diffusion.training import run_files, saving, signals
+from k_diffusion.training import run_files, saving, signals, step
 
 FAST = "--config", "tiny.json", "--seed", 1, "--batch-size", 6, "--num-workers", 0, "--name", "a"
 ENDLESS = "--end-step", 10**6, "--log-every", 1
@@ -97,12 +98,17 @@ def test_sigusr1_goes_on_and_sighup_leaves(folder):
     assert last > first > 0
 
 
-@pytest.mark.slow
-def test_signals_while_workers_start(folder):
-    """They import torch for seconds, as members of the group that a terminal signals."""
+def write_custom(folder):
+    """A data set that isn't in memory, so that there are workers."""
     (folder / "mine.py").write_text(CUSTOM)
     dataset = {**runs.TINY["dataset"], "type": "custom", "location": "mine.py"}
     (folder / "tiny.json").write_text(json.dumps({**runs.TINY, "dataset": dataset}))
+
+
+@pytest.mark.slow
+def test_signals_while_workers_start(folder):
+    """They import torch for seconds, as members of the group that a terminal signals."""
+    write_custom(folder)
     command = runs.python("train", *FAST, *ENDLESS, "--num-workers", 2)
     process = runs.start(*command, folder=folder)
     us, end = psutil.Process(process.pid), time.monotonic() + 200
@@ -178,6 +184,24 @@ def test_nothing_learned_is_nothing_saved(train, folder, monkeypatch):
         train("--end-step", 9)
     assert left.value.code == 128 + signal.SIGTERM
     assert list(folder.glob("a_*")) == []
+
+
+@pytest.mark.slow
+def test_a_killed_worker_in_the_middle_of_a_step_loses_nothing(train, folder, monkeypatch):
+    """As the kernel does for want of memory: said where the next batch is waited for."""
+    write_custom(folder)
+    average = step.ema_update
+
+    def killing(*args):
+        average(*args)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(step, "ema_update", killing)
+    with pytest.raises(SystemExit, match="a loading process was killed.* smaller --num-workers"):
+        train("--end-step", 9, "--num-workers", 1, "--start-method", "fork")
+    assert saved_steps(folder) != []
 
 
 # ------------------------------------------------------------------------- under a launcher

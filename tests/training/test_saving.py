@@ -39,9 +39,9 @@ def clock(monkeypatch):
 def make(state, folder, main=True, **options):
     options = {"every": 10**6, "minutes": 1e6, **options}
     process = SimpleNamespace(is_main_process=main)
-    said = []
-    saver = saving.Saver(process, str(folder / "a"), state, said.append, **options)
-    saver.said = said
+    said, told = [], []
+    saver = saving.Saver(process, str(folder / "a"), state, said.append, told.append, **options)
+    saver.said, saver.told = said, told
     return saver
 
 
@@ -141,3 +141,59 @@ def test_trouble_ends_with_a_checkpoint_that_nothing_was_skipped_before(tmp_path
             saver.finish()
             left = sorted(int(p.stem[2:]) for p in tmp_path.glob("*.pth"))
             assert left == {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [6]}[step]
+
+
+def no_memory(values):
+    raise MemoryError
+
+
+def torch_has_none(values):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+
+@pytest.mark.parametrize("copy", [None, no_memory, torch_has_none])
+def test_without_memory_for_a_copy_training_waits(tmp_path, state, monkeypatch, copy):
+    """Whether it is known before, or comes out in the middle."""
+    if copy is None:
+        monkeypatch.setattr(saving.memory, "available", lambda: 11)  # of the weight's 12 bytes
+    else:
+        monkeypatch.setattr(saving, "copy_to_host", copy)
+    with make(state, tmp_path) as saver:
+        for step in 1, 2:
+            state.go()
+            saver.save(state)
+            assert [p.name for p in saver.said][step - 1 :] == [f"a_{step:08}.pth"]
+    assert weights(saver.said[-1]) == [2, 2, 2]
+    assert len(saver.told) == 1
+    assert "no memory for a copy" in saver.told[0]
+
+
+def test_a_copy_that_fails_is_no_save(tmp_path, state, monkeypatch):
+    def fail(values):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    with make(state, tmp_path) as saver:
+        state.go()
+        with monkeypatch.context() as patch:
+            patch.setattr(saving, "copy_to_host", fail)
+            with pytest.raises(RuntimeError, match="CUDA error"):
+                saver.save(state)
+        saver.save(state)
+    assert [p.name for p in saver.said] == ["a_00000001.pth"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_said(tmp_path, state, monkeypatch):
+    with make(state, tmp_path, keep=1) as saver:
+        state.go()
+        saver.save(state)
+        saver.finish()
+        (tmp_path / "a_00000000.pth").mkdir()  # which unlink can't remove
+        state.go()
+        saver.save(state)
+        saver.finish()
+        state.go()
+        saver.save(state)
+    assert [p.name for p in saver.said] == [f"a_0000000{step}.pth" for step in (1, 2, 3)]
+    assert len(saver.told) == 2
+    assert saver.told[0].startswith("can't delete old checkpoints (")
+    assert run_files.find_checkpoints(str(tmp_path / "a"))[0] == saver.said[-1]
