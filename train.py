@@ -91,6 +91,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
 
     # resume
     resumed = resume.resume(state, args.name, args.resume, accelerator.print)
+    resume.check_shared(accelerator, args.name, resumed, state.step)
     if args.resume_inference and not resumed:
         resume.resume_inference(state, args.resume_inference, accelerator.print)
     if args.seed is not None:
@@ -123,17 +124,18 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
     )
 
     def make_demo() -> None:
-        path = run_files.run_file(args.name, f"demo_{state.step:08}.png")
-        rest = config, path, args.sample_n, state.demo_gen, stop.asked
+        rest = config, args.sample_n, state.demo_gen, stop.asked
         with suppress(generation.SamplingStopped):
-            logger.image(demo.write_demo(accelerator, denoiser_ema, *rest), state.step)
+            logger.image(demo.sample_demo(accelerator, denoiser_ema, *rest), state.step)
 
-    def evaluate() -> None:
+    def evaluate() -> bool:
         if evaluator is not None:
             save()  # what follows takes long
             with suppress(generation.SamplingStopped):
                 found = evaluator.evaluate(denoiser_ema, state, logger.say, stop.asked)
                 logger.evaluated(state, found)
+                return True
+        return False
 
     def saved(path: Path) -> None:
         logger.say(f"saved {path}")
@@ -157,8 +159,10 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
             saver.save(state)
 
     with signals.StopSignal() as stop, saver:
+        stopped = args.evaluate_only and not evaluate()
+        while stopped and not stop.agreed(accelerator):
+            pass  # until all know the signal
         if args.evaluate_only:
-            evaluate()
             end = state.step
         try:
             while state.step < end and not stop.agreed(accelerator):
@@ -181,10 +185,13 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
                     evaluate()
             if begin < state.step < end:
                 save()
-        except log.NonFiniteLoss:
-            raise
+        except log.NonFiniteLoss as error:  # of all processes
+            saver.finish()
+            distributed.end_together(accelerator, error)
         except Exception as error:  # of the data, say: what was learned is kept
             if state.whole:
+                # the main process may wait for this one on its device, and never come to save
+                saver.main = saver.main or not options.lost_peer(error)
                 save(together=False)
                 logger.say(f"stopped by an error ({type(error).__name__}) at step {state.step}")
             raise
@@ -194,7 +201,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         logger.plot()
         accelerator.wait_for_everyone()  # torchrun kills those that still save when one has left
         logger.close()
-    if state.step < end:
+    if stopped or state.step < end:
         sys.exit(stop.exit_code)
 
 

@@ -92,6 +92,23 @@ def any_process(accelerator: Any, wish: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([int(wish)], device=accelerator.device)).any())
 
 
+def end_together(accelerator: Any, error: Exception | None) -> None:
+    """Raise an error that any process has on the main one, and end the others without a word.
+
+    error: of this process, or None. All must call it.
+    """
+    errors = [error]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        errors = gather_object(errors)
+    first = next((error for error in errors if error is not None), None)
+    if first is not None and accelerator.is_main_process:
+        raise first
+    if first is not None:
+        sys.exit(1)
+
+
 def gather_shares(accelerator: Any, mine: torch.Tensor, n: int) -> torch.Tensor | None:
     """Put rows i, i + processes, ... of each process i back in order, on the main process.
 

@@ -1,5 +1,6 @@
 """Images of a model by their seeds: image i is the same in any batch and on any process."""
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -125,7 +126,8 @@ def sample_batches(
     """This process's share of one image per seed, (k, c, h, w) each, with all classes in turn.
 
     The share is seeds i = process, process + processes, ...; STEPS steps on the Karras schedule, in
-    the accelerator's precision. Raises SamplingStopped once `stop`, asked after each step, says so.
+    the accelerator's precision. stop: asked after each step. Once it is True on any process,
+    SamplingStopped is raised on all of them, when the others are done with their batch.
     """
     model, num_classes = config["model"], config["dataset"]["num_classes"]
     share = slice(accelerator.process_index, None, accelerator.num_processes)
@@ -143,7 +145,25 @@ def sample_batches(
         disable=None if accelerator.is_main_process else True,
         stop=stop,
     )
-    return in_context(batches, accelerator.autocast)
+    most = math.ceil(math.ceil(len(seeds) / accelerator.num_processes) / batch_size)
+    return _stopping_together(accelerator, in_context(batches, accelerator.autocast), most)
+
+
+def _stopping_together(
+    accelerator: Any, batches: Iterator[torch.Tensor], most: int
+) -> Iterator[torch.Tensor]:
+    """The batches (n, ...) of a process, of which each has `most` or one less."""
+    for _ in range(most):
+        batch, stopped = None, False
+        try:
+            batch = next(batches, None)
+        except SamplingStopped:
+            stopped = True
+        if any_process(accelerator, stopped):
+            raise SamplingStopped
+        if batch is not None:
+            yield batch
+    yield from batches  # none is left, but a progress bar to be closed
 
 
 def in_context(
@@ -169,18 +189,10 @@ def sample_share(
 ) -> torch.Tensor | None:
     """One image per seed, shared out over the processes; all of them on the main one, else None.
 
-    stop: asked after each sampling step. Once it is True on any process, SamplingStopped is raised
-    on all of them, when the others are done with their share.
+    stop: as of `sample_batches`.
     """
     model = config["model"]
     shape = model["input_channels"], *model["input_size"]
     batches = sample_batches(accelerator, denoiser, config, seeds, batch_size=batch_size, stop=stop)
-    images = torch.empty(0, *shape, device=accelerator.device)
-    stopped = False
-    try:
-        images = torch.cat([images, *batches])
-    except SamplingStopped:
-        stopped = True
-    if any_process(accelerator, stopped):
-        raise SamplingStopped
+    images = torch.cat([torch.empty(0, *shape, device=accelerator.device), *batches])
     return gather_shares(accelerator, images, len(seeds))

@@ -78,6 +78,18 @@ def test_seeds():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.parametrize("main", [True, False])
+def test_an_error_of_one_process_ends_all_and_the_main_one_says_it(monkeypatch, main):
+    accelerator = SimpleNamespace(is_main_process=main, num_processes=2)
+    error = ValueError("busy")
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [None, None])
+    distributed.end_together(accelerator, None)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [None, error])
+    with pytest.raises(ValueError if main else SystemExit) as left:
+        distributed.end_together(accelerator, None if main else error)
+    assert left.value is error if main else left.value.code == 1
+
+
 @pytest.mark.parametrize("skip_stages", [0, 1])
 def test_processes_do_not_wait_for_gradients_of_skipped_stages(skip_stages, monkeypatch):
     from accelerate.state import AcceleratorState

@@ -203,6 +203,28 @@ def test_processes_share_seeds_and_classes_out_in_turn(num_classes, monkeypatch)
         assert torch.equal(share(i, 3), whole[i::3])
 
 
+@pytest.mark.parametrize(("n", "asks"), [(4, [1, 1]), (5, [2, 2]), (1, [1, 1]), (0, [0, 0])])
+def test_processes_agree_equally_often_whatever_their_share(n, asks, monkeypatch):
+    """Of batches of two: the shares of 5 images on two processes are 3 and 2."""
+    monkeypatch.setattr(generation, "STEPS", 1)
+
+    def count(index):
+        asked = []
+        accelerator = SimpleNamespace(
+            process_index=index,
+            num_processes=2,
+            is_main_process=True,
+            device=torch.device("cpu"),
+            autocast=nullcontext,
+            gather=lambda x: asked.append(x) or x,
+        )
+        config = runs.tiny_config(dataset={"num_classes": 0})
+        list(generation.sample_batches(accelerator, Elementwise(), config, range(n), batch_size=2))
+        return len(asked)
+
+    assert [count(0), count(1)] == asks
+
+
 @pytest.mark.parametrize("who", ["this process", "another"])
 def test_a_stop_of_one_process_is_everybodys(who, monkeypatch):
     monkeypatch.setattr(generation, "STEPS", 5)
@@ -226,4 +248,4 @@ def test_a_stop_of_one_process_is_everybodys(who, monkeypatch):
         generation.sample_share(
             accelerator, Elementwise(), config, range(6), batch_size=2, stop=stop
         )
-    assert len(asked) == (2 if mine else 10)  # two batches of five steps
+    assert len(asked) == (2 if mine else 5)  # of the first of two batches

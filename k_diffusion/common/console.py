@@ -3,7 +3,7 @@
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -65,8 +65,13 @@ class Outlasting:
 
 @contextmanager
 def outlasting() -> Iterator[None]:
-    """Within it, sys.stdout and sys.stderr outlast their readers."""
+    """Within it, sys.stdout and sys.stderr outlast their readers, and take any text.
+
+    What their encoding hasn't got is written as escapes.
+    """
     before = sys.stdout, sys.stderr
+    errors = [getattr(stream, "errors", None) for stream in before]
+    _take_errors(before, ["backslashreplace"] * 2)
     out, err = Outlasting(sys.stdout, "standard output"), Outlasting(sys.stderr, "standard error")
     out.other, err.other = err, out
     sys.stdout, sys.stderr = out, err
@@ -76,6 +81,14 @@ def outlasting() -> Iterator[None]:
         for stream in out, err:
             stream.settle()
         sys.stdout, sys.stderr = before
+        _take_errors(before, errors)
+
+
+def _take_errors(streams: Iterable[Any], errors: Iterable[str | None]) -> None:
+    for stream, handler in zip(streams, errors):
+        if hasattr(stream, "reconfigure"):  # as files have, and streams in memory have not
+            with suppress(OSError, ValueError):
+                stream.reconfigure(errors=handler)
 
 
 def forgive() -> None:

@@ -4,6 +4,7 @@ import argparse
 import functools
 import math
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -35,6 +36,8 @@ def friendly_errors(main: Callable[[], None]) -> Callable[[], None]:
             sys.stdout.flush()  # on a full disk
         except (*_MENDABLE, MemoryError, RuntimeError) as error:
             text = str(error) if isinstance(error, _MENDABLE) else _out_of_memory(error)
+            if lost_peer(error):
+                text = "another process of this run ended; it says why"
             if text is None or os.environ.get("K_DIFFUSION_DEBUG", "0") not in {"", "0"}:
                 raise
             if isinstance(error, UsageError):
@@ -49,6 +52,20 @@ def friendly_errors(main: Callable[[], None]) -> Callable[[], None]:
 
 
 _MENDABLE = (ValueError, ImportError, OSError, FloatingPointError)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error of one of several processes says that another one is gone."""
+    import torch.distributed as dist
+
+    if not (isinstance(error, RuntimeError) and dist.is_available() and dist.is_initialized()):
+        return False
+    said = f"{type(error).__name__}: {error}"
+    return not memory.ran_out(error) and _PEER.search(said) is not None
+
+
+# of gloo, and of NCCL
+_PEER = re.compile(r"closed by peer|reset by peer|Broken pipe|NCCL|DistBackendError")
 
 
 def _out_of_memory(error: BaseException) -> str | None:

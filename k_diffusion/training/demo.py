@@ -1,27 +1,25 @@
 """Demo grids: a fixed set of seeds sampled by the averaged model as it learns."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
-from ..common.files import write_atomically
 from ..common.images import grid_columns, image_grid
 from ..generation import sample_share
 
 
-def write_demo(
+def sample_demo(
     accelerator: Any,
     denoiser: nn.Module,
     config: dict[str, Any],
-    path: Path,
     n: int,
     generator: torch.Generator,
     stop: Callable[[], bool] = lambda: False,
-) -> Path | None:
-    """Sample the demo grid and write it; returns its path on the main process.
+) -> Image.Image | None:
+    """Sample the demo grid; returns it on the main process.
 
     generator: its state, which is left as it is, gives the seeds: every grid of a run starts from
     the same noise. stop: as of `sample_share`.
@@ -32,6 +30,4 @@ def write_demo(
     if images is None:
         return None
     columns = grid_columns(config["dataset"]["num_classes"], n, *images.shape[2:])
-    grid = image_grid(images, columns)
-    write_atomically(path, lambda file: grid.save(file, format="png"))
-    return path
+    return image_grid(images, columns)

@@ -1,6 +1,7 @@
 """FID and KID of a run's samples while it trains: what the --evaluate flags ask for."""
 
 import argparse
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from ..distributed import any_process
+from ..distributed import any_process, end_together
 from ..encoders import inception
 from ..encoders.weights import cache_folder
 from ..evaluation.extraction import Eye, gather, see_share
 from ..evaluation.protocols import get_protocol, metric_line
 from ..evaluation.reals import RealImages, real_sets
 from ..evaluation.registry import Options, label_of, measure
-from ..generation import STEPS, SamplingStopped, sample_batches
+from ..generation import STEPS, sample_batches
 from .args import Default
 from .state import TrainState
 
@@ -61,6 +62,7 @@ class Evaluator:
     ):
         self.accelerator, self.config = accelerator, config
         self.n: int = args.evaluate_n
+        self.only: bool = args.evaluate_only
         protocol = get_protocol(args.evaluate_with)
         models = {"clip": args.clip_model, "dinov2": args.dinov2_model}
         model_name = models.get(args.evaluate_with)
@@ -104,7 +106,8 @@ class Evaluator:
         """Measure the averaged model: columns of the run's CSV; {} on all but the main process.
 
         say: told each metric in a line. stop: asked after each sampling step, whether to give up;
-        then SamplingStopped is raised.
+        then SamplingStopped is raised, on all processes. Samples that can't be measured, as NaN,
+        are said and end no run, unless that is all it was to do: then ValueError is raised.
         """
         seeds = range(state.seed, state.seed + self.n)
         batches = sample_batches(
@@ -116,15 +119,14 @@ class Evaluator:
             sampler_args=_SAMPLER_ARGS,
             stop=stop,
         )
-        share, stopped, error = None, False, None
+        share, error = None, None
         try:
             share = see_share(self.accelerator, batches, self.n, self.eyes)
-        except SamplingStopped:
-            stopped = True
         except ValueError as caught:  # of samples that aren't finite: training goes on
             error = caught
-        if any_process(self.accelerator, stopped):
-            raise SamplingStopped
+            deque(batches, maxlen=0)  # after each of which all processes agree
+        if self.only:
+            end_together(self.accelerator, error)
         if any_process(self.accelerator, error is not None):
             say(f"not evaluated: {error or 'another process failed'}")
             return {}
@@ -135,13 +137,19 @@ class Evaluator:
             return found
         for name, eye in self.eyes.items():
             formula = eye.protocol.formula
-            estimates = measure(
-                ("cmmd",) if formula == "cmmd" else ("fd", "kid"),
-                seen.features[name],
-                self.reals[name],
-                _OPTIONS._replace(subset_size=min(1000, self.n, self.n_reals)),
-                formula=formula,
-            )
+            try:
+                estimates = measure(
+                    ("cmmd",) if formula == "cmmd" else ("fd", "kid"),
+                    seen.features[name],
+                    self.reals[name],
+                    _OPTIONS._replace(subset_size=min(1000, self.n, self.n_reals)),
+                    formula=formula,
+                )
+            except ValueError as error:  # the samples of a run that explodes may be NaN
+                if self.only:
+                    raise
+                say(f"not evaluated: {error}")
+                continue
             for metric, estimate in estimates.items():
                 say(
                     metric_line(

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
-from ..common.files import CSVLogger, write_atomically
+from ..common.files import CSVLogger, writable, write_atomically
 from ..common.text import need
 from . import run_files
 from .ema import ema_update_dict
@@ -171,10 +172,15 @@ class Log:
         losses = self.accelerator.reduce(own, reduction="mean") if together else own
         norms = torch.stack([step.norm for step in pending]).float()
         scale = None if state.scaler is None else state.scaler.get_scale()
+        well = [i for i, norm in enumerate(norms.tolist()) if math.isfinite(norm)]
         rows = zip(pending, own.tolist(), losses.tolist(), norms.tolist())
-        for step, mine, loss, norm in rows:
-            # fp16 looks for the largest scale at which gradients don't overflow
-            searching = scale is not None and scale > 1 and math.isfinite(loss)
+        for i, (step, mine, loss, norm) in enumerate(rows):
+            # fp16 looks for the largest scale at which gradients don't overflow: a later step that
+            # goes well has found it, and each that doesn't halves it
+            searching = False
+            if scale is not None and math.isfinite(loss):
+                halved = len(pending) - i
+                searching = i < max(well, default=-1) or scale * 2.0 ** min(halved, 99) > 1
             if math.isfinite(loss + norm) or searching:
                 if math.isfinite(norm):
                     state.bad_steps = 0
@@ -275,13 +281,15 @@ class Log:
                 f"{loss:.4g}, on average {average}" + (f", noise scale {gns}" if gns else "")
             )
 
-    def image(self, path: Path | None, step: int) -> None:
-        """Send a demo grid to the trackers that take pictures, and redraw the loss curve."""
-        if path is None:
+    def image(self, grid: Image.Image | None, step: int) -> None:
+        """Write a demo grid, send it to trackers that take pictures, and redraw the loss curve."""
+        if grid is None:
             return
-        self.say(f"wrote {path}")
+        path = Path(f"{self.name}_demo_{step:08}.png")
+        if self.attempt("the demo grid", partial(write_image, grid, path)):
+            self.say(f"wrote {path}")
         for tracker in self.accelerator.trackers:
-            self.attempt(tracker.name, partial(send_image, tracker, path, step))
+            self.attempt(tracker.name, partial(send_image, tracker, grid, step))
         self.plot()
 
     def plot(self) -> None:
@@ -302,17 +310,21 @@ class Log:
         self.accelerator.end_training()
 
 
-def send_image(tracker: Any, path: Path, step: int) -> None:
+def write_image(grid: Image.Image, path: Path) -> None:
+    """Write a demo grid as PNG."""
+    write_atomically(writable(path), lambda file: grid.save(file, format="png"))
+
+
+def send_image(tracker: Any, grid: Image.Image, step: int) -> None:
     """Send a demo grid to a tracker, if it takes pictures."""
     if tracker.name == "wandb":
         import wandb
 
-        tracker.log({"demo_grid": wandb.Image(str(path))}, step=step)
+        tracker.log({"demo_grid": wandb.Image(grid)}, step=step)
     elif tracker.name == "tensorboard":
         import numpy as np
-        from PIL import Image
 
-        picture = np.asarray(Image.open(path).convert("RGB"))[None]
+        picture = np.asarray(grid.convert("RGB"))[None]
         tracker.log_images({"demo_grid": picture}, step=step, dataformats="NHWC")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import CheckpointError, load_weights, read_checkpoint, read_weights
+from ..distributed import broadcast, end_together
 from .run_files import find_checkpoints, state_path
 from .state import TrainState
 
@@ -42,6 +43,22 @@ def resume(
             f"none of the checkpoints of {name!r} can be read; pass another --name to start anew"
         )
     return None
+
+
+def check_shared(accelerator: Any, name: str, resumed: Path | None, step: int) -> None:
+    """Ends all processes where one resumed from something else than the main one did.
+
+    resumed: what `resume` returned on this process. Raises CheckpointError on the main process.
+    """
+    mine = f"resumed from {resumed} at step {step}" if resumed else f"started at step {step}"
+    others = broadcast(mine)
+    error = None
+    if mine != others:
+        error = CheckpointError(
+            f"process {accelerator.process_index} {mine}, and process 0 {others}; put the folder "
+            f"of {name!r} where all machines see it under the same path"
+        )
+    end_together(accelerator, error)
 
 
 def _others(name: str, path: Path) -> str:

@@ -63,6 +63,18 @@ def test_both_streams_may_be_dead():
         print("lost", file=sys.stderr)
 
 
+def test_any_text_can_be_said():
+    """By whatever encoding a log has; afterwards it is as strict as before."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "latin-1") for _ in range(2))
+    with redirect_stdout(out), redirect_stderr(err):
+        with console.outlasting():
+            print("é \N{SNOWMAN} \udcff")
+        with pytest.raises(UnicodeEncodeError):
+            print("\N{SNOWMAN}")
+    out.flush()
+    assert out.buffer.getvalue() == b"\xe9 \\u2603 \\udcff\n"
+
+
 PROGRAM = """
 import sys
 from k_diffusion.common import options

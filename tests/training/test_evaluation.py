@@ -1,6 +1,8 @@
 """FID and KID while a run trains."""
 
 import json
+import os
+import signal
 import urllib.error
 from types import SimpleNamespace
 
@@ -121,6 +123,32 @@ def test_no_evaluation_is_due(folder):
 def test_too_few_images(train, folder):
     with pytest.raises(SystemExit, match="at least 2 samples"):
         train(*EVALUATE, "--evaluate-n", 1, "--end-step", 4)
+
+
+def test_samples_of_nan_end_no_run(train, folder, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("features are NaN")
+
+    monkeypatch.setattr(evaluation, "measure", broken)
+    text = train(*EVALUATE, "--end-step", 3, "--name", "a")
+    assert "can't measure the samples of step 2 (features are NaN); going on\n" in text
+    rows = log.read_rows(folder / "a_metrics.csv")
+    assert [(row["step"], row["fid"]) for row in rows][-1] == ("3", "")
+    with pytest.raises(SystemExit, match="error: features are NaN"):
+        train(*EVALUATE, "--name", "a", "--evaluate-only")
+
+
+def test_a_stop_leaves_it_unmeasured(train, folder, monkeypatch):
+    sample = generation.sampling.sample
+
+    def told(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(generation.sampling, "sample", told)
+    with pytest.raises(SystemExit) as left:
+        train(*EVALUATE, "--evaluate-only", "--name", "a")
+    assert left.value.code == 128 + signal.SIGTERM
 
 
 def test_a_stop_ends_it(folder):

@@ -219,6 +219,27 @@ def test_gradients_may_overflow_in_fp16_until_the_scale_is_found(folder):
         steps(logger, state, [1.0], norm=math.inf)
 
 
+@pytest.mark.parametrize(
+    ("norms", "scale", "bad"),
+    [
+        ([math.inf] * 6 + [1.0], 0.25, 0),  # found, below 1
+        ([math.inf] * 6 + [1.0] + [math.inf], 1.0, 0),
+        ([math.inf] * 6, 0.5, 1),  # the last one at 1, the others above
+        ([math.inf] * 4, 0.125, 3),
+        ([1.0] + [math.nan] * 2, 0.25, 2),
+    ],
+)
+def test_the_search_for_the_scale_of_fp16_may_be_read_late(folder, norms, scale, bad):
+    state = make_state()
+    logger = log.Log(Accelerator(), "a", state, None, every=100, max_bad_steps=4)
+    steps(logger, state, [1.0])
+    state.scaler = SimpleNamespace(get_scale=lambda: scale)
+    for norm in norms:
+        steps(logger, state, [1.0], norm=norm)
+    logger.read(state)
+    assert state.bad_steps == bad
+
+
 def test_corrupt_images_are_named_once_and_counted(folder, capsys):
     logger = log.Log(Accelerator(), "a", make_state(), None)
     for skipped in ["", "x.png"], ["x.png", "y.png\nz.png"], ["z.png"]:
@@ -288,6 +309,22 @@ def test_a_tracker_that_fails_ends_no_run(folder, capsys):
     assert [step for step, _ in good.logged] == [1, 2, 3, None]
     assert bad.finished
     assert len(log.read_rows(folder / "a_metrics.csv")) == 3
+
+
+def test_a_demo_grid_that_cannot_be_written_ends_no_run(folder, capsys):
+    accelerator, state = Accelerator(), make_state()
+    logger = log.Log(accelerator, "runs/a", state, None)
+    grid = Image.new("L", (8, 8), 7)
+    for step in 1, 2, 3:
+        (folder / f"runs/a_demo_{step:08}.png").mkdir(parents=True)
+        if step == 3:
+            (folder / f"runs/a_demo_{step:08}.png").rmdir()
+        logger.image(grid, step)
+    logger.image(None, 4)
+    assert Image.open(folder / "runs/a_demo_00000003.png").getpixel((3, 3)) == 7
+    text = capsys.readouterr().out
+    assert text.count("can't write the demo grid (IsADirectoryError: ") == 1
+    assert text.endswith("the demo grid is written again\nwrote runs/a_demo_00000003.png\n")
 
 
 class FullDisk:

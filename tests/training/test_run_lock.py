@@ -15,6 +15,7 @@ from k_diffusion.training import run_lock
 
 class Alone:
     is_main_process = True
+    num_processes = 1
     print = staticmethod(print)
 
 
@@ -26,7 +27,7 @@ HOLD = """
 import sys, time
 from types import SimpleNamespace
 from k_diffusion.training import run_lock
-with run_lock.hold(sys.argv[1], SimpleNamespace(is_main_process=True, print=print)):
+with run_lock.hold(sys.argv[1], SimpleNamespace(is_main_process=True, num_processes=1, print=print)):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -101,3 +102,31 @@ def test_without_locks_it_says_so(name, monkeypatch, capsys, how):
         assert not run_lock.lock_path(name).exists()
     said = capsys.readouterr().out
     assert re.search(r"has no locks: see to it that no other run is called '.*a'", said)
+
+
+def test_the_lock_of_another_users_killed_run(name, monkeypatch):
+    """Which this user may read and not write."""
+    path, opened = run_lock.lock_path(name), os.open
+
+    def refuse(file, flags, mode=0o777):
+        if file == path.absolute() and flags & os.O_RDWR and path.exists():
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(file, flags, mode)
+
+    path.parent.mkdir()
+    path.write_text('{"pid": 1, "host": "there", "start": "then"}')
+    monkeypatch.setattr(run_lock.os, "open", refuse)
+    with run_lock.hold(name, Alone()):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    path.write_text('{"pid": 1, "host": "there", "start": "then"}')
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(run_lock.RunBusyError, match="process 1 on there since then"):
+            run_lock.hold(name, Alone()).__enter__()
+
+    def unreadable(file, flags, mode=0o777):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(run_lock.os, "open", unreadable)
+    with pytest.raises(PermissionError, match=r"can't lock .*\.a\.lock: permission denied; delete"):
+        run_lock.hold(name, Alone()).__enter__()
