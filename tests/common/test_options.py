@@ -180,3 +180,20 @@ def test_counting_a_model_draws_nothing(monkeypatch):
     torch.manual_seed(0)
     plain = parse(config).model.build(10).state_dict()
     assert all(torch.equal(made[k], plain[k]) for k in plain)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_the_end_of_another_process_is_a_sentence(several, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: several)
+    backend = torch.distributed.DistBackendError("Last error: remote process exited")
+    for error in RuntimeError("pair.cc:553] Connection closed by peer [::1]:4"), backend:
+        assert options.lost_peer(error) == several
+    for error in RuntimeError("NCCL error: CUDA out of memory"), RuntimeError("shapes differ"):
+        assert not options.lost_peer(error)
+
+    @options.friendly_errors
+    def main():
+        raise RuntimeError("Connection reset by peer")
+
+    with pytest.raises(SystemExit if several else RuntimeError, match="another process|reset by"):
+        main()

@@ -3,17 +3,20 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import runs
 
 from k_diffusion import generation
-from k_diffusion.training import run_files, saving, signals, step
+from k_diffusion.common import launcher
+from k_diffusion.training import run_files, run_lock, saving, signals, step
 
 FAST = "--config", "tiny.json", "--seed", 1, "--batch-size", 6, "--num-workers", 0, "--name", "a"
 ENDLESS = "--end-step", 10**6, "--log-every", 1
@@ -239,3 +242,44 @@ def test_sigkill_of_torchrun_saves(folder):
     assert end_of(everyone)
     assert "Traceback" not in text
     assert len(saved_steps(folder)) >= 2
+
+
+def two_processes(*args):
+    """By the launcher that has no traceback of its own."""
+    start = sys.executable, launcher.__file__, "--standalone", "--nproc-per-node=2"
+    return *start, *runs.python("train", *FAST, *args)[1:]
+
+
+@pytest.mark.slow
+def test_a_busy_name_is_said_once(folder):
+    alone = SimpleNamespace(is_main_process=True, num_processes=1, print=print)
+    with run_lock.hold(str(folder / "a"), alone):
+        code, text = runs.run(*two_processes(), folder=folder)
+    assert code == 1, text
+    assert text.count(f"train.py: error: another run is called 'a', process {os.getpid()} on ") == 1
+    assert "Traceback" not in text
+
+
+BAD_ON_ONE = """
+    reads = 0
+    def __getitem__(self, i):
+        self.reads += 1
+        if self.reads > 20:  # in the fourth step
+            if os.environ["RANK"] == "0":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(600)
+            raise ValueError(f"item {i} is bad")
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_said_and_loses_nothing(folder):
+    """The main process never sees it, as on GPUs, where it waits on its device."""
+    write_custom(folder)
+    source = CUSTOM.replace("    def __getitem__(self, i):\n", BAD_ON_ONE[1:])
+    (folder / "mine.py").write_text(f"import os, signal, time\n{source}")
+    code, text = runs.run(*two_processes(*ENDLESS), folder=folder)
+    assert code == 1, text
+    assert re.search(r"train.py: error: line .*: item \d+ is bad\n", text)
+    assert "Traceback" not in text
+    assert saved_steps(folder) == [3]

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -401,3 +402,16 @@ def test_a_resumed_log_is_appended_to(train):
     train("--name", "a", "--end-step", 8)
     with (train.folder / "a_metrics.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["4", "6", "8"]
+
+
+@pytest.mark.parametrize("main", ["resumed from a_00000010.pth at step 10", "started at step 0"])
+def test_a_folder_that_one_machine_lacks_is_noticed(monkeypatch, main):
+    """Its process would start anew, and average its weights with those that go on."""
+    ended = []
+    monkeypatch.setattr(resume, "broadcast", lambda mine: main)
+    monkeypatch.setattr(resume, "end_together", lambda accelerator, error: ended.append(error))
+    accelerator = SimpleNamespace(process_index=3)
+    resume.check_shared(accelerator, "a", Path("a_00000010.pth"), 10)
+    resume.check_shared(accelerator, "a", None, 0)
+    (error,) = [error for error in ended if error is not None]
+    assert re.match(r"process 3 (resumed|started).* process 0 .* the folder of 'a' where all", str(error))
