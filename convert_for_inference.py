@@ -53,7 +53,9 @@ def main() -> None:
         raise options.UsageError("--metrics and --private need --output-folder or --push-to-hub")
     output = args.output or args.checkpoint.with_suffix(".safetensors")
     if output.resolve() == args.checkpoint.resolve():
-        raise ValueError(f"{output} is the training checkpoint itself; choose another --output")
+        raise options.UsageError(
+            f"{output} is the training checkpoint itself; choose another --output"
+        )
     if output.suffix != ".safetensors":
         raise options.UsageError(f"--output must end in .safetensors, got {output}")
     check_writable(output)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .common import launcher
+from .common.options import UsageError
 from .common.text import need
 
 # What torchrun and the usual kinds of mpirun tell each of their processes.
@@ -40,7 +41,7 @@ def make_accelerator(
 
 
 def check_device(name: str) -> torch.device:
-    """The device of that name. Raises ValueError where this machine or PyTorch hasn't got it."""
+    """The device of that name. Raises UsageError where this machine or PyTorch hasn't got it."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device).add_(1).cpu()
@@ -48,7 +49,7 @@ def check_device(name: str) -> torch.device:
         found = ["cpu"]
         if torch.accelerator.is_available():
             found.append(str(torch.accelerator.current_accelerator()))
-        raise ValueError(
+        raise UsageError(
             f"--device {name}: this machine, or its PyTorch, has no such device; there are "
             f"{', '.join(found)}"
         ) from error

@@ -12,10 +12,16 @@ from pydantic import ValidationError
 
 from ..checkpoints import read_checkpoint
 from ..common.files import check_readable
+from ..common.options import UsageError
 from ..common.untrusted import get_safetensors_metadata
 from . import schema
 from .base import ConfigError, unknown_type
 from .model_schema import Model
+
+
+class OverrideError(ConfigError, UsageError):
+    """An override that isn't KEY.PATH=VALUE: a wrong flag, and no wrong config."""
+
 
 # The endings of training checkpoints and of inference checkpoints.
 CHECKPOINTS = {".pth", ".pt", ".ckpt", ".safetensors"}
@@ -157,21 +163,21 @@ def _json(text: str) -> Any:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """`["model.patch_size=[2,2]", "dataset.location=x"]` as a nested dict."""
+    """`["model.patch_size=[2,2]", "dataset.location=x"]` as a nested dict. Raises OverrideError."""
     result: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         keys = key.strip().split(".")
         if not equals or not all(keys):
-            raise ConfigError(f"an override is KEY.PATH=VALUE, got {text!r}")
+            raise OverrideError(f"an override is KEY.PATH=VALUE, got {text!r}")
         try:
             parsed: Any = _json(value)
         except ConfigError as error:
-            raise ConfigError(f"{text!r}: {error}") from None
+            raise OverrideError(f"{text!r}: {error}") from None
         except ValueError:
             parsed = value
         except RecursionError:
-            raise ConfigError(f"the value of {key} nests too deep") from None
+            raise OverrideError(f"the value of {key} nests too deep") from None
         for part in reversed(keys):
             parsed = {part: parsed}
         result = merge(result, parsed)
@@ -200,7 +206,7 @@ def parse(raw: Mapping[str, Any], strict: bool = False) -> schema.Config:
         lines: dict[str, str] = {}
         for line in (_describe(e, raw) for e in error.errors()):
             lines.setdefault(line.split(": ")[0], line)
-        raise ConfigError("\n".join(lines.values())) from None
+        raise ConfigError("; ".join(lines.values())) from None
 
 
 def _with_types(raw: dict[str, Any]) -> dict[str, Any]:

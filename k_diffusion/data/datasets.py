@@ -295,7 +295,7 @@ def _torchvision(name: str, section: Mapping[str, Any], transform: Transform) ->
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"{section['type']} is not at {section['location']} (dataset.location), and can't be "
-            f"downloaded to it: {error}"
+            f"downloaded to it: {' '.join(str(error).split())}"
         ) from error
 
 

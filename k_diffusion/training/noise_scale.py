@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.options import UsageError
 from ..gns import GradientNoiseScale, MicroBatchNorms
 
 
@@ -14,13 +15,13 @@ def make_noise_scale(
 ) -> "NoiseScale | None":
     """What measures the noise scale of a run, None without --gns.
 
-    model: the inner model, after `prepare`. Raises ValueError where a step is a single batch, which
+    model: the inner model, after `prepare`. Raises UsageError where a step is a single batch, which
     has nothing to be compared with.
     """
     if not args.gns:
         return None
     if args.grad_accum_steps * accelerator.num_processes < 2:
-        raise ValueError(
+        raise UsageError(
             "--gns compares the gradients of a step's batches, and a step has one; pass "
             "--grad-accum-steps 2 with half the --batch-size, or start several processes"
         )

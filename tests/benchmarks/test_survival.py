@@ -32,8 +32,10 @@ def test_a_small_state_is_saved_and_timed(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_survives_kills(tmp_path):
-    assert survival.survive(tmp_path, 2, 1, 0).startswith("survived 2 of 2 kills (")
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 2)])
+def test_a_run_survives_kills(tmp_path, processes, workers):
+    said = survival.survive(tmp_path, 2, processes, workers)
+    assert said.startswith("survived 2 of 2 kills (")
 
 
 # ------------------------------------------------------------------------- what it would notice

@@ -195,7 +195,7 @@ ERRORS = [
     ),
     (
         v2(zzz=1) | {"optimizer": {"lr": 0}},
-        "model: unknown key 'zzz'\noptimizer.lr: input should be greater than 0, got 0",
+        "model: unknown key 'zzz'; optimizer.lr: input should be greater than 0, got 0",
     ),
 ]
 

@@ -231,11 +231,13 @@ def test_a_download_that_fails_says_where_the_data_was_sought(tmp_path, kind, mo
     pytest.importorskip("torchvision")
 
     def offline(*args, **kwargs):
-        raise OSError("no network")
+        raise OSError("no\n  network")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    with pytest.raises(ValueError, match=f"{kind} is not at .* and can't be downloaded to it"):
+    message = f"^{kind} is not at .* and can't be downloaded to it: .*"
+    with pytest.raises(ValueError, match=message) as error:
         datasets.make_dataset(section(kind, tmp_path / "data"), as_array)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------- Hugging Face's

@@ -45,6 +45,8 @@ ROWS = [
     wrong("model.input_size: is required", model__input_size=None),
     wrong("model.patch_size\\[1\\]: .*got 0", model__patch_size=[2, 0]),
     wrong("model.patch_size: .*got 'two'", model__patch_size="two"),
+    wrong("^train.py: error: model.input_channels: .*got 0; optimizer.lr: .*got 0; lr_sched.warmup",
+          model__input_channels=0, optimizer__lr=0, lr_sched__warmup=1),
     # ---- lists
     wrong("model.depths: .*at least 1 item", model__depths=[]),
     wrong("one entry a level|one entry per level", model__depths=[1]),

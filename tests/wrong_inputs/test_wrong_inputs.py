@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-import sys
+import time
 
 import pytest
 import runs
@@ -68,9 +68,15 @@ def test_there_are_enough_rows():
     ["sample --cfg-scale nan", "sample --checkpoint evil.pth"],
 )
 def test_a_process_refuses(args, folder):
-    """As a person runs it: the output of the interpreter itself, its exit code."""
+    """As a person runs it: the output of the interpreter itself, its exit code, soon."""
     (row,) = [row for row in ROWS if row.name == args]
     before = listing(folder)
-    code, text = runs.run(sys.executable, runs.ROOT / f"{row.script}.py", *row.argv, folder=folder)
+    code, text, seconds = timed(row.script, *row.argv, folder=folder)
     check_sentence(text, row.says)
     assert (code, listing(folder)) == (row.code, before)
+    assert seconds < 5 + 3 * timed(row.script, "--help", folder=folder)[2]
+
+
+def timed(script, *args, folder):
+    start = time.perf_counter()
+    return *runs.run(*runs.python(script, *args), folder=folder), time.perf_counter() - start
