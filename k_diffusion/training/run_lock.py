@@ -115,7 +115,9 @@ def _open(path: Path) -> tuple[int, bool]:
     except PermissionError:
         with contextlib.suppress(OSError):
             return os.open(path, os.O_RDONLY | flags), False
-    raise PermissionError(f"can't lock {path}: permission denied; delete it, or pass another --name")
+    raise PermissionError(
+        f"can't lock {path}: permission denied; delete it, or pass another --name"
+    )
 
 
 def _close_in_child(handle: int, path: Path) -> None:

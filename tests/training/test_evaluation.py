@@ -125,13 +125,19 @@ def test_too_few_images(train, folder):
         train(*EVALUATE, "--evaluate-n", 1, "--end-step", 4)
 
 
-def test_samples_of_nan_end_no_run(train, folder, monkeypatch):
-    def broken(*args, **kwargs):
+@pytest.mark.parametrize("where", ["measure", "see_share"])
+def test_samples_of_nan_end_no_run(train, folder, monkeypatch, where):
+    left = []
+
+    def broken(accelerator, batches, *args, **kwargs):
+        left.append(batches)
         raise ValueError("features are NaN")
 
-    monkeypatch.setattr(evaluation, "measure", broken)
+    monkeypatch.setattr(evaluation, where, broken)
     text = train(*EVALUATE, "--end-step", 3, "--name", "a")
-    assert "can't measure the samples of step 2 (features are NaN); going on\n" in text
+    assert "not evaluated: features are NaN\n" in text
+    if where == "see_share":  # after each batch other processes wait for this one
+        assert list(left[0]) == []
     rows = log.read_rows(folder / "a_metrics.csv")
     assert [(row["step"], row["fid"]) for row in rows][-1] == ("3", "")
     with pytest.raises(SystemExit, match="error: features are NaN"):

@@ -414,4 +414,6 @@ def test_a_folder_that_one_machine_lacks_is_noticed(monkeypatch, main):
     resume.check_shared(accelerator, "a", Path("a_00000010.pth"), 10)
     resume.check_shared(accelerator, "a", None, 0)
     (error,) = [error for error in ended if error is not None]
-    assert re.match(r"process 3 (resumed|started).* process 0 .* the folder of 'a' where all", str(error))
+    assert re.match(
+        r"process 3 (resumed|started).* process 0 .* the folder of 'a' where all", str(error)
+    )
