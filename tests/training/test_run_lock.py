@@ -27,7 +27,8 @@ HOLD = """
 import sys, time
 from types import SimpleNamespace
 from k_diffusion.training import run_lock
-with run_lock.hold(sys.argv[1], SimpleNamespace(is_main_process=True, num_processes=1, print=print)):
+alone = SimpleNamespace(is_main_process=True, num_processes=1, print=print)
+with run_lock.hold(sys.argv[1], alone):
     print("held", flush=True)
     time.sleep(60)
 """
