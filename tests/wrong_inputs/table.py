@@ -24,6 +24,8 @@ NEEDED = {
     "train": "--config tiny.json --name new/run --end-step 1 --num-workers 0 --batch-size 6",
     "sample": "--checkpoint a.safetensors -n 2 --steps 2 --device cpu --prefix new/out",
     "sample_clip_guided": "--checkpoint a.safetensors -n 2 --steps 2 --device cpu --prefix new/out",
+    "evaluate": "--checkpoint a.safetensors -n 8 --steps 2 --device cpu --protocol random "
+    "--resamples 0 --output-dir new/report",
     "convert_for_inference": "",
     "k_diffusion.config": "",
 }

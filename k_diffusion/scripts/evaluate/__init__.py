@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import distributed
-from ...common.files import writable, write_atomically
+from ...common.files import check_writable, writable, write_atomically
 from ...common.images import grid_columns, image_grid
 from ...common.text import aligned
 from ...encoders.digits import MAX_IMAGES, Recognizer
@@ -57,7 +57,7 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, accelerator: Any, device: torch.device):
         self.args, self.accelerator, self.device = args, accelerator, device
         self.folder: Path = args.output_dir
-        writable(self.folder / "results.json")
+        check_writable(self.folder / "results.json")  # made when there is something to write
         self.protocols = {name: get_protocol(name) for name in args.protocol}
         self.metrics = [name for name in args.metrics if name != RECOGNITION]
         self.options = Options(
@@ -187,7 +187,7 @@ class Evaluation:
                 row["grid"] = grid
                 row["nearest"] = page or row.get("nearest")
         if self.args.write_samples:
-            path = self.folder / f"samples_{name}.npz"
+            path = writable(self.folder / f"samples_{name}.npz")
             write_samples(path, (part / 127.5 - 1 for part in seen.first.split(256)), self.n)
             say(f"wrote {path}")
         self._save()
@@ -334,7 +334,8 @@ class Evaluation:
     def _write_grid(self, images: Tensor, name: str, setting: argparse.Namespace) -> str:
         classes = len(set(self.source.classes(setting, self.n) or ()))
         picture = image_grid(images, grid_columns(classes, len(images), *images.shape[2:]))
-        write_atomically(self.folder / name, lambda file: picture.save(file, format="png"))
+        path = writable(self.folder / name)
+        write_atomically(path, lambda file: picture.save(file, format="png"))
         return name
 
     def _write_nearest(self, seen: Seen | None, file: str) -> str | None:
@@ -351,14 +352,16 @@ class Evaluation:
         )
         neighbours = torch.stack([reals[int(i)]["image"] for i in indices.flatten()])
         page = nearest_page(samples, neighbours.unflatten(0, indices.shape), distances)
-        write_atomically(self.folder / file, lambda f: page.save(f, format="png"))
-        self.accelerator.print(f"wrote {self.folder / file}")
+        path = writable(self.folder / file)
+        write_atomically(path, lambda f: page.save(f, format="png"))
+        self.accelerator.print(f"wrote {path}")
         return file
 
     def _save(self) -> None:
         title = f"Evaluation of {self.source.path.name}"
         if len(self.args.checkpoint) > 1:
             title = f"Evaluation of {len(self.args.checkpoint)} checkpoints"
+        writable(self.folder / "results.json")
         report.write_results(self.folder, self.rows, title)
 
     def finish(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...common.files import sha256
+from ...common.files import check_readable, sha256
 from ...config import load_config
 from ...evaluation.extraction import Eye
 from ...evaluation.images import SampleImages
@@ -170,7 +170,7 @@ class Against(NamedTuple):
 
 
 def find_data(args: argparse.Namespace, source: Source) -> Against:
-    """What --data names, else the data set of the source's config. Raises ValueError."""
+    """What --data names, else the data set of the source's config. Raises ValueError, OSError."""
     path: Path | None = args.data
     folder = Path()
     if path is None:
@@ -183,6 +183,7 @@ def find_data(args: argparse.Namespace, source: Source) -> Against:
                 "pass --data CONFIG.json with that data set"
             )
     elif path.suffix in {".npz", ".pkl"}:
+        check_readable(path, "reference file")
         return Against(None, path, str(path))
     elif path.suffix == ".json":
         section, folder = load_config(path, strict=True)["dataset"], path.parent
