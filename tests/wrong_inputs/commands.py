@@ -148,7 +148,7 @@ ROWS = [
     Row("evaluate", "--checkpoint gone.pth", "no checkpoint gone.pth"),
     Row("evaluate", "--checkpoint text.safetensors", "not a complete safetensors file"),
     Row("evaluate", "--checkpoint a.safetensors other.safetensors", "images of .* evaluate them"),
-    Row("evaluate", "--checkpoint custom.safetensors", "Python file .* not run unasked; pass --data"),
+    Row("evaluate", "--checkpoint custom.safetensors", "Python file .* not run unasked; pass"),
     Row("evaluate", "--output-dir tiny.json/x", "can't make the folder .*tiny.json is a file"),
     Row("evaluate", "--output-dir tiny.json", "can't make the folder .*tiny.json is a file"),
     Row("evaluate", "--class 10", "class 10 is out of range; classes are 0 to 9"),
