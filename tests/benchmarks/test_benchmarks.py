@@ -334,7 +334,7 @@ def test_derivations_agree_where_they_are_the_same(benchmarks_importable, monkey
     """ER-SDE-Solver-1 is exact on both sides; what differs goes down with the steps."""
     pytest.importorskip("diffusers")
     applications = load("applications")
-    monkeypatch.setattr(applications, "STEPS", [10, 30])
+    monkeypatch.setattr(applications, "STEPS", [20, 60])
     monkeypatch.setattr(applications, "EXACT", 40)
     digits = applications.digits_denoiser()
     few = applications.problems.Mixture(

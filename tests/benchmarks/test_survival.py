@@ -32,9 +32,9 @@ def test_a_small_state_is_saved_and_timed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 2)])
-def test_a_run_survives_kills(tmp_path, processes, workers):
-    said = survival.survive(tmp_path, 2, processes, workers)
+def test_a_run_survives_kills(tmp_path):
+    """CI runs a form with two processes and two workers beside this one."""
+    said = survival.survive(tmp_path, 2, 1, 0)
     assert said.startswith("survived 2 of 2 kills (")
 
 
@@ -53,7 +53,7 @@ def test_a_start_elsewhere_is_noticed():
 def write(folder, name, weight=1.0, loss=0.5):
     state = {"model": {"w": torch.tensor([weight])}, "step": 3, "elapsed": 1.0 + weight}
     torch.save(state, folder / f"{name}_00000003.pth")
-    row = [3, 0, weight, loss, loss, 1e-3, 0.9, 0.1, ""]
+    row = [3, weight, loss, "", "", 0, loss, *[""] * (len(log.COLUMNS) - 7)]
     text = "\n".join(",".join(map(str, line)) for line in (log.COLUMNS, row))
     (folder / f"{name}_metrics.csv").write_text(text + "\n")
 

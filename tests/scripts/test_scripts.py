@@ -459,7 +459,7 @@ def test_bad_images_are_skipped_named_and_counted(call, folder, capsys):
     ("args", "message"),
     [
         (("--set", "model.widhts=[1]"), r"model: unknown key 'widhts' \(did you mean 'widths'\?\)"),
-        (("--set", "dataset.num_classes=9"), "has class 9, outside of 0 to 8"),
+        (("--set", "dataset.num_classes=9"), "num_classes is 9, but there are 10 digits"),
         (("--set", "dataset.type=none"), "dataset"),
         (("--name", "tiny.json/a"), "can't make the folder of tiny.json/a_state.json"),
         (("--resume", "gone.pth"), "no checkpoint gone.pth"),

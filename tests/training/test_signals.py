@@ -24,6 +24,14 @@ class Two:
         return torch.cat([x, torch.tensor([self.other])])
 
 
+@pytest.fixture(autouse=True)
+def hangup_counts():
+    """SIGHUP isn't ignored, though the tests may run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def handlers():
     return [signal.getsignal(n) for n in (*LEAVE, signal.SIGUSR1)]
 
