@@ -80,9 +80,15 @@ class _Loader(DataLoader[dict[str, Any]]):
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            # torch's handler raises wherever the main thread is, in the middle of a step, too
-            if signal.getsignal(signal.SIGCHLD) is not children:
-                signal.signal(signal.SIGCHLD, children)
+            # torch's handler raises wherever the main thread is, in the middle of a step, too;
+            # another loader of this process may have set it before
+            if _is_torchs(signal.getsignal(signal.SIGCHLD)):
+                default = _is_torchs(children)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL if default else children)
+
+
+def _is_torchs(handler: Any) -> bool:
+    return str(getattr(handler, "__module__", "")).startswith("torch.utils.data")
 
 
 def _own_session(worker: int) -> None:

@@ -83,7 +83,8 @@ def test_processes_of_the_launcher_have_it(tmp_path):
         "import os\n"
         "from k_diffusion import distributed\n"
         "accelerator = distributed.make_accelerator()\n"
-        "print('SPIN', os.environ['GOMP_SPINCOUNT'], accelerator.num_processes, flush=True)\n"
+        "text = f'SPIN {os.environ[\"GOMP_SPINCOUNT\"]} {accelerator.num_processes}\\n'\n"
+        "os.write(1, text.encode())\n"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GOMP_SPINCOUNT", raising=False)

@@ -177,7 +177,8 @@ def test_a_disk_that_fills_up_ends_a_run_in_a_sentence(train, monkeypatch):
 def test_a_run_of_the_same_name_is_refused(train):
     with (
         run_lock.hold(
-            str(train.folder / "run"), SimpleNamespace(is_main_process=True, print=print)
+            str(train.folder / "run"),
+            SimpleNamespace(is_main_process=True, num_processes=1, print=print),
         ),
         pytest.raises(SystemExit, match=f"another run is called 'run', process {os.getpid()} on "),
     ):
