@@ -110,6 +110,11 @@ def end_together(accelerator: Any, error: Exception | None) -> None:
         sys.exit(1)
 
 
+def share(accelerator: Any, n: int) -> range:
+    """Which of n rows are this process's; `gather_shares` puts them back in order."""
+    return range(accelerator.process_index, n, accelerator.num_processes)
+
+
 def gather_shares(accelerator: Any, mine: torch.Tensor, n: int) -> torch.Tensor | None:
     """Put rows i, i + processes, ... of each process i back in order, on the main process.
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from . import editing, sampling
 from .common.modules import eval_mode
-from .distributed import any_process, gather_shares
+from .distributed import any_process, gather_shares, share
 
 STEPS = 50  # of the images that training shows
 
@@ -56,10 +56,7 @@ def generate(
     check_classes(classes, num_classes)
     if classes is not None and len(classes) != len(seeds):
         raise ValueError(f"needs one class for each of {len(seeds)} seeds, got {len(classes)}")
-    info = sampling.get_sampler(sampler)
-    if not info.takes_sigmas:
-        names = ", ".join(name for name, row in sampling.SAMPLERS.items() if row.takes_sigmas)
-        raise ValueError(f"sampler {sampler!r} takes no schedule; these do: {names}")
+    check_sampler(sampler)
 
     draw: Callable[..., torch.Tensor] = sampling.sample
     if resample > 1:
@@ -102,6 +99,13 @@ def generate(
             yield run(slice(first, first + batch_size), step)
 
 
+def check_sampler(name: str) -> None:
+    """Raises ValueError unless it is a row of `sampling.SAMPLERS` that takes a schedule."""
+    if not sampling.get_sampler(name).takes_sigmas:
+        names = ", ".join(name for name, row in sampling.SAMPLERS.items() if row.takes_sigmas)
+        raise ValueError(f"sampler {name!r} takes no schedule; these do: {names}")
+
+
 def check_classes(classes: Sequence[int] | None, num_classes: int) -> None:
     """Raises ValueError unless the ids fit a model of num_classes (0: unconditional)."""
     if num_classes and classes is None:
@@ -130,13 +134,13 @@ def sample_batches(
     SamplingStopped is raised on all of them, when the others are done with their batch.
     """
     model, num_classes = config["model"], config["dataset"]["num_classes"]
-    share = slice(accelerator.process_index, None, accelerator.num_processes)
+    mine = share(accelerator, len(seeds))
     batches = generate(
         denoiser,
         (model["input_channels"], *model["input_size"]),
-        seeds[share],
+        [seeds[i] for i in mine],
         sampling.get_sigmas_karras(STEPS, model["sigma_min"], model["sigma_max"]),
-        classes=[i % num_classes for i in range(len(seeds))][share] if num_classes else None,
+        classes=[i % num_classes for i in mine] if num_classes else None,
         num_classes=num_classes,
         sampler=sampler,
         sampler_args=sampler_args,

@@ -51,9 +51,13 @@ def to_pil_image(x: torch.Tensor) -> Image.Image:
             f"to_pil_image needs one image (c, h, w) or (1, c, h, w) with c of "
             f"{', '.join(map(str, PIL_MODES))}; got shape {tuple(x.shape)}"
         )
-    levels = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    array = levels.movedim(0, -1).cpu().numpy()
+    array = to_levels(image.detach()).movedim(0, -1).cpu().numpy()
     return Image.fromarray(array[..., 0] if image.shape[0] == 1 else array)
+
+
+def to_levels(x: torch.Tensor) -> torch.Tensor:
+    """Values in [-1, 1], clamped, as the nearest of 256 levels: uint8, (...). x: (...)."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
 
 class CorruptImageError(OSError):

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed import any_process, gather_shares
+from .. import distributed
+from ..common.images import to_levels
 from ..encoders import Encoder
 from ..encoders.digits import Recognizer
 from .protocols import Protocol
@@ -24,8 +25,7 @@ class Seen(NamedTuple):
 
     features: (n, width) by the protocol's name. log_probs: (n, classes) of an encoder's classifier,
     by the protocol's name. hits: (n,), 1 where an image was read as its class, else 0; None without
-    a recognizer. first: (k, c, h, w), the first images, rounded
-    to uint8.
+    a recognizer. first: (k, c, h, w), the first images, rounded to uint8.
     """
 
     features: dict[str, Tensor]
@@ -71,10 +71,10 @@ def see_share(
     """
     if n < accelerator.num_processes:
         raise ValueError(f"{n} images are too few for {accelerator.num_processes} processes")
-    mine = range(accelerator.process_index, n, accelerator.num_processes)
+    mine = distributed.share(accelerator, n)
     my_classes = None if classes is None else torch.tensor([classes[i] for i in mine])
     keep = min(keep, n)
-    kept = len(range(accelerator.process_index, keep, accelerator.num_processes))
+    kept = len(distributed.share(accelerator, keep))
     classifiers = [name for name, eye in eyes.items() if hasattr(eye.encoder, "log_probs")]
     log_probs: dict[str, list[Tensor]] = {name: [] for name in classifiers if classify}
     share = Share(n, keep, {name: [] for name in eyes}, log_probs, [], [])
@@ -88,8 +88,7 @@ def see_share(
         if recognizer is not None and my_classes is not None:
             asked = my_classes[seen : seen + len(images)].to(images.device)
             share.hits.append((recognizer.classify(images) == asked).float())
-        first = images[: max(0, kept - seen)].clamp(-1, 1)
-        share.first.append(((first + 1) * 127.5).round().byte())
+        share.first.append(to_levels(images[: max(0, kept - seen)]))
         seen += len(images)
     if seen != len(mine):
         raise ValueError(f"this process was to see {len(mine)} of {n} images, got {seen}")
@@ -100,7 +99,9 @@ def gather(accelerator: Any, share: Share) -> Seen | None:
     """The shares of all processes together, in order, on the main one, None on the others."""
 
     def rows(parts: list[Tensor], n: int = share.n) -> Any:
-        everyone = gather_shares(accelerator, torch.cat(parts).to(accelerator.device), n)
+        everyone = distributed.gather_shares(
+            accelerator, torch.cat(parts).to(accelerator.device), n
+        )
         return None if everyone is None else everyone.cpu()
 
     seen = Seen(
@@ -124,7 +125,7 @@ def look_at(
         share = see_share(accelerator, batches, n, eyes, **options)
     except (ValueError, OSError) as caught:  # told to the others, who would wait
         error = caught
-    if any_process(accelerator, share is None):
+    if distributed.any_process(accelerator, share is None):
         raise error or ValueError("another process failed; it says why")
     assert share is not None
     return gather(accelerator, share)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..common.images import from_pil_image, open_image
+from ..common.images import PIL_MODES, convert_mode, from_pil_image, open_image
 from ..data.datasets import FolderOfImages
 
 
@@ -43,13 +43,13 @@ class SampleImages:
             return levels.float() / 127.5 - 1
         assert self._folder is not None
         path = self._folder.paths[index]
-        image = from_pil_image(open_image(path, None))
-        if self.shape[0] == 1 and len(image) > 2:
+        picture = open_image(path, None)
+        if self.shape[0] == 1 and len(from_pil_image(picture)) > 2:
             raise ValueError(
                 f"samples of one set are all greyscale or all RGB: {path} is RGB, the first image "
                 "is greyscale; convert them before"
             )
-        image = from_pil_image(open_image(path, "L" if self.shape[0] == 1 else "RGB"))
+        image = from_pil_image(convert_mode(picture, PIL_MODES[self.shape[0]]))
         if image.shape != self.shape:
             raise ValueError(
                 f"samples of one set have one size: {path} has {tuple(image.shape[1:])}, the first "

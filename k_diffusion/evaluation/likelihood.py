@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..common.seeds import derive_seed
-from ..distributed import gather_shares
+from ..distributed import gather_shares, share
 from ..likelihood import bits_per_dim
 from .reals import RealImages
 
@@ -35,7 +35,7 @@ def real_likelihood(
     indices = reals.spaced(n)
     count = math.ceil(n / batch_size)
     rows = []
-    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    mine = share(accelerator, count)
     hidden = None if accelerator.is_main_process else True
     for b in tqdm(mine, desc="likelihood", unit="batch", leave=None, disable=hidden):
         part = indices[b * batch_size : (b + 1) * batch_size]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..common.images import CorruptImageError
 from ..data.datasets import FolderOfImages
 from ..data.training_data import TrainingData, make_training_data
-from ..distributed import broadcast
+from ..distributed import broadcast, share
 from .extraction import Eye, look_at
 from .references import ReferenceKey, find_statistics, keep_statistics
 from .registry import FeatureSet
@@ -126,18 +126,19 @@ def real_sets(
     eyes: by the protocol's name. features: (n, width), for metrics that need them; else statistics,
     which `cache`, a folder, keeps for the next time. All processes call it together.
     """
-    data, split = reals.key(), str(reals.section.get("split"))
-    keys = {
-        name: ReferenceKey(data, split, reals.size, name, n, eye.encoder.fingerprint())
-        for name, eye in eyes.items()
-    }
     found: dict[str, FeatureSet] = {}
+    keys: dict[str, ReferenceKey] = {}
     if cache is not None and not features and accelerator.is_main_process:
-        known = {name: find_statistics(cache, key) for name, key in keys.items()}
-        found = {name: statistics for name, statistics in known.items() if statistics}
+        data, split = reals.key(), str(reals.section.get("split"))
+        for name, eye in eyes.items():
+            weights = eye.encoder.fingerprint()
+            keys[name] = ReferenceKey(data, split, reals.size, name, n, weights)
+            if known := find_statistics(cache, keys[name]):
+                found[name] = known
     missing = broadcast([name for name in eyes if name not in found])
     if missing:
-        mine = reals.spaced(n)[accelerator.process_index :: accelerator.num_processes]
+        places = reals.spaced(n)
+        mine = [places[i] for i in share(accelerator, n)]
         batches = reals.batches(mine, batch_size, accelerator.device, num_workers)
         shown = tqdm(
             batches,
@@ -149,8 +150,10 @@ def real_sets(
         )
         seen = look_at(accelerator, (x for x, _ in shown), n, {k: eyes[k] for k in missing})
         for name, x in (seen.features if seen else {}).items():
-            statistics = FeatureStatistics(x.shape[1], name).update(x)
+            if features:
+                found[name] = x
+                continue
+            found[name] = statistics = FeatureStatistics(x.shape[1], name).update(x)
             if cache is not None:
                 keep_statistics(cache, keys[name], statistics)
-            found[name] = x if features else statistics
     return found if accelerator.is_main_process else None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..common.files import write_atomically
+from ..common.images import to_levels
 from ..common.text import did_you_mean
 from .statistics import FeatureStatistics
 
@@ -199,8 +200,7 @@ def write_samples(path: Path, batches: Iterable[Tensor], n: int) -> None:
 
 
 def _pixels(images: Tensor) -> np.ndarray:
-    rounded = ((images.float() + 1) * 127.5).round().clamp(0, 255).byte()
-    return np.ascontiguousarray(rounded.permute(0, 2, 3, 1).cpu().numpy())
+    return np.ascontiguousarray(to_levels(images).permute(0, 2, 3, 1).cpu().numpy())
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

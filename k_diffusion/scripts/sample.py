@@ -158,11 +158,7 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     if args.grid:
         images = torch.cat([torch.empty(0, *shape, device=device), *batches])
     else:
-        write_images(
-            batches,
-            range(accelerator.process_index, args.n, accelerator.num_processes),
-            args.prefix,
-        )
+        write_images(batches, distributed.share(accelerator, args.n), args.prefix)
 
     if args.grid:
         everyone = distributed.gather_shares(accelerator, images, args.n)
@@ -216,7 +212,7 @@ def draw(
         f"{count:,} images of {shape[1]} x {shape[2]}",
         "pass a smaller --size, -n or --batch-size",
     )
-    mine = range(accelerator.process_index, args.n, accelerator.num_processes)
+    mine = distributed.share(accelerator, args.n)
     sigmas = sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"])
     say = accelerator.print
     edit = editing.prepare(args, guided, config, shape, sigmas, classes, device, say)
@@ -244,10 +240,7 @@ def draw(
 @options.of
 def sampler_name(text: str) -> str:
     """An argparse type: a sampler that takes a schedule."""
-    info = sampling.get_sampler(text)
-    if not info.takes_sigmas:
-        names = ", ".join(name for name, row in sampling.SAMPLERS.items() if row.takes_sigmas)
-        raise ValueError(f"sampler {text!r} takes no schedule; these do: {names}")
+    generation.check_sampler(text)
     return text
 
 

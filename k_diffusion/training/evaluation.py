@@ -11,7 +11,6 @@ from torch import nn
 
 from ..distributed import any_process, end_together
 from ..encoders import inception
-from ..encoders.weights import cache_folder
 from ..evaluation.extraction import Eye, gather, see_share
 from ..evaluation.protocols import get_protocol, metric_line
 from ..evaluation.reals import RealImages, real_sets
@@ -92,9 +91,7 @@ class Evaluator:
                 f"{self.n} and {len(reals)} images"
             )
         self.n_reals = min(self.n, len(reals))
-        self.reals = real_sets(
-            accelerator, reals, self.eyes, self.n_reals, cache=cache_folder() / "references"
-        )
+        self.reals = real_sets(accelerator, reals, self.eyes, self.n_reals)
 
     def evaluate(
         self,

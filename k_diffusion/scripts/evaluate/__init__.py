@@ -85,7 +85,6 @@ class Evaluation:
         self.recognizer: Recognizer | None = None
         if RECOGNITION in args.metrics:
             self.recognizer = Recognizer(*self.against.images().load(MAX_IMAGES))
-        self.pool: Tensor | None = None  # features of the training images, for --nearest
         self.references = References(
             accelerator, args, self.against, self.n_reals, self.eyes, self.metrics, self.options
         )
@@ -111,19 +110,13 @@ class Evaluation:
 
     def _settings(self, setting: argparse.Namespace) -> dict[str, Any]:
         """What the numbers depend on, as the report lists it."""
-        if self.source.images is not None:
-            digest = self.source.digest[:16]
-            return {
-                **self.source.settings,
-                "data": self.against.name,
-                "samples_sha256": digest,
-            }
-        given = {key: getattr(setting, key) for key in self.args.choices}
+        images = self.source.images is not None
+        given = {} if images else {key: getattr(setting, key) for key in self.args.choices}
         return {
             **self.source.settings,
             **{k: _plain(v) for k, v in given.items() if v is not None},
             "data": self.against.name,
-            "checkpoint_sha256": self.source.digest[:16],
+            f"{'samples' if images else 'checkpoint'}_sha256": self.source.digest[:16],
         }
 
     def _names(self) -> list[tuple[str, str | None]]:
@@ -194,8 +187,8 @@ class Evaluation:
 
     def _batches(self, setting: argparse.Namespace, counter: "Counter") -> Iterator[Tensor]:
         """This process's share of the images."""
-        mine = range(self.accelerator.process_index, self.n, self.accelerator.num_processes)
         if self.source.images is not None:
+            mine = distributed.share(self.accelerator, self.n)
             yield from self.source.images.batches(mine, setting.batch_size, self.device)
             return
         denoiser, config = self.source.checkpoint()
@@ -342,14 +335,11 @@ class Evaluation:
         """Samples beside the training images that are nearest in the first protocol's features."""
         reals = self.against.trained_on()
         name = next(iter(self.eyes))
-        if self.pool is None:
-            self.pool = self.references.features(reals, name)
-        if seen is None or self.pool is None:
+        pool = self.references.features(reals, name)
+        if seen is None or pool is None:
             return None
         samples = seen.images(16)
-        distances, indices = nearest(
-            seen.features[name][: len(samples)], self.pool, self.args.nearest
-        )
+        distances, indices = nearest(seen.features[name][: len(samples)], pool, self.args.nearest)
         neighbours = torch.stack([reals[int(i)]["image"] for i in indices.flatten()])
         page = nearest_page(samples, neighbours.unflatten(0, indices.shape), distances)
         path = writable(self.folder / file)

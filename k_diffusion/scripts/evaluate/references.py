@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ...common.files import sha256
+from ...distributed import share
 from ...encoders.weights import cache_folder
 from ...evaluation.extraction import Eye, look_at
 from ...evaluation.images import SampleImages
@@ -46,19 +47,19 @@ class Reference(NamedTuple):
         fake: (n, width). log_probs: (n, classes), for the inception score.
         """
         out: dict[str, tuple[Estimate, int | None]] = {}
-        for name in names:
-            real = self._for(name)
+        rest = [name for name in names if not self._by_statistics(name)]
+        some = [name for name in names if name not in rest]
+        for real, group in (self.statistics, some), (self.features, rest):
+            if real is None or not group:
+                continue
+            found = measure(group, fake, real, options, log_probs, formula)  # neighbours once
             n = real.n if isinstance(real, FeatureStatistics) else len(real)
-            found = measure([name], fake, real, options, log_probs, formula)
-            out[name] = found[name], None if METRICS[name].logits else n
-        return out
+            out |= {k: (v, None if METRICS[k].logits else n) for k, v in found.items()}
+        return {name: out[name] for name in names}
 
-    def _for(self, name: str) -> FeatureSet:
-        """The statistics, where they do for a metric, else the features."""
-        if self.statistics is not None and (METRICS[name].statistics or self.features is None):
-            return self.statistics
-        assert self.features is not None
-        return self.features
+    def _by_statistics(self, name: str) -> bool:
+        """Whether a metric takes the statistics, where they do or are all there is."""
+        return self.statistics is not None and (METRICS[name].statistics or self.features is None)
 
 
 class References:
@@ -81,6 +82,7 @@ class References:
         self.eyes, self.metrics = eyes, metrics
         self.whole = not all(METRICS[name].statistics or METRICS[name].logits for name in metrics)
         self.read_already: dict[str, Reference] | None = None
+        self.pools: dict[str, Tensor | None] = {}  # of `features`
         reals, file = against.reals, against.file
         key = {
             "data": reals.key() if reals is not None else sha256(file) if file else None,
@@ -114,9 +116,14 @@ class References:
         return self.read_already
 
     def features(self, reals: RealImages, name: str) -> Tensor | None:
-        """The features (n, width) of all images of a set; None on all but the main process."""
-        sets = self._sets(reals, {name: self.eyes[name]}, len(reals), features=True)
-        return sets.get(name)  # type: ignore[return-value]
+        """The features (n, width) of all images of a set, which is always the same one for a name.
+
+        None on all but the main process.
+        """
+        if name not in self.pools:
+            sets = self._sets(reals, {name: self.eyes[name]}, len(reals), features=True)
+            self.pools[name] = sets.get(name)  # type: ignore[assignment]
+        return self.pools[name]
 
     def _sets(
         self, reals: RealImages, eyes: Mapping[str, Eye], n: int, *, features: bool
@@ -146,9 +153,7 @@ class References:
             statistics.protocol = protocol
         if reference.images is not None and (statistics is None or self.whole):
             images = SampleImages(reference.images)
-            mine = range(
-                self.accelerator.process_index, len(images), self.accelerator.num_processes
-            )
+            mine = share(self.accelerator, len(images))
             batches = images.batches(mine, self.args.batch_size, eye.encoder.mean.device)
             seen = look_at(self.accelerator, batches, len(images), {protocol: eye})
             features = None if seen is None else seen.features[protocol]
@@ -157,7 +162,7 @@ class References:
                 f"{path} has statistics of width {statistics.width}, but the protocol {protocol} "
                 f"has {eye.encoder.width} features; it is of another encoder"
             )
-        if self.accelerator.is_main_process and features is None and self.whole:
+        if self.whole and reference.features is None and reference.images is None:
             lacking = [name for name in self.metrics if not METRICS[name].statistics]
             raise ValueError(
                 f"{lacking[0]} needs features of real images, and {path} has their mean and "
