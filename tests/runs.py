@@ -4,11 +4,13 @@ import copy
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from torch import multiprocessing
 
 ROOT = Path(__file__).parent.parent
 
@@ -99,6 +101,23 @@ def python(script, *args):
 def accelerate(processes, script, *args):
     launcher = "-m", "accelerate.commands.launch", "--cpu", "--num_processes", processes
     return sys.executable, *launcher, ROOT / f"{script}.py", *args
+
+
+def in_two_processes(function, *args):
+    """Call function(rank, *args), of a module's top level, in each of two gloo processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(_as_rank, (port, function, args), nprocs=2)
+
+
+def _as_rank(rank, port, function, args):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    function(rank, *args)
 
 
 def read(path):

@@ -97,7 +97,9 @@ def test_inpaint(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")  # theirs about configs
 def test_sample_stable_diffusion(tmp_path, monkeypatch):
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
+    from tiny_diffusers import diffusers, text_unet
+
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     words = ["<|startoftext|>", "<|endoftext|>", "a", "b", "a</w>", "b</w>"]
@@ -107,16 +109,6 @@ def test_sample_stable_diffusion(tmp_path, monkeypatch):
     sizes = {"hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 1}
     text = transformers.CLIPTextConfig(
         vocab_size=6, num_attention_heads=2, max_position_embeddings=8, eos_token_id=1, **sizes
-    )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        cross_attention_dim=12,
     )
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
@@ -128,7 +120,7 @@ def test_sample_stable_diffusion(tmp_path, monkeypatch):
         vae=vae,
         text_encoder=transformers.CLIPTextModel(text),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=text_unet(),
         scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
         safety_checker=None,
         feature_extractor=None,

@@ -23,6 +23,22 @@ def unet(**options):
     return model.eval().requires_grad_(False)
 
 
+def text_unet():
+    """Stable Diffusion's kind, of text embeddings of 12 features."""
+    torch.manual_seed(0)
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        cross_attention_dim=12,
+    )
+    return model.eval().requires_grad_(False)
+
+
 def dit(classes=10):
     """It also estimates variances, in twice the channels."""
     torch.manual_seed(0)

@@ -1,10 +1,7 @@
-import os
-import socket
-
 import pytest
+import runs
 import torch
 from golden import normal
-from torch import multiprocessing
 
 from k_diffusion.evaluation import FeatureStatistics, frechet_distance
 
@@ -83,16 +80,11 @@ def test_what_does_not_fit():
         FeatureStatistics.from_moments(torch.zeros(2), torch.full((2, 2), torch.nan))
 
 
-def in_each_process(rank, port, folder):
+def in_each_process(rank, folder):
     from accelerate import Accelerator
 
     from k_diffusion.evaluation import compute_features
 
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     x = normal(7, (31, 6))
     stats = FeatureStatistics(6, "random").update(x[rank::2]).merged(accelerator)
@@ -109,10 +101,7 @@ def in_each_process(rank, port, folder):
 
 
 def test_two_processes(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(in_each_process, (port, tmp_path), nprocs=2)
+    runs.in_two_processes(in_each_process, tmp_path)
     x = normal(7, (31, 6))
     for rank in range(2):
         close(FeatureStatistics.load(tmp_path / f"{rank}.npz"), x)

@@ -3,7 +3,7 @@ sampler and `CFGDenoiser` on the same model. Those with text encoders need trans
 
 import pytest
 import torch
-from tiny_diffusers import diffusers, dit, normal, sd3
+from tiny_diffusers import diffusers, dit, normal, sd3, text_unet
 
 from k_diffusion import sampling
 from k_diffusion.external import make_diffusers_denoiser
@@ -48,17 +48,7 @@ def test_dit_pipeline():
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_stable_diffusion_pipeline(prediction):
     pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        cross_attention_dim=12,
-    ).eval()
+    model = text_unet()
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

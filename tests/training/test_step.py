@@ -3,14 +3,12 @@
 import copy
 import math
 import os
-import socket
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import runs
 import torch
-from torch import multiprocessing
 
 import k_diffusion as K
 from k_diffusion import distributed
@@ -281,12 +279,7 @@ def test_conditions_that_the_model_gets(augment_prob, num_classes):
 # ------------------------------------------------------------------------- two processes
 
 
-def in_each_process(rank, port, folder):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
+def in_each_process(rank, folder):
     result = {}
 
     # noise levels of two accumulated batches
@@ -353,10 +346,7 @@ def in_each_process(rank, port, folder):
 def two(tmp_path_factory):
     """What each of two gloo processes found."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(in_each_process, (port, str(folder)), nprocs=2)
+    runs.in_two_processes(in_each_process, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
