@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -103,6 +104,26 @@ def scheduler_sa_solver(model, x: Tensor, sigmas: Tensor, noise, orders, tau: fl
     return model(y, sigmas[-2].expand(len(y)))
 
 
+def weighted_heunpp2(model, x: Tensor, sigmas: Tensor) -> Tensor:
+    """Heun++ as applications have it: a step along a mean of up to three slopes. x: (n, ...).
+
+    The slopes are Euler's at this noise level and the next ones, s_i, with the weights
+    s_i / (k s_0) for i >= 1, where k is the number of slopes and s_0 the schedule's first level; the
+    first slope has the rest. No level of 0 has a slope.
+    """
+    for i, (a, b) in enumerate(pairwise(sigmas)):
+        levels = [level for level in sigmas[i : i + 3] if level > 0]
+        slopes, y = [], x
+        for j, level in enumerate(levels):
+            slopes.append((y - model(y, level.expand(len(y)))) / level)
+            if j + 1 < len(levels):
+                y = y + (levels[j + 1] - level) * slopes[-1]
+        weights = [float(level / (len(levels) * sigmas[0])) for level in levels[1:]]
+        weights.insert(0, 1 - sum(weights))
+        x = x + (b - a) * sum(w * slope for w, slope in zip(weights, slopes))
+    return x
+
+
 def relative(x: Tensor, y: Tensor) -> tuple[float, float]:
     """The RMS difference of images over the RMS of y, and the PSNR of pixels in [-1, 1].
 
@@ -144,6 +165,8 @@ def rows(n: int) -> dict[str, list[tuple[float, float]]]:
         names = dict(zip(("predictor_order", "corrector_order"), orders))
         sa = ours("sa_solver", eta=tau**2, noise_sampler=noise if tau else None, **names)
         compare(f"`sa_solver`, orders {orders}, tau {tau:g}, to diffusers'", sa, theirs)
+    name = "`heunpp2` to slopes weighted by noise levels"
+    compare(name, ours("heunpp2"), weighted_heunpp2)
     for sampler in ("heunpp2", "heun"):
         compare(f"`{sampler}` to the exact solution", ours(sampler), lambda *_: exact)
     return results
