@@ -108,8 +108,8 @@ def weighted_heunpp2(model, x: Tensor, sigmas: Tensor) -> Tensor:
     """Heun++ as applications have it: a step along a mean of up to three slopes. x: (n, ...).
 
     The slopes are Euler's at this noise level and the next ones, s_i, with the weights
-    s_i / (k s_0) for i >= 1, where k is the number of slopes and s_0 the schedule's first level; the
-    first slope has the rest. No level of 0 has a slope.
+    s_i / (k s_0) for i >= 1, where k is the number of slopes and s_0 the schedule's first level;
+    the first slope has the rest. No level of 0 has a slope.
     """
     for i, (a, b) in enumerate(pairwise(sigmas)):
         levels = [level for level in sigmas[i : i + 3] if level > 0]
