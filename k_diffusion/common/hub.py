@@ -1,10 +1,12 @@
 """Repositories of the Hugging Face hub: downloads and uploads, whose errors are sentences."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .files import sha256
 from .text import need
 
 
@@ -46,6 +48,26 @@ def _hub(doing: str, instead: str) -> Iterator[Any]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def download_file(repo: str, file: str, what: str) -> Path:
+    """A file of a repository, from the hub's cache where it is there, with the hub's SHA-256.
+
+    what: it is, for errors. Raises HubError for one that can't be had, or has another SHA-256 than
+    the hub says, which is kept as NAME.wrong and never used. ImportError without huggingface_hub.
+    """
+    instead = "put it into the hub's cache ($HF_HOME), or pass the path of a copy"
+    with _hub(f"download {what} from the hub's {repo}", instead) as hub:
+        path = Path(hub.hf_hub_download(repo, file))
+    # the cache names its files by what the hub says of them: of large ones, the SHA-256
+    stored = path.resolve()
+    if re.fullmatch(r"[0-9a-f]{64}", stored.name) and (got := sha256(stored)) != stored.name:
+        aside = stored.rename(stored.with_name(f"{stored.name}.wrong"))
+        raise HubError(
+            f"{file} of the hub's {repo} must have SHA-256 {stored.name}, got {got}; it is kept as "
+            f"{aside}; try again to download it anew"
+        )
+    return path
 
 
 def download(repo: str, revision: str | None, files: Sequence[str]) -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.files import PathLike
+from ..common import hub
+from ..common.files import PathLike, sha256
 from ..common.text import need, unknown_name
 from .base import Encoder
-from .weights import given_file, unavailable
+from .weights import given_file
 
 # OpenAI's names and open_clip's: these weights were trained with the quick form of GELU.
 MODELS = {
@@ -74,27 +76,39 @@ def load_clip(
 ) -> CLIPEncoder:
     """OpenAI's CLIP by one of the names in MODELS, frozen; its weights are downloaded once.
 
-    pretrained: open_clip's tag of the weights, or the path of a file of them; None for random ones.
-    Raises ValueError for an unknown name or a file that has no such weights, ImportError without
-    open_clip, OSError where the download fails.
+    pretrained: open_clip's tag of the weights, or the path of a file of them, which may be the one
+    that OpenAI's package `clip` downloads; None for random ones. Raises ValueError for an unknown
+    name or a file that has no such weights, ImportError without open_clip, OSError where the
+    download fails.
     """
-    model_name(name)
-    what = f"the CLIP model {name}"
+    what = f"the CLIP model {model_name(name)}"
     open_clip: Any = need("open_clip", what, '"k-diffusion[clip]"')
     logging.getLogger(__name__).debug("loading CLIP %s (%s)", MODELS[name], pretrained)
-    is_tag = pretrained is None or pretrained in open_clip.list_pretrained_tags_by_model(
-        MODELS[name]
-    )
-    if not is_tag:
-        given_file(str(pretrained), what)
+    tag = open_clip.get_pretrained_cfg(MODELS[name], pretrained or "")
+    if tag.get("hf_hub"):
+        repo, _, file = tag["hf_hub"].rpartition("/")
+        file = file or "open_clip_model.safetensors"
+        pretrained = str(hub.download_file(repo, file, f"the weights of {what}"))
+    elif pretrained is not None and not tag:
+        given_file(pretrained, what)
+    openai = open_clip.get_pretrained_url(MODELS[name], "openai").split("/")[-2]
+    scripted = not tag and pretrained is not None and sha256(Path(pretrained)) == openai
     try:
-        model = open_clip.create_model(MODELS[name], pretrained=pretrained, device=device)
+        model = open_clip.create_model(
+            MODELS[name], pretrained=None if scripted else pretrained, device=device
+        )
+        if scripted:
+            model.load_state_dict(_scripted_weights(str(pretrained)))
     except (OSError, RuntimeError, UnpicklingError) as error:
-        if not is_tag:
-            raise ValueError(f"{pretrained} has no weights of {what}: {error}") from error
-        hub = f"the hub's {MODELS[name]} ({pretrained})"
-        raise unavailable(what, error, hub, "the hub's cache ($HF_HOME)") from error
+        raise ValueError(f"{pretrained} has no weights of {what}: {error}") from error
     return CLIPEncoder(model, open_clip.get_tokenizer(MODELS[name])).freeze(device)
+
+
+def _scripted_weights(path: str) -> dict[str, Tensor]:
+    """The weights in OpenAI's own file, which is TorchScript and has three numbers among them."""
+    state = torch.jit.load(path, map_location="cpu").state_dict()
+    numbers = {"input_resolution", "context_length", "vocab_size"}
+    return {key: value for key, value in state.items() if key not in numbers}
 
 
 def make_clip(
@@ -104,7 +118,7 @@ def make_clip(
 ) -> CLIPEncoder:
     """CLIP by one of the names in MODELS, that of CMMD by default, as an encoder of images.
 
-    weights: a file of them; else OpenAI's are downloaded by open_clip, to its cache. Raises as
+    weights: a file of them; else OpenAI's are downloaded to the Hugging Face hub's cache. Raises as
     `load_clip` does.
     """
     return load_clip(model, device, "openai" if weights is None else str(weights))

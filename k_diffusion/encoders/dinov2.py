@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common import hub
 from ..common.files import PathLike
 from ..common.text import need, unknown_name
 from .base import Encoder
-from .weights import given_file, unavailable
+from .weights import given_file
 
 # The hub's names and timm's, without registers.
 MODELS = {
@@ -59,27 +60,29 @@ def make_dinov2(
 ) -> DINOv2:
     """DINOv2 by one of the names in MODELS; ViT-L/14 is that of the FD_DINOv2.
 
-    weights: a file of the authors' or timm's weights; else timm downloads them to the Hugging Face
-    hub's cache (1.2 GB for ViT-L/14). Raises ValueError for an unknown name or another model's
+    weights: a file of the authors' or timm's weights; else timm's are downloaded to the Hugging
+    Face hub's cache (1.2 GB for ViT-L/14). Raises ValueError for an unknown name or another model's
     weights, ImportError without timm, OSError where the download fails.
     """
     if model not in MODELS:
         raise unknown_name("DINOv2 model", model, MODELS)
     name = "dinov2" if model == "vitl14" else f"dinov2-{model}"
     timm: Any = need("timm", f"the encoder {name}", '"k-diffusion[eval]"')
-    source: dict[str, Any] = {}
-    if weights is not None:
-        source = {"pretrained_cfg_overlay": {"file": str(given_file(weights, name))}}
+    if weights is None:
+        repo = timm.get_pretrained_cfg(MODELS[model]).hf_hub_id
+        path = hub.download_file(repo, "model.safetensors", f"the weights of the encoder {name}")
+    else:
+        path = given_file(weights, name)
     try:
         trained = timm.create_model(
-            MODELS[model], pretrained=True, num_classes=0, img_size=_TRAINED_AT, **source
+            MODELS[model],
+            pretrained=True,
+            num_classes=0,
+            img_size=_TRAINED_AT,
+            pretrained_cfg_overlay={"file": str(path)},
         )
     except (OSError, RuntimeError, UnpicklingError) as error:
-        if weights is not None:
-            raise ValueError(f"{weights} has no weights of {name}: {error}") from error
-        hub = f"the hub's {timm.get_pretrained_cfg(MODELS[model]).hf_hub_id}"
-        cache = "the hub's cache ($HF_HOME)"
-        raise unavailable(f"the encoder {name}", error, hub, cache) from error
+        raise ValueError(f"{path} has no weights of {name}: {error}") from error
     state = trained.state_dict()
     state["pos_embed"] = resample_positions(state["pos_embed"], 224 // 14)
     vit = timm.create_model(MODELS[model], pretrained=False, num_classes=0, img_size=224)

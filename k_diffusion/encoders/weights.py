@@ -42,15 +42,7 @@ def find_weights(given: PathLike | None, what: str, url: str, digest: str) -> Pa
     try:
         return Path(download_file(path, url, digest))
     except OSError as error:
-        raise unavailable(what, error, url, path) from error
-
-
-def unavailable(what: str, error: object, url: str, path: PathLike) -> OSError:
-    """The error for weights that can't be downloaded from `url`, with the three ways to have them.
-
-    path: the file or folder of the cache.
-    """
-    return OSError(
-        f"can't download the weights of {what} from {url} ({error}): connect to the network, put "
-        f"them into {path}, or pass the path of a copy as weights"
-    )
+        raise OSError(
+            f"can't download the weights of {what} from {url} ({error}): connect to the network, "
+            f"put them into {path}, or pass the path of a copy as weights"
+        ) from error

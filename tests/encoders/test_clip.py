@@ -6,6 +6,8 @@ from problems import normal
 from torch import nn
 
 from k_diffusion import sampling
+from k_diffusion.common import hub
+from k_diffusion.common.files import sha256
 from k_diffusion.encoders import clip, make_encoder
 from k_diffusion.guidance import GradientGuidedDenoiser, ThresholdedDenoiser
 
@@ -211,31 +213,64 @@ def test_every_name_is_one_of_open_clips_with_openai_weights():
     assert [name for name in clip.MODELS.values() if (name, "openai") not in known] == []
 
 
-def test_weights_from_a_file_or_not_at_all(tmp_path, monkeypatch):
+def test_weights_from_a_file_or_the_hub(tmp_path, monkeypatch):
     open_clip = pytest.importorskip("open_clip")
     given = []
 
     def create(name, pretrained, device):
         given.append((name, pretrained))
-        if pretrained == "openai":
-            raise RuntimeError("Failed to download weights")
         if pretrained.endswith("other.pt"):
             raise RuntimeError("Missing keys")
         return TinyCLIP()
 
+    def download(repo, file, what):
+        return tmp_path / repo / file
+
     monkeypatch.setattr(open_clip, "create_model", create)
     monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: None)
+    monkeypatch.setattr(hub, "download_file", download)
     for name in "own.pt", "other.pt":
         (tmp_path / name).touch()
     own = make_encoder("clip", tmp_path / "own.pt")
     assert (own.width, own.name) == (5, "clip")
-    assert given == [("ViT-L-14-336-quickgelu", str(tmp_path / "own.pt"))]
+    clip.load_clip()
+    stored = "timm/vit_base_patch16_clip_224.openai/open_clip_model.safetensors"
+    assert given == [
+        ("ViT-L-14-336-quickgelu", str(tmp_path / "own.pt")),
+        ("ViT-B-16-quickgelu", str(tmp_path / stored)),
+    ]
     with pytest.raises(ValueError, match=r"other.pt has no weights of the CLIP model ViT-B/16"):
         clip.load_clip(pretrained=str(tmp_path / "other.pt"))
     with pytest.raises(ValueError, match=r"no weights of the CLIP model RN50 at .*gone.pt"):
         clip.load_clip("RN50", pretrained=str(tmp_path / "gone.pt"))
-    with pytest.raises(OSError, match=r"\(Failed to download weights\): connect to the network, "):
-        clip.load_clip()
+
+
+class Scripted(TinyCLIP):
+    """As OpenAI's files hold CLIP."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("input_resolution", torch.tensor(224))
+
+    def forward(self, x):
+        return self.visual(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_openais_own_file(tmp_path, monkeypatch):
+    """What its package `clip` has downloaded is TorchScript, read by its digest alone."""
+    open_clip = pytest.importorskip("open_clip")
+    path = tmp_path / "ViT-B-16.pt"
+    torch.jit.trace(Scripted(), torch.zeros(1, 108), check_trace=False).save(path)
+    net = TinyCLIP()
+    nn.init.zeros_(net.visual.weight)
+    monkeypatch.setattr(open_clip, "create_model", lambda name, pretrained, device: net)
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda name: None)
+    monkeypatch.setattr(
+        open_clip, "get_pretrained_url", lambda *args: f"https://x.org/{sha256(path)}/ViT-B-16.pt"
+    )
+    clip.load_clip(pretrained=str(path))
+    assert torch.equal(net.visual.weight, TinyCLIP().visual.weight)
 
 
 def test_unknown_names_are_errors():

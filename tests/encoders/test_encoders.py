@@ -12,7 +12,7 @@ from problems import normal
 from torch import nn
 
 from k_diffusion import encoders
-from k_diffusion.common import files
+from k_diffusion.common import files, hub
 from k_diffusion.data.datasets import Digits
 from k_diffusion.encoders import dinov2, efficientnet, inception, make_encoder, weights
 
@@ -334,14 +334,17 @@ def test_dinov2_reads_a_file_of_weights(tmp_path):
         torch.testing.assert_close(encoder(x), want, atol=1e-4, rtol=1e-4)
 
 
-def test_dinov2_without_a_network(monkeypatch):
-    timm = pytest.importorskip("timm")
+def test_dinov2_is_downloaded_from_the_hub(monkeypatch):
+    pytest.importorskip("timm")
+    wanted = []
 
-    def offline(*args, **kwargs):
-        raise OSError("no network")
+    def offline(repo, file, what):
+        wanted.append((repo, file))
+        raise hub.HubError(f"can't download {what}")
 
-    monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(OSError, match=r"encoder dinov2 from .*vit_large.*\(no network\): connect"):
+    monkeypatch.setattr(hub, "download_file", offline)
+    with pytest.raises(OSError, match="can't download the weights of the encoder dinov2"):
         make_encoder("dinov2")
+    assert wanted == [("timm/vit_large_patch14_dinov2.lvd142m", "model.safetensors")]
     with pytest.raises(ValueError, match="unknown DINOv2 model 'vitl16'"):
         make_encoder("dinov2", model="vitl16")

@@ -234,6 +234,37 @@ def test_kid_against_torch_fidelity():
     assert E.squared_mmd(x, y).item() == pytest.approx(fidelity.mmd2(*parts))
 
 
+class Features(torch.nn.Module):
+    """In place of torchmetrics' Inception: its "images" are features already."""
+
+    num_features = 6
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")  # on memory, and on one split's deviation
+def test_against_torchmetrics():
+    image = pytest.importorskip("torchmetrics.image")
+    from torchmetrics.image.inception import InceptionScore
+
+    network = Features()
+    x, y = features(34, 90, 6), features(35, 70, 6, 1.2, 0.3)
+    fid = image.FrechetInceptionDistance(network, normalize=False).set_dtype(torch.float64)
+    kid = image.KernelInceptionDistance(network, subsets=1, subset_size=70)
+    for batch in x.split(32):  # in a stream
+        fid.update(batch, real=False)
+    for batch in y.split(32):
+        fid.update(batch, real=True)
+    kid.update(x[:70], real=False)
+    kid.update(y, real=True)
+    assert E.fid(x, y).item() == pytest.approx(fid.compute().item(), rel=1e-9)
+    assert E.squared_mmd(x[:70], y).item() == pytest.approx(kid.compute()[0].item(), rel=1e-5)
+    score = InceptionScore(network, splits=1)
+    score.update(x)
+    assert E.inception_score(x).item() == pytest.approx(score.compute()[0].item(), rel=1e-6)
+
+
 def test_kid_of_subsets():
     x, y = features(36, 300, 5), features(37, 400, 5, 1.5)
     got = E.kid_subsets(x, y, subsets=50, size=100)
