@@ -43,8 +43,8 @@ DECAY = 0.999
 class Way:
     """One way to run a training step.
 
-    name: in the table. within: the context of the forward and backward pass. plain: whether the
-    optimizer and the average go parameter by parameter. unit: what is compiled, of `compile_model`.
+    name: in the table. within: the context of the forward and backward pass. plain: whether
+    AdamW and the average are the straightforward ones. unit: what is compiled, of `compile_model`.
     """
 
     name: str

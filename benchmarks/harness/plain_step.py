@@ -1,13 +1,15 @@
 """The straightforward form of a training step, to hold the package's against.
 
-The same arithmetic, each part the way that its formula is written down: norms, GEGLU, the
-normalisation and rotation of queries and of keys as operations one after the other, windows and
-masks built at each call, the optimizer and the average parameter by parameter.
+What a good engineer writes who takes torch's operations as they are: norms, and the normalisation
+and rotation of queries and keys, by their formulas, without steps of autograd of their own; global
+and window attention by one call of SDPA in the order of the axes that it takes; AdamW and the
+average of the weights over lists of tensors (`foreach`).
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -17,43 +19,8 @@ from einops import rearrange
 from torch import nn
 
 from k_diffusion.models import attention, autograd, image_transformer_v2, transformer
-from k_diffusion.models.attention import neighborhood
 
 Tensor = torch.Tensor
-
-# ---------------------------------------------------------------- layers
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rms_norm(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    wide = at_least_float32(x)
-    mean_square = wide.square().mean(dim=-1, keepdim=True)
-    return (wide * torch.rsqrt(mean_square + eps) * scale).to(x.dtype)
-
-
-def normalize(x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    wide = at_least_float32(x)
-    length = torch.sqrt(wide.square().sum(dim=-1, keepdim=True) + eps)
-    return (wide / length * torch.sqrt(at_least_float32(scale))[:, None]).to(x.dtype)
-
-
-def rotate(x: Tensor, theta: Tensor) -> Tensor:
-    cos, sin, d = theta.cos(), theta.sin(), theta.shape[-1]
-    a, b, rest = x[..., :d], x[..., d : 2 * d], x[..., 2 * d :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).to(x.dtype)
-
-
-def angles(theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """In place of their cosines and sines, which queries and keys then take each for itself."""
-    return theta, theta
-
-
-def normalize_and_rotate(x: Tensor, scale: Tensor, theta: Tensor, _: Tensor, eps: float) -> Tensor:
-    return rotate(normalize(x, scale, eps), theta)
-
 
 # ---------------------------------------------------------------- attention
 
@@ -64,15 +31,20 @@ def global_attention(q: Tensor, k: Tensor, v: Tensor, geometry: Any) -> Tensor:
     return rearrange(out, "n heads (h w) e -> n h w heads e", h=q.shape[1])
 
 
+@lru_cache
+def window_mask(geometry: Any, h: int, w: int, device: torch.device) -> Tensor:
+    """Which tokens of a window of the rolled image belong together."""
+    size, shift = geometry.window_size, geometry.shift
+    # the windows that the tokens at each place of the rolled image belong to
+    rows, cols = (geometry.axis_window(side).to(device).roll(-shift) for side in (h, w))
+    parts = rearrange(rows[:, None] * w + cols, "(y p) (x q) -> (y x) (p q)", p=size, q=size)
+    return parts[:, None, :, None] == parts[:, None, None, :]
+
+
 def window_attention(q: Tensor, k: Tensor, v: Tensor, geometry: Any) -> Tensor:
     n, h, w, _, _ = q.shape
     size, shift = geometry.window_size, geometry.shift
-    mask = None
-    if shift:
-        # the windows that the tokens at each place of the rolled image belong to
-        rows, cols = (geometry.axis_window(side).to(q.device).roll(-shift) for side in (h, w))
-        parts = rearrange(rows[:, None] * w + cols, "(y p) (x q) -> (y x) (p q)", p=size, q=size)
-        mask = parts[:, None, :, None] == parts[:, None, None, :]
+    mask = window_mask(geometry, h, w, q.device) if shift else None
 
     def windows(x: Tensor) -> Tensor:
         x = x.roll((-shift, -shift), dims=(1, 2))
@@ -83,32 +55,6 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, geometry: Any) -> Tensor:
     shape = {"n": n, "y": h // size, "p": size}
     out = rearrange(out, "(y x) (n heads) (p q) e -> n (y p) (x q) heads e", **shape)
     return out.roll((shift, shift), dims=(1, 2))
-
-
-@contextmanager
-def plain(brute_force: bool = False) -> Iterator[None]:
-    """Within it, transformers run in the straightforward form, also in their backward pass.
-
-    Neighborhood attention still goes by tiles, but plans them at each call. brute_force: by an
-    N x N mask over all tokens instead.
-    """
-    cached = {name: f for name, f in vars(neighborhood).items() if hasattr(f, "__wrapped__")}
-    replaced = [
-        (transformer, {"rms_norm": rms_norm, "normalize": normalize}),
-        (image_transformer_v2, {"cos_sin": angles, "normalize_and_rotate": normalize_and_rotate}),
-        (neighborhood, {name: plan.__wrapped__ for name, plan in cached.items()}),
-    ]
-    backends = {"global": global_attention, "shifted-window": window_attention}
-    with ExitStack() as stack:
-        for module, functions in replaced:
-            stack.enter_context(mock.patch.multiple(module, **functions))
-        for geometry, run in backends.items():
-            row = {"sdpa": attention.Backend(run)}
-            stack.enter_context(mock.patch.dict(attention.BACKENDS[geometry], row))
-        if brute_force:
-            forced = {attention.ENV_VAR: "neighborhood=reference"}
-            stack.enter_context(mock.patch.dict(os.environ, forced))
-        yield
 
 
 @contextmanager
@@ -123,11 +69,30 @@ def formulas(*names: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def plain(brute_force: bool = False) -> Iterator[None]:
+    """Within it, transformers run in the straightforward form, also in their backward pass.
+
+    Neighborhood attention still goes by tiles. brute_force: by an N x N mask over all tokens
+    instead.
+    """
+    backends = {"global": global_attention, "shifted-window": window_attention}
+    with ExitStack() as stack:
+        stack.enter_context(formulas("rms_norm", "normalize_and_rotate"))
+        for geometry, run in backends.items():
+            row = {"sdpa": attention.Backend(run)}
+            stack.enter_context(mock.patch.dict(attention.BACKENDS[geometry], row))
+        if brute_force:
+            forced = {attention.ENV_VAR: "neighborhood=reference"}
+            stack.enter_context(mock.patch.dict(os.environ, forced))
+        yield
+
+
 # ---------------------------------------------------------------- optimizer and average
 
 
 def make_optimizer(config: Mapping[str, Any], model: Any) -> torch.optim.Optimizer:
-    """AdamW that goes from parameter to parameter, of a config's `optimizer` section."""
+    """AdamW over lists of tensors, of a config's `optimizer` section."""
     o = config["optimizer"]
     if o["type"] != "adamw":
         raise ValueError(f"the straightforward form has an adamw optimizer, got {o['type']}")
@@ -137,15 +102,14 @@ def make_optimizer(config: Mapping[str, Any], model: Any) -> torch.optim.Optimiz
         betas=tuple(o["betas"]),
         eps=o["eps"],
         weight_decay=o["weight_decay"],
-        foreach=False,
-        fused=False,
+        foreach=True,
     )
 
 
 @torch.no_grad()
 def ema_update(model: nn.Module, averaged: nn.Module, decay: float) -> None:
-    """averaged = decay averaged + (1 - decay) model, parameter by parameter."""
-    for new, old in zip(model.parameters(), averaged.parameters()):
-        old.mul_(decay).add_(new, alpha=1 - decay)
+    """averaged = decay averaged + (1 - decay) model, over lists of tensors."""
+    new, old = ([p.detach() for p in net.parameters()] for net in (model, averaged))
+    torch._foreach_lerp_(old, new, 1 - decay)
     for buffer, averaged_buffer in zip(model.buffers(), averaged.buffers()):
         averaged_buffer.copy_(buffer)
