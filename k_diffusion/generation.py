@@ -40,6 +40,7 @@ def generate(
     noise: torch.Tensor | None = None,
     resample: int = 1,
     jump: int = 10,
+    static: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Sample one image per seed, batch by batch.
 
@@ -49,6 +50,8 @@ def generate(
     the progress bar; None hides it where there's no terminal. stop: asked after each step, whether
     to give up. start: (1, c, h, w), an image that the noise is added to. noise: (1, c, h, w), of
     standard deviation 1, instead of the seeds'. resample, jump: of `editing.sample_resampled`.
+    static: the model always sees as many images, for which it was compiled: a last batch of fewer
+    is filled up with images that are thrown away.
 
     Yields (n, c, h, w) in float32, n <= batch_size, in the order of the seeds. Raises ValueError
     for class ids out of range or an unknown sampler, SamplingStopped once `stop` says so.
@@ -62,18 +65,21 @@ def generate(
     if resample > 1:
         draw = partial(editing.sample_resampled, resample=resample, jump=jump)
 
-    def run(at: slice, step: Callable[..., object]) -> torch.Tensor:
-        x = sampling.randn_per_seed(seeds[at], shape, device=device)
+    def run(rows: Sequence[int], step: Callable[..., object]) -> torch.Tensor:
+        batch = [seeds[i] for i in rows]
+        x = sampling.randn_per_seed(batch, shape, device=device)
         x = (x if noise is None else noise.expand_as(x)) * float(sigmas[0])
         x = x if start is None else x + start
-        cond = {} if classes is None else {"class_cond": torch.tensor(classes[at], device=device)}
+        cond = {}
+        if classes is not None:
+            cond["class_cond"] = torch.tensor([classes[i] for i in rows], device=device)
         with eval_mode(model):
             return draw(
                 model,
                 x,
                 sigmas,
                 sampler,
-                seeds[at],
+                batch,
                 callback=step,
                 extra_args=cond,
                 disable=True,
@@ -85,7 +91,8 @@ def generate(
         if stop():
             raise SamplingStopped
 
-    starts = range(0, len(seeds), batch_size)
+    batch_size = min(batch_size, len(seeds))
+    starts = range(0, len(seeds), batch_size or 1)
     with tqdm(
         total=len(starts) * (len(sigmas) - 1) * resample,
         desc="sampling",
@@ -96,7 +103,9 @@ def generate(
         disable=disable,
     ) as bar:
         for first in starts:
-            yield run(slice(first, first + batch_size), step)
+            rows = range(first, min(first + batch_size, len(seeds)))
+            spare = [first] * (batch_size - len(rows)) if static else []
+            yield run([*rows, *spare], step)[: len(rows)]
 
 
 def check_sampler(name: str) -> None:

@@ -50,6 +50,27 @@ def test_an_image_depends_on_its_seed_alone(sampler):
     assert whole.isfinite().all()
 
 
+@pytest.mark.parametrize(("n", "seen"), [(8, {3}), (2, {2}), (0, set())])
+def test_a_compiled_model_sees_one_size_of_batch(n, seen):
+    model = Elementwise()
+    batches = generation.generate(
+        model,
+        (1, 4, 3),
+        range(5, 5 + n),
+        SIGMAS,
+        classes=[i % 2 for i in range(n)],
+        num_classes=2,
+        batch_size=3,
+        disable=True,
+        static=True,
+    )
+    got = torch.cat([torch.empty(0, 1, 4, 3), *batches])
+    assert set(model.shapes) == seen
+    classes = [i % 2 for i in range(n)]
+    want = images(range(5, 5 + n), classes=classes, num_classes=2) if n else got
+    assert torch.equal(got, want)
+
+
 def test_classes_follow_their_seeds():
     classes = [0, 9, 4, 0, 9]
     whole = images(range(5), classes=classes, num_classes=10)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -77,6 +77,15 @@ def _out_of_memory(error: BaseException) -> str | None:
         f"there is not enough memory ({said or 'of the host'}); lower the batch size, the size "
         "of the images or the model's"
     )
+
+
+def add_compile(add: Callable[..., object], units: Sequence[str]) -> None:
+    """Adds --compile, by default of the first of the units that a model can be compiled by.
+
+    add: the `add_argument` of a parser or of a group of it.
+    """
+    text = "compile the model whole (without a value), or block by block, which is sooner ready"
+    add("--compile", nargs="?", const=units[0], choices=units, help=text)
 
 
 class HelpFormatter(argparse.HelpFormatter):

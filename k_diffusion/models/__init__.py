@@ -6,7 +6,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .compiling import compile_model as compile_model
+from .compiling import UNITS as UNITS, compile_model as compile_model
 from .flags import checkpointing as checkpointing, get_checkpointing as get_checkpointing
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ _SUBMODULES = (
 )
 
 __all__ = [
+    "UNITS",
     "ImageDenoiserModelV1",
     "ImageTransformerDenoiserModelV1",
     "ImageTransformerDenoiserModelV2",

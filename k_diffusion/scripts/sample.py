@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .. import distributed, generation, guidance, sampling
+from .. import distributed, generation, guidance, models, sampling
 from ..common import memory, options
 from ..common.files import check_writable, writable
 from ..common.images import PIL_MODES, grid_columns, image_grid, to_pil_image
@@ -87,6 +87,7 @@ def add_choices(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> None
     add("--size", type=options.size, metavar="HxW", help="of the images; else the config's")
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the model's matrix products")
     add("--device", type=options.text, help="cpu, cuda, ...; else the best there is")
+    options.add_compile(add, models.UNITS)
 
     add = p.add_argument_group("how to sample").add_argument
     add("--sampler", type=sampler_name, default=sampler, metavar="NAME", help="see --list-samplers")
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     output = args.grid or image_path(args.prefix, 0)
     check_writable(output)
     denoiser, config = load_denoiser(args.checkpoint, args.config)
-    guided = make_guidance(denoiser.to(device), config, args, device)
+    guided = make_guidance(ready(denoiser, args, device), config, args, device)
     guided = guided if guide is None else guide(guided, device)
 
     seed = distributed.agree_on_seed(args.seed)
@@ -172,6 +173,13 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
         first, last = (image_path(args.prefix, i) for i in (0, args.n - 1))
         accelerator.print(f"wrote {first} to {last}")
     accelerator.end_training()
+
+
+def ready(denoiser: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """The denoiser on its device, compiled where the flags say so."""
+    if args.compile:
+        models.compile_model(denoiser.inner_model, args.compile)  # type: ignore[arg-type]
+    return denoiser.to(device)
 
 
 class Drawn(NamedTuple):
@@ -228,6 +236,7 @@ def draw(
         batch_size=args.batch_size,
         device=device,
         disable=not accelerator.is_main_process,
+        static=args.compile is not None,
         **edit.options,
     )
     dtype = DTYPES[args.dtype]

@@ -73,13 +73,7 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         help="save memory: recompute blocks in the backward pass, fully (without a value) or, with "
         "'selective', all but their attention",
     )
-    add(
-        "--compile",
-        nargs="?",
-        const="model",
-        choices=UNITS,
-        help="compile the model whole (without a value), or block by block, which is sooner ready",
-    )
+    options.add_compile(add, UNITS)
     add(
         "--gns",
         action="store_true",

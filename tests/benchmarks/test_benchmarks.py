@@ -349,3 +349,12 @@ def test_psnr_of_one_level_of_255_is_48_db(benchmarks_importable):
     relative, psnr = applications.relative(x * (1 + 2 / 255), x)
     assert relative == pytest.approx(2 / 255, rel=1e-4)
     assert psnr == pytest.approx(48.13, abs=0.01)
+
+
+def test_the_pipeline_of_diffusers_draws_the_same_images():
+    pytest.importorskip("diffusers")
+    pipeline = load("pipeline")
+    both = pipeline.Both(pipeline.make_unet(16, 8), 16, batch=2, steps=3, device="cpu")
+    assert both.difference() <= 1
+    pixels = [image.getextrema() for image in both.ours()]
+    assert all(high - low > 30 for image in pixels for low, high in image)

@@ -13,7 +13,7 @@ from PIL import Image
 from problems import normal
 from torch import nn
 
-from k_diffusion import checkpoints, config, guidance, loading
+from k_diffusion import checkpoints, config, guidance, loading, models
 from k_diffusion.encoders import clip
 from k_diffusion.scripts import sample
 
@@ -168,6 +168,19 @@ def test_image_i_of_a_seed_is_the_same_in_any_batch(script):
     assert (images("b1", 4) - images("b64", 4)).abs().max() <= 1
     assert (images("b3", 4) - images("b64", 4)).abs().max() <= 1
     assert (images("b64", 4)[0] - images("b64", 4)[1]).abs().max() > 50
+
+
+def test_the_model_is_compiled_where_a_flag_says_so(script, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(models, "compile_model", lambda net, unit: compiled.append((net, unit)))
+    model = write_model(Path("m.safetensors"))
+    flags = ("a", "--checkpoint", model, "-n", 3, "--batch-size", 2, "--steps", 2, "--seed", 4)
+    script(*flags, "--compile", "--prefix", "whole")
+    script(*flags, "--compile", "block", "--prefix", "blocks")
+    script(*flags, "--prefix", "eager")
+    assert [unit for _, unit in compiled] == ["model", "block"]
+    assert all(isinstance(net, nn.Module) and hasattr(net, "param_groups") for net, _ in compiled)
+    assert (images("whole", 3) - images("eager", 3)).abs().max() <= 1
 
 
 def test_a_grid_of_a_class_conditional_model(script):

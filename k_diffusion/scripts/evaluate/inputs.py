@@ -84,9 +84,10 @@ def load_source(
         return Source(path, None, images.digest(), None, None, images)
     if width is None:
         denoiser, config = load_denoiser(path)
-        return Source(path, None, sha256(path), denoiser.to(device), config, None)
+        return Source(path, None, sha256(path), sample.ready(denoiser, args, device), config, None)
     denoiser, average = load_average(path, width)
-    return Source(path, width, average.digest, denoiser.to(device), average.config, None)
+    denoiser = sample.ready(denoiser, args, device)
+    return Source(path, width, average.digest, denoiser, average.config, None)
 
 
 def check_alike(args: argparse.Namespace, first: Source) -> None:
