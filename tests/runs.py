@@ -1,12 +1,16 @@
 """Tiny training runs for tests: a config, and the scripts called in this process or in another."""
 
 import copy
+import functools
 import importlib.util
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -73,12 +77,78 @@ def _hangup_counts():
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def start(*command, folder, **env):
-    """Start a program in its own process group, its output in one pipe."""
+class Started:
+    """A script forked from the warm process, with what tests use of a `subprocess.Popen`."""
+
+    def __init__(self, argv, folder, env, stdout=None):
+        self.returncode = None
+        reading, output = os.pipe()
+        self.stdout = os.fdopen(reading)
+        self._report, report = socket.socketpair()
+        job = {"argv": argv, "folder": str(folder), "env": env}
+        fds = [stdout or output, output, report.fileno()]
+        socket.send_fds(warm_process(), [json.dumps(job).encode()], fds)
+        os.close(output)
+        report.close()
+        self._told = self._report.makefile()
+        self.pid = int(self._told.readline())
+
+    def wait(self, timeout=None):
+        self._report.settimeout(timeout)
+        if self.returncode is None:
+            self.returncode = int(self._told.readline())
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        text = []
+        reader = threading.Thread(target=lambda: text.append(self.stdout.read()), daemon=True)
+        reader.start()
+        reader.join(timeout)
+        if reader.is_alive():
+            os.killpg(self.pid, signal.SIGKILL)
+            raise TimeoutError(f"still runs after {timeout} s")
+        self.wait(timeout)
+        return text[0], None
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+@functools.cache
+def warm_process():
+    """The socket to the process of warm.py that scripts of this one are forked from."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    command = [sys.executable, ROOT / "tests/warm.py", str(theirs.fileno())]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], preexec_fn=_hangup_counts)
+    theirs.close()
+    return ours
+
+
+def start(*command, folder, cold=False, stdout=None, **env):
+    """Start a program in its own process group, its output in one pipe, or in stdout, a file.
+
+    A script is forked from a process that has imported torch and the like, unless `cold`: those of
+    users begin with seconds of imports.
+    """
+    words = [str(word) for word in command]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    # its programs, and launchers of them
+    warm = words[0] == sys.executable and re.match(
+        r"-m (k_diffusion|torch)\b|(?!-)\S*\.py\b", " ".join(words[1:])
+    )
+    if warm and not cold:
+        return Started(words[1:], folder, env, stdout)
     return subprocess.Popen(
-        [str(word) for word in command],
+        words,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -87,11 +157,23 @@ def start(*command, folder, **env):
     )
 
 
-def run(*command, folder, **env):
+def run(*command, folder, cold=False, **env):
     """Run a program to its end. Returns (exit code, output)."""
-    process = start(*command, folder=folder, **env)
+    process = start(*command, folder=folder, cold=cold, **env)
     text, _ = process.communicate(timeout=120)
     return process.returncode, text
+
+
+def run_two(script, *args, folder, **env):
+    """Run a script in two processes of gloo, as a launcher does. Returns (exit code, output)."""
+    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    env |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    both = [
+        start(*python(script, *args), folder=folder, RANK=rank, LOCAL_RANK=rank, **env)
+        for rank in "01"
+    ]
+    texts = [process.communicate(timeout=120)[0] for process in both]
+    return max((process.returncode for process in both), key=abs), "".join(texts)
 
 
 def python(script, *args):
@@ -103,18 +185,22 @@ def accelerate(processes, script, *args):
     return sys.executable, *launcher, ROOT / f"{script}.py", *args
 
 
-def in_two_processes(function, *args):
-    """Call function(rank, *args), of a module's top level, in each of two gloo processes."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return str(free.getsockname()[1])
+
+
+def in_two_processes(function, *args):
+    """Call function(rank, *args), of a module's top level, in each of two gloo processes."""
+    port = free_port()
     multiprocessing.spawn(_as_rank, (port, function, args), nprocs=2)
 
 
 def _as_rank(rank, port, function, args):
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
     torch.set_num_threads(1)
     function(rank, *args)

@@ -254,8 +254,9 @@ def test_two_processes(made, evaluate):
     args = "--checkpoint", "a.safetensors", *what, "--likelihood", 6
     args = *args, "--sweep", "steps=1,2", "--nearest", 1
     evaluate(*args, "--output-dir", "one")
-    command = runs.accelerate(2, "evaluate", *SHORT, *args, "--output-dir", "two")
-    code, text = runs.run(*command, folder=made, K_DIFFUSION_CACHE=str(made / "cache"))
+    cache = {"K_DIFFUSION_CACHE": str(made / "cache")}
+    args = *SHORT, *args, "--output-dir", "two"
+    code, text = runs.run_two("evaluate", *args, folder=made, **cache)
     assert code == 0, text
     one, two = results(made, "one"), results(made, "two")
     names = [(row["metric"], row["protocol"]) for row in one]

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -74,15 +73,10 @@ def test_a_run_outlasts_its_reader(folder):
 def test_a_run_outlasts_the_disk_of_its_log(folder):
     command = runs.python("train", *FAST, "--end-step", 3, "--sample-n", 1)
     with open("/dev/full", "w") as full:
-        ended = subprocess.run(
-            [str(word) for word in command],
-            cwd=folder,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("can't write standard output any more (No space left") == 1
+        process = runs.start(*command, folder=folder, stdout=full.fileno())
+    errors, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert errors.count("can't write standard output any more (No space left") == 1
     assert saved_steps(folder) == [3]
 
 
@@ -244,17 +238,11 @@ def test_sigkill_of_torchrun_saves(folder):
     assert len(saved_steps(folder)) >= 2
 
 
-def two_processes(*args):
-    """By the launcher that has no traceback of its own."""
-    start = sys.executable, launcher.__file__, "--standalone", "--nproc-per-node=2"
-    return *start, *runs.python("train", *FAST, *args)[1:]
-
-
 @pytest.mark.slow
 def test_a_busy_name_is_said_once(folder):
     alone = SimpleNamespace(is_main_process=True, num_processes=1, print=print)
     with run_lock.hold(str(folder / "a"), alone):
-        code, text = runs.run(*two_processes(), folder=folder)
+        code, text = runs.run_two("train", *FAST, folder=folder)
     assert code == 1, text
     assert text.count(f"train.py: error: another run is called 'a', process {os.getpid()} on ") == 1
     assert "Traceback" not in text
@@ -278,7 +266,10 @@ def test_an_error_of_one_process_is_said_and_loses_nothing(folder):
     write_custom(folder)
     source = CUSTOM.replace("    def __getitem__(self, i):\n", BAD_ON_ONE[1:])
     (folder / "mine.py").write_text(f"import os, signal, time\n{source}")
-    code, text = runs.run(*two_processes(*ENDLESS), folder=folder)
+    # by the launcher that has no traceback of its own
+    launch = sys.executable, launcher.__file__, "--standalone", "--nproc-per-node=2"
+    script = runs.python("train", *FAST, *ENDLESS)[1:]
+    code, text = runs.run(*launch, *script, folder=folder)
     assert code == 1, text
     assert re.search(r"train.py: error: line .*: item \d+ is bad\n", text)
     assert "Traceback" not in text

@@ -211,8 +211,8 @@ def test_an_image_is_the_same_in_any_batch_and_on_any_process(trained, call, fol
     for size in 3, 8:
         call("sample", *args, "--prefix", f"new/{size}", "--batch-size", size)
         assert np.abs(pixels(folder, f"new/{size}", 9).astype(int) - one).max() <= 1
-    command = runs.accelerate(2, "sample", *args, "--prefix", "new/two", "--device", "cpu")
-    code, text = runs.run(*command, folder=folder)
+    more = "--prefix", "new/two", "--device", "cpu"
+    code, text = runs.run_two("sample", *args, *more, folder=folder)
     assert code == 0, text
     assert text.count("wrote new/two_00000.png") == 1
     assert np.abs(pixels(folder, "new/two", 9).astype(int) - one).max() <= 1
@@ -261,8 +261,7 @@ def test_classes_guidance_and_sizes(trained, call, folder, capsys):
 @pytest.mark.slow
 def test_two_processes_train_and_one_goes_on(call, folder, capsys):
     args = tiny("--name", "two", "--batch-size", 3)
-    command = runs.accelerate(2, "train", *args, "--end-step", 4)
-    code, text = runs.run(*command, folder=folder)
+    code, text = runs.run_two("train", *args, "--end-step", 4, folder=folder)
     assert code == 0, text
     assert "2 process(es) on cpu" in text
     assert text.count("saved two_00000004.pth") == 1

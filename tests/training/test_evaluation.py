@@ -67,10 +67,10 @@ def test_evaluate_only_on_two_processes(train, folder, protocol):
     before = sorted(path.name for path in folder.iterdir())
     one = train(*only, "--name", "a", "--end-step", 2)
     assert sorted(path.name for path in folder.iterdir() if path.name != "cache") == before
-    command = runs.accelerate(2, "train", *FAST, *only, "--name", "a", "--end-step", 2)
     few_steps = "import k_diffusion.generation as g; g.STEPS = 3"
     (folder / "sitecustomize.py").write_text(few_steps)
-    code, two = runs.run(*command, folder=folder, PYTHONPATH=f"{folder}:{runs.ROOT}")
+    args = *FAST, *only, "--name", "a", "--end-step", 2
+    code, two = runs.run_two("train", *args, folder=folder, PYTHONPATH=f"{folder}:{runs.ROOT}")
     assert code == 0, two
 
     def numbers(text):

@@ -79,4 +79,6 @@ def test_a_process_refuses(args, folder):
 
 def timed(script, *args, folder):
     start = time.perf_counter()
-    return *runs.run(*runs.python(script, *args), folder=folder), time.perf_counter() - start
+    return *runs.run(
+        *runs.python(script, *args), folder=folder, cold=True
+    ), time.perf_counter() - start
