@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import pickle
 import re
 import signal
 import socket
@@ -14,7 +15,6 @@ import threading
 from pathlib import Path
 
 import torch
-from torch import multiprocessing
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,17 +193,9 @@ def free_port():
 
 def in_two_processes(function, *args):
     """Call function(rank, *args), of a module's top level, in each of two gloo processes."""
-    port = free_port()
-    multiprocessing.spawn(_as_rank, (port, function, args), nprocs=2)
-
-
-def _as_rank(rank, port, function, args):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-    torch.set_num_threads(1)
-    function(rank, *args)
+    job = pickle.dumps((function, args)).hex()
+    code, text = run_two("tests/rank", job, folder=ROOT, PYTHONPATH=os.pathsep.join(sys.path))
+    assert code == 0, text
 
 
 def read(path):

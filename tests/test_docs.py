@@ -1,4 +1,4 @@
-"""The docs: links resolve, every page runs, every config key is described, the site builds."""
+"""The docs: links resolve, every page runs, every config key is described."""
 
 import itertools
 import json
@@ -187,12 +187,3 @@ def test_every_wrapper_has_an_example(module, page):
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     assert not [p.name for p in (ROOT / "docs").glob("*.md") if f": {p.name}\n" not in navigation]
-
-
-def test_site_builds(tmp_path):
-    pytest.importorskip("material")
-    pytest.importorskip("mkdocstrings_handlers.python")
-    command = "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"
-    code, output = runs.run(sys.executable, *command, folder=ROOT, PYTHONPATH=str(ROOT))
-    assert code == 0, output
-    assert "sample_dpmpp_2m" in (tmp_path / "site" / "api.html").read_text()
