@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from .common.files import write_atomically
+from .common.shards import load_whole
 from .common.tensors import DTYPES, nbytes
 from .common.untrusted import check_safetensors_file, check_torch_file, get_safetensors_metadata
 
@@ -221,4 +222,4 @@ def _some(keys: Sequence[str], most: int = 4) -> str:
 def load_weights(model: nn.Module, weights: Mapping[str, Any], source: object) -> None:
     """Load a state dict whose names and shapes must be the model's. Raises CheckpointError."""
     check_weights(model, weights, source)
-    model.load_state_dict(weights)
+    load_whole(model, weights)
