@@ -24,9 +24,10 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be used; says which, why, and what else there is."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     """Read a training checkpoint (.pth) onto the CPU, without running code that it may hold.
 
+    mapped: leave its tensors in the file until they are used; several processes then share memory.
     Raises CheckpointError naming a file that is missing, truncated, larger than it is, changed
     since it was written (each part has a CRC-32), that holds code, or is no checkpoint.
     """
@@ -39,7 +40,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch's own text tells how to switch the check off, which nobody should
         found = re.search(r"GLOBAL ([\w.]+)", str(error))

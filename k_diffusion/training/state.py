@@ -60,6 +60,11 @@ class TrainState:
         """Whole passes over the data set."""
         return self.samples // self.dataset_length
 
+    @property
+    def split(self) -> bool:
+        """Whether this process has a part of the model alone."""
+        return any(split_of(p) is not None for p in self.model.parameters())
+
     def skipped(self, step: int) -> None:
         """Take note that a step was skipped, as its loss or gradient was NaN or infinite."""
         self.bad_steps, self.bad_at, self.trouble = self.bad_steps + 1, step, self.trouble or step

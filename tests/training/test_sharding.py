@@ -109,6 +109,9 @@ def in_each_process(rank, folder):
         run.sample(3, stop=lambda: rank == 1)
     except generation.SamplingStopped:
         found["stopped"] = True
+    run.state.reset_ema()
+    weights = [map(local, m.parameters()) for m in (run.inner, average, power)]
+    found["reset"] = [torch.equal(a, b) for a, b, _ in zip(*weights)]
     found["bf16"] = Run(split=True, mixed_precision="bf16").train()
     torch.save(found, folder / f"{rank}.pt")
     with pytest.MonkeyPatch.context() as patch:
@@ -172,6 +175,12 @@ def test_each_process_has_its_part_alone(two):
         assert sum(numbers) == total
         assert max(numbers) < 0.51 * total
     assert runs.differences(two[1]["saved"], map_tensors(lambda x: None, two[0]["saved"])) == []
+
+
+def test_averages_become_the_weights(two):
+    for found in two:
+        assert found["reset"]
+        assert all(found["reset"])
 
 
 def test_processes_sample_together_whatever_their_shares(one, two):
