@@ -10,6 +10,7 @@ import copy
 import math
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from k_diffusion.training import (
     run_lock,
     saving,
     setup,
+    sharding,
     signals,
     step,
 )
@@ -67,10 +69,11 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
     config["dataset"]["num_classes"] = train_data.num_classes
     inner = K.config.make_model(config)
     opt = optim.make_optimizer(config, inner, fused=accelerator.scaler is None)
+    place = partial(sharding.place, accelerator)
     state = TrainState(
         config=config,
         model=inner,
-        model_ema=copy.deepcopy(inner).eval().requires_grad_(False).to(accelerator.device),
+        model_ema=place(copy.deepcopy(inner).eval().requires_grad_(False)),
         opt=opt,
         sched=optim.make_lr_sched(config, opt),
         ema_sched=optim.make_ema_sched(config),
@@ -80,10 +83,10 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         run=setup.run_facts(args, accelerator, len(train_data)),
     )
     if args.power_ema:
-        state.power_ema = power_ema.PowerEMA(state.model_ema, args.power_ema)
+        state.power_ema = power_ema.PowerEMA(inner, args.power_ema, place=place)
     if args.compile:
         models.compile_model(inner, args.compile)
-    prepared, opt = accelerator.prepare(inner, opt)
+    prepared, opt = sharding.prepare(accelerator, inner, opt)
     state.noise_scale = noise_scale.make_noise_scale(args, accelerator, inner)
     wrap = K.config.make_denoiser_wrapper(config)
     denoiser, denoiser_ema = wrap(prepared), wrap(state.model_ema)
@@ -189,7 +192,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
             saver.finish()
             distributed.end_together(accelerator, error)
         except Exception as error:  # of the data, say: what was learned is kept
-            if state.whole:
+            if state.whole and not distributed.sharded(accelerator):  # whose shards all must send
                 # the main process may wait for this one on its device, and never come to save
                 saver.main = saver.main or not options.lost_peer(error)
                 save(together=False)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from .common.files import write_atomically
+from .common.shards import load_whole
 from .common.tensors import DTYPES, nbytes
 from .common.untrusted import check_safetensors_file, check_torch_file, get_safetensors_metadata
 
@@ -23,9 +24,10 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be used; says which, why, and what else there is."""
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     """Read a training checkpoint (.pth) onto the CPU, without running code that it may hold.
 
+    mapped: leave its tensors in the file until they are used; several processes then share memory.
     Raises CheckpointError naming a file that is missing, truncated, larger than it is, changed
     since it was written (each part has a CRC-32), that holds code, or is no checkpoint.
     """
@@ -38,7 +40,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch's own text tells how to switch the check off, which nobody should
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -221,4 +223,4 @@ def _some(keys: Sequence[str], most: int = 4) -> str:
 def load_weights(model: nn.Module, weights: Mapping[str, Any], source: object) -> None:
     """Load a state dict whose names and shapes must be the model's. Raises CheckpointError."""
     check_weights(model, weights, source)
-    model.load_state_dict(weights)
+    load_whole(model, weights)

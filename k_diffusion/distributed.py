@@ -19,16 +19,26 @@ LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SI
 
 
 def make_accelerator(
-    find_unused_parameters: bool = False, timeout: timedelta | None = None, **options: Any
+    find_unused_parameters: bool = False,
+    timeout: timedelta | None = None,
+    fsdp_plugin: Any = None,
+    **options: Any,
 ) -> Any:
     """The Accelerator of this process; on the CPU where there is nothing faster.
 
     find_unused_parameters: of DDP, for models not all of whose weights get a gradient. timeout: how
-    long processes wait for each other; None for the backend's. options: the Accelerator's
-    arguments. Raises ImportError without accelerate.
+    long processes wait for each other; None for the backend's. fsdp_plugin: Accelerate's, to split
+    a model over several processes. options: the Accelerator's arguments. Raises ImportError without
+    accelerate.
     """
     need("accelerate", "this script")
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import (
+        Accelerator,
+        DistributedDataParallelKwargs,
+        DistributedType,
+        InitProcessGroupKwargs,
+        PartialState,
+    )
 
     if processes := processes_missing():
         run = [launcher.__file__, "--standalone", f"--nproc-per-node={processes}"]
@@ -37,7 +47,20 @@ def make_accelerator(
     on_cpu = options.pop("cpu", False) or not torch.accelerator.is_available()
     ddp = DistributedDataParallelKwargs(find_unused_parameters=find_unused_parameters)
     handlers = [ddp] if timeout is None else [ddp, InitProcessGroupKwargs(timeout=timeout)]
-    return Accelerator(cpu=on_cpu, kwargs_handlers=handlers, **options)
+    if not on_cpu:
+        options["fsdp_plugin"] = fsdp_plugin
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers, **options)
+    if on_cpu and fsdp_plugin is not None and accelerator.num_processes > 1:
+        # Accelerate does so on accelerators alone, and would leave the model whole without a word
+        PartialState().distributed_type = DistributedType.FSDP
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = fsdp_plugin
+    return accelerator
+
+
+def sharded(accelerator: Any) -> bool:
+    """Whether models are split over the processes, which then must run them together."""
+    return getattr(accelerator, "is_fsdp2", False)
 
 
 def check_device(name: str) -> torch.device:

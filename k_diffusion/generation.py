@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from . import editing, sampling
 from .common.modules import eval_mode
-from .distributed import any_process, gather_shares, share
+from .distributed import any_process, gather_shares, sharded, share
 
 STEPS = 50  # of the images that training shows
 
@@ -143,7 +143,13 @@ def sample_batches(
     SamplingStopped is raised on all of them, when the others are done with their batch.
     """
     model, num_classes = config["model"], config["dataset"]["num_classes"]
-    mine = share(accelerator, len(seeds))
+    mine = list(share(accelerator, len(seeds)))
+    most = math.ceil(len(seeds) / accelerator.num_processes)
+    count = len(mine)
+    if sharded(accelerator):  # each step is one of all processes: as many images for each
+        mine += [0] * (most - count)
+        alone = stop
+        stop = lambda: any_process(accelerator, alone())  # noqa: E731
     batches = generate(
         denoiser,
         (model["input_channels"], *model["input_size"]),
@@ -158,8 +164,16 @@ def sample_batches(
         disable=None if accelerator.is_main_process else True,
         stop=stop,
     )
-    most = math.ceil(math.ceil(len(seeds) / accelerator.num_processes) / batch_size)
-    return _stopping_together(accelerator, in_context(batches, accelerator.autocast), most)
+    batches = _first(in_context(batches, accelerator.autocast), count)
+    return _stopping_together(accelerator, batches, math.ceil(most / batch_size))
+
+
+def _first(batches: Iterator[torch.Tensor], n: int) -> Iterator[torch.Tensor]:
+    """The first n of the images in batches (k, c, h, w), all of which are drawn."""
+    for batch in batches:
+        if n > 0:
+            yield batch[:n]
+        n -= len(batch)
 
 
 def _stopping_together(

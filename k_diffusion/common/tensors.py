@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,14 +59,19 @@ def nbytes(state: Any) -> int:
     return sum(map(nbytes, state))
 
 
-def copy_to_host(state: Any) -> Any:
-    """A copy on the CPU of a nest of dicts, lists, tuples, tensors and plain values."""
+def map_tensors(function: Callable[[torch.Tensor], Any], state: Any) -> Any:
+    """A nest of dicts, lists, tuples and plain values with a function of each of its tensors."""
     if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
+        return function(state)
     if isinstance(state, dict):
         copied = copy.copy(state)  # of its kind, with the versions that a state dict carries
-        copied.update((key, copy_to_host(x)) for key, x in state.items())
+        copied.update((key, map_tensors(function, x)) for key, x in state.items())
         return copied
     if isinstance(state, list | tuple):
-        return type(state)(copy_to_host(x) for x in state)
+        return type(state)(map_tensors(function, x) for x in state)
     return state
+
+
+def copy_to_host(state: Any) -> Any:
+    """A copy on the CPU of a nest of dicts, lists, tuples, tensors and plain values."""
+    return map_tensors(lambda x: x.detach().to("cpu", copy=True), state)

@@ -9,6 +9,11 @@ from . import flags
 UNITS = ("model", "block")
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The blocks that a model is compiled by, and split by over several devices."""
+    return [m for m in model.modules() if getattr(m, "compile_unit", False)]
+
+
 def compile_model(model: nn.Module, unit: str = "model", **options: Any) -> nn.Module:
     """Compile a model in place, names of its parameters unchanged, and return it.
 
@@ -26,13 +31,13 @@ def compile_model(model: nn.Module, unit: str = "model", **options: Any) -> nn.M
     if unit == "model":
         model.compile(**options)
         return model
-    blocks = [m for m in model.modules() if getattr(m, "compile_unit", False)]
-    if not blocks:
+    found = blocks(model)
+    if not found:
         raise ValueError(f"{type(model).__name__} has no blocks to compile; compile it whole")
     import torch._dynamo.config as dynamo
 
     # a graph each for training, for sampling and for another batch size
-    dynamo.recompile_limit = max(dynamo.recompile_limit, 3 * len(blocks))
-    for block in blocks:
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 3 * len(found))
+    for block in found:
         block.compile(**options)
     return model

@@ -8,6 +8,7 @@ from ..evaluation.protocols import PROTOCOLS, get_protocol
 from ..models.compiling import UNITS
 from ..models.flags import CHECKPOINTING
 from ..snapshots import parse_width
+from .sharding import WAYS
 
 
 class Default(int):
@@ -74,6 +75,15 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         "'selective', all but their attention",
     )
     options.add_compile(add, UNITS)
+    add(
+        "--fsdp",
+        nargs="?",
+        const="again",
+        choices=WAYS,
+        help="split the model, its averages and the optimizer's state over the processes (FSDP2), "
+        "gathering weights again in the backward pass (without a value), or, with 'keep', keeping "
+        "them from the forward pass",
+    )
     add(
         "--gns",
         action="store_true",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..common import numbers
+from ..common.shards import local
 
 Pairs = Iterable[tuple[torch.Tensor, torch.Tensor]]
 Values = TypeVar("Values", bound=dict[str, Any])
@@ -72,7 +73,8 @@ def ema_update(model: nn.Module, averaged_model: nn.Module, decay: float) -> Non
     """averaged = decay averaged + (1 - decay) model, in place, for parameters; buffers are copied.
 
     The models must have the same parameters and buffers, of the same shapes; devices and dtypes
-    may differ. Raises ValueError where they don't match (unwrap a DDP or compiled model first).
+    may differ; of models split over processes, each averages its shards. Raises ValueError where
+    they don't match (unwrap a DDP or compiled model first).
     """
     decay = float(decay)
     numbers.share(decay=decay)
@@ -103,7 +105,7 @@ def _pairs(
             f"the model and its average differ in their {what}: {', '.join(wrong[:3])}{more}; "
             "unwrap a DDP or compiled model first, and make the average by copy.deepcopy(model)"
         )
-    return [(old[k], new[k]) for k in old]
+    return [(local(old[k]), local(new[k])) for k in old]
 
 
 def _by_kind(pairs: Pairs) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.shards import join_like, local, split_like, split_of, whole
+
 
 def hidden_matrices(model: nn.Module) -> set[torch.Tensor]:
     """The weights of linear layers between a model's first and last, each side larger than 1.
@@ -80,8 +82,37 @@ class MuonWithAdamW(torch.optim.Optimizer):
         muon.param_groups, adamw.param_groups = self.param_groups[:n], self.param_groups[n:]
         for part in self.parts:
             part.state = self.state
-            part.step()
+        if any(split_of(p) is not None for group in muon.param_groups for p in group["params"]):
+            self._step_of_shards(muon.param_groups)
+        else:
+            muon.step()
+        adamw.step()
         return loss
+
+    def _step_of_shards(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Muon's step where each process has rows of every matrix, and of its momentum.
+
+        They are put together to be made orthogonal, one matrix after the other, by all processes
+        alike.
+        """
+        keys = "lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"
+        for group in groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 1 - group["momentum"])
+                rows = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+                update = whole(join_like(rows, p))
+                # what Muon does to zeros, without momentum and decay, is the change of the weights
+                change = nn.Parameter(torch.zeros_like(update))
+                change.grad = update
+                options = {key: group[key] for key in keys}
+                torch.optim.Muon(
+                    [change], momentum=0.0, nesterov=False, weight_decay=0.0, **options
+                ).step()
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(local(split_like(change.detach(), p)))
 
 
 def _those(

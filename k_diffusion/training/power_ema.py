@@ -1,7 +1,7 @@
 """Power-function averages of weights (EDM2, arXiv:2312.02696) as a run keeps them."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..checkpoints import check_weights
+from ..common.shards import load_whole
 from ..snapshots import gamma_of
 from .ema import ema_update
 
@@ -29,11 +30,19 @@ class PowerEMA:
     At time t, in images after the step, the decay is (1 - dt / t)^(gamma + 1), where dt are the
     images since the update before. Each average is then exactly the integral of its profile over
     the weights. The first decay is 0: initial weights never count. widths: sigma_rel of the
-    profiles. samples: images that the run has seen.
+    profiles. samples: images that the run has seen. place: puts each average where it is kept.
     """
 
-    def __init__(self, model: nn.Module, widths: Sequence[float], samples: int = 0):
-        self.profiles = {w: _Profile(gamma_of(w), _in_float32(model), samples) for w in widths}
+    def __init__(
+        self,
+        model: nn.Module,
+        widths: Sequence[float],
+        samples: int = 0,
+        place: Callable[[nn.Module], nn.Module] = lambda model: model,
+    ):
+        self.profiles = {
+            w: _Profile(gamma_of(w), place(_in_float32(model)), samples) for w in widths
+        }
 
     def update(self, model: nn.Module, samples: int) -> None:
         """Average the weights after a step. samples: images that the run has seen, it included."""
@@ -69,7 +78,7 @@ class PowerEMA:
         self.begin(samples)
         for width in self.profiles.keys() & state.keys():
             profile, saved = self.profiles[width], state[width]
-            profile.model.load_state_dict(saved["weights"])
+            load_whole(profile.model, saved["weights"])
             profile.began, profile.images = int(saved["began"]), int(saved["images"])
 
 

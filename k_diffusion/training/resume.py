@@ -21,7 +21,7 @@ def resume(
     candidates = find_checkpoints(name) if path is None else [path]
     for candidate in candidates:
         try:
-            checkpoint = read_checkpoint(candidate)
+            checkpoint = read_checkpoint(candidate, mapped=state.split)
         except CheckpointError as error:
             if path is not None:
                 raise CheckpointError(f"{error}{_others(name, path)}") from error

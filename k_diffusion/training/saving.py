@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Any
 
 from ..common import memory
+from ..common.shards import gather_to_host
 from ..common.tensors import copy_to_host, nbytes
-from ..distributed import broadcast
+from ..distributed import broadcast, end_together, sharded
 from ..snapshots import snapshot_suffix, write_snapshot
 from .run_files import prune, run_file, save_checkpoint
 from .state import TrainState
@@ -37,7 +38,7 @@ class Saver:
         minutes: float,
         keep: int | None = None,
     ):
-        self.main, self.name = accelerator.is_main_process, name
+        self.accelerator, self.main, self.name = accelerator, accelerator.is_main_process, name
         self.report, self.say = report, say
         self.every, self.seconds, self.keep = every, 60 * minutes, keep
         self.began = self.saved_at = time.monotonic()
@@ -75,8 +76,14 @@ class Saver:
         self.finish()
         if state.bad_at <= self.saved_step:  # all went well since the last checkpoint
             state.trouble = 0
-        values = state.state_dict() if self.main else {}
-        copied = _copy(values)
+        copied = values = {}
+        if sharded(self.accelerator):
+            values = state.state_dict()
+            self._check_memory(values)
+            copied = values = gather_to_host(values, self.main)
+        elif self.main:
+            values = state.state_dict()
+            copied = _copy(values)
         self.saved_at, self.saved_step, self.look_at = time.monotonic(), state.step, 0
         if self.main:
             self.writing = self.writer.submit(
@@ -87,6 +94,17 @@ class Saver:
                 self.crowded = True
                 self.say("the host has no memory for a copy of the state: training waits for saves")
             self.finish()
+
+    def _check_memory(self, values: dict[str, Any]) -> None:
+        """Raises ValueError on the main process, and ends the others, if it can't hold it all."""
+        error = None
+        try:
+            if self.main:
+                remedy = "its process puts the shards together: give its machine more"
+                memory.check(nbytes(values), "the state to be saved", remedy)
+        except ValueError as caught:
+            error = caught
+        end_together(self.accelerator, error)
 
     def _write(
         self, step: int, values: dict[str, Any], trouble: int

@@ -13,6 +13,7 @@ from ..common.files import check_writable
 from ..common.modules import n_params
 from ..common.text import need
 from ..data.training_data import TrainingData
+from . import sharding
 from .state import TrainState
 
 
@@ -27,12 +28,17 @@ def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any
         check_writable(args.tensorboard / "events")
         need("tensorboard", "--tensorboard", '"k-diffusion[tensorboard]"')
         trackers.append(_tensorboard(args.tensorboard))
-    return distributed.make_accelerator(
+    plugin = sharding.make_plugin(args, config)
+    accelerator = distributed.make_accelerator(
         mixed_precision=args.mixed_precision,
+        fsdp_plugin=plugin,
         log_with=trackers or None,
         # layers of skipped stages are there and get no gradient
         find_unused_parameters=config["model"]["skip_stages"] > 0,
     )
+    if plugin is not None:
+        sharding.check(accelerator)
+    return accelerator
 
 
 def _tensorboard(folder: Path) -> Any:

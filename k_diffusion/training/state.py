@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from ..checkpoints import CheckpointError, check_weights
+from ..common.shards import load_whole, split_of
 from .ema import EMAWarmup
 from .noise_scale import NoiseScale
 from .power_ema import PowerEMA
+from .sharding import optimizer_state, split_optimizer_state
 
 
 @dataclass
@@ -58,6 +60,11 @@ class TrainState:
         """Whole passes over the data set."""
         return self.samples // self.dataset_length
 
+    @property
+    def split(self) -> bool:
+        """Whether this process has a part of the model alone."""
+        return any(split_of(p) is not None for p in self.model.parameters())
+
     def skipped(self, step: int) -> None:
         """Take note that a step was skipped, as its loss or gradient was NaN or infinite."""
         self.bad_steps, self.bad_at, self.trouble = self.bad_steps + 1, step, self.trouble or step
@@ -75,7 +82,7 @@ class TrainState:
             "config": self.config,
             "model": self.model.state_dict(),
             "model_ema": self.model_ema.state_dict(),
-            "opt": self.opt.state_dict(),
+            "opt": optimizer_state(self.opt),
             "sched": self.sched.state_dict(),
             "ema_sched": self.ema_sched.state_dict(),
             "epoch": self.epoch,
@@ -107,8 +114,8 @@ class TrainState:
             self.power_ema.check_state_dict(power_ema, source)
         if "opt" in state:
             self._load_optimizer(state["opt"], source)
-        self.model.load_state_dict(state["model"])
-        self.model_ema.load_state_dict(averaged)
+        load_whole(self.model, state["model"])
+        load_whole(self.model_ema, averaged)
         if "sched" in state:
             self._load_sched(int(state["sched"]["last_epoch"]))
         if "ema_sched" in state:
@@ -140,7 +147,7 @@ class TrainState:
             key
             for i, values in saved["state"].items()
             for key, x in values.items()
-            if isinstance(x, torch.Tensor) and x.ndim and x.shape != params[i].shape
+            if isinstance(x, torch.Tensor) and x.ndim and x.shape != _shape(params[i])
         ]
         if sizes != saved_sizes or wrong:
             raise CheckpointError(
@@ -148,7 +155,8 @@ class TrainState:
                 f"per group {saved_sizes}, here {sizes}; convert it and pass --resume-inference to "
                 "start from its weights alone"
             )
-        self.opt.load_state_dict({"state": saved["state"], "param_groups": groups})
+        own = split_optimizer_state(self.opt, {"state": saved["state"], "param_groups": groups})
+        self.opt.load_state_dict(own)
 
     def _load_sched(self, steps: int) -> None:
         self.sched.last_epoch = steps
@@ -164,3 +172,8 @@ class TrainState:
         if self.power_ema is not None:
             self.power_ema.begin(self.samples)
         self.ema_stats = {}
+
+
+def _shape(p: torch.Tensor) -> torch.Size:
+    whole = split_of(p)
+    return p.shape if whole is None else whole.shape

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from .. import models
+from .. import distributed, models
 from ..common.seeds import derive_seed
 from ..densities import enable_stratified_accelerate
 from ..models.flags import CHECKPOINTING
+from . import sharding
 from .ema import ema_update
 from .state import TrainState
 
@@ -86,7 +87,10 @@ def train_step(
         torch.manual_seed(derive_seed(state.seed, 2, state.step, i, accelerator.process_index))
         last = i == accumulate - 1
         with (
-            nullcontext() if last else accelerator.no_sync(denoiser.inner_model),
+            # whole gradients, which wait to be summed up, are what shards have no memory for
+            nullcontext()
+            if last or distributed.sharded(accelerator)
+            else accelerator.no_sync(denoiser.inner_model),
             enable_stratified_accelerate(accelerator, measured is not None, i, accumulate),
             models.checkpointing(**CHECKPOINTING[checkpointing]),
         ):
@@ -99,7 +103,7 @@ def train_step(
 
     max_norm = config["optimizer"]["max_grad_norm"]
     most = math.inf if max_norm is None else max_norm
-    norm = accelerator.clip_grad_norm_(denoiser.parameters(), most)
+    norm = sharding.clip_grad_norm_(accelerator, denoiser.parameters(), state.opt, most)
     if measured is not None:
         scale = 1.0 if state.scaler is None else state.scaler.get_scale()
         measured.step(norm, accumulate, seen, accelerator.num_processes, scale)

@@ -139,6 +139,23 @@ def test_the_page_has_a_place_for_every_table(bench):
             assert text.count(f"<!-- end of {name} {device} -->\n") == 1
 
 
+def test_scaling_is_modelled_by_shards_and_rings(monkeypatch):
+    """DDP holds the gradients twice, FSDP2 a part of all and what it gathered."""
+    scaling = load("scaling")
+    assert scaling.sent(100, 4, None) == scaling.sent(100, 4, "keep") == 150
+    assert scaling.sent(100, 4, "again") == 225
+    monkeypatch.setattr(scaling, "hourglass", lambda *args: tiny_config())
+    monkeypatch.setattr(scaling, "gathered", lambda inner, way: {"again": 5, "keep": 7}[way])
+    one, ddp, again, keep = scaling.rows("1x, 256²", (1, 4), images=2)
+    assert ddp["states"] - one["states"] == 4 * one["parameters"]
+    assert [again["states"], keep["states"]] == [one["states"] // 4 + n for n in (5, 7)]
+    assert len({row["off"] - row["states"] for row in (one, ddp, again, keep)}) == 1
+    assert one["send"] is None
+    assert again["send"] == pytest.approx(1.5 * ddp["send"])
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert text.count("<!-- steps: benchmarks/scaling.py -->\n| widths, images") == 1
+
+
 # ---------------------------------------------------------------- the straightforward form
 
 

@@ -265,6 +265,8 @@ def test_two_processes_train_and_one_goes_on(call, folder, capsys):
     assert code == 0, text
     assert "2 process(es) on cpu" in text
     assert text.count("saved two_00000004.pth") == 1
+    lines = [line for line in text.splitlines() if line]
+    assert len(set(lines)) == len(lines)  # the first process speaks for both
     state = runs.read(folder / "two_00000004.pth")
     assert (state["step"], state["samples"]) == (4, 24)
     call("train", *args, "--end-step", 5)

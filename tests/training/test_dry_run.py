@@ -309,6 +309,26 @@ def test_a_device_without_fake_tensors_is_estimated_as_the_cpu(quick, monkeypatc
     assert run.notes == ["as on the CPU: mps can't be estimated (no such operator)"]
 
 
+def test_shards(quick):
+    """A part of each state, and the blocks that are whole at once."""
+    config = runs.tiny_config()
+    whole = dry.dry_run(config, batch_size=2, averages=2)
+    inner = K.config.make_model(config)
+    sizes = [4 * sum(p.numel() for p in b.parameters()) for b in inner.modules() if is_block(b)]
+    rest = 4 * whole.parameters - sum(sizes)
+    for way, weights in ("again", 2 * max(sizes)), ("keep", sum(sizes)):
+        run = dry.dry_run(config, batch_size=2, processes=3, averages=2, fsdp=way)
+        *parts, gathered = run.states.values()
+        assert parts == [-(-n // 3) for n in whole.states.values()]
+        assert gathered == 2 * rest + weights + 2 * max(sizes)
+        assert run.activations == whole.activations
+        assert "1/3 of averaged weights" in str(run)
+
+
+def is_block(module):
+    return type(module).__name__ == "TransformerBlock"
+
+
 # ------------------------------------------------------------------------- no traces
 
 
@@ -394,10 +414,14 @@ def test_bad_configs_end_in_a_sentence(call, args, message):
         call(*args)
 
 
-def test_bad_combinations_end_in_a_sentence(call, monkeypatch):
+def test_bad_combinations_end_in_a_sentence(call, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     with pytest.raises(SystemExit, match="fp16 needs a GPU"):
         call("--mixed-precision", "fp16")
+    with pytest.raises(SystemExit) as leaving:
+        call("--fsdp")
+    assert leaving.value.code == 2
+    assert "say how many there will be, as in `WORLD_SIZE=8" in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf15")
     with pytest.raises(
         SystemExit, match="unknown --mixed-precision 'bf15' .*; there are no, fp16, bf16, fp8"

@@ -14,6 +14,7 @@ import k_diffusion as K
 from k_diffusion import distributed
 from k_diffusion.training import optim, step
 from k_diffusion.training.noise_scale import NoiseScale
+from k_diffusion.training.power_ema import PowerEMA
 from k_diffusion.training.signals import StopSignal
 from k_diffusion.training.state import TrainState
 
@@ -317,6 +318,18 @@ def in_each_process(rank, folder):
     state.noise_scale.read(accelerator)
     result["noise scale"] = state.noise_scale.estimate.get_stats()
 
+    # how often gradients travel, and the averages that come of them
+    state, _, denoiser, opt = make(**FULL)
+    state.power_ema = PowerEMA(state.model, [0.1])
+    hook = K.gns.DDPGradientStatsHook(denoiser.inner_model)
+    sent = []
+    for accumulate in 1, 2:
+        train(accelerator, state, denoiser, opt, parts, accumulate=accumulate)
+        sent.append(len(hook.small))
+        hook.get_stats()
+    result["sent"] = sent
+    result["averages"] = dict(state.model_ema.state_dict()), state.power_ema.state_dict()
+
     # images shared out unevenly, and more processes than images
     for n in 7, 1:
         mine = torch.arange(rank, n, 2.0)[:, None]
@@ -393,6 +406,17 @@ def test_noise_levels_are_independent_where_the_noise_scale_is_measured(monkeypa
     state.noise_scale = None
     train(accelerator, state, denoiser, opt, [images(3), images(3)], accumulate=2)
     assert strata == [True, True, False, False]
+
+
+def test_accumulated_gradients_travel_once(two):
+    for result in two:
+        assert result["sent"][0] == result["sent"][1] > 0
+
+
+def test_all_processes_have_the_same_averages(two):
+    """Bit by bit, though each has images of its own and averages by itself."""
+    assert runs.differences(two[0]["averages"], two[1]["averages"]) == []
+    assert two[0]["averages"][1][0.1]["images"] > 0
 
 
 @pytest.mark.parametrize("key", ["gradients", "accumulated"])

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ... import distributed
 from ...common.modules import n_params
+from ...common.options import UsageError
 from ...common.tensors import DTYPES
 from ...common.text import aligned, unknown_name
 from ...config import make_model
 from ...models import attention
+from ...models.compiling import blocks
 from ...models.flags import CHECKPOINTING
 from ...models.levels import Level
 from .footprint import Step, estimate_steps
@@ -139,11 +142,13 @@ def dry_run(
     processes: int = 1,
     checkpointing: str = "off",
     averages: int = 1,
+    fsdp: str | None = None,
 ) -> DryRun:
     """What training would cost with a config, as `load_config` returns it; it needs no data.
 
     mixed_precision: a row of AUTOCAST. batch_size: images per process and batch, `accumulate`
-    batches per step. checkpointing: a row of CHECKPOINTING. averages: that it keeps.
+    batches per step. checkpointing: a row of CHECKPOINTING. averages: that it keeps. fsdp: a row
+    of sharding.WAYS, if the states are split over the processes.
 
     Raises ValueError for what the model or the device can't do.
     """
@@ -184,22 +189,40 @@ def dry_run(
     weights = sum(x.numel() * x.element_size() for x in inner.state_dict().values())
     optimizer = config["optimizer"]
     per_parameter = OPTIMIZER_STATE[optimizer["type"]](optimizer)
+    states = {
+        "weights": weights,
+        "gradients": 4 * parameters,
+        f"{optimizer['type']} state": per_parameter * parameters,
+        "averaged weights": weights * averages,
+    }
+    setting = f"{config['model']['type']} on {device.type}, precision {mixed_precision}"
+    if fsdp:
+        states = {f"1/{processes} of {name}": -(-n // processes) for name, n in states.items()}
+        states["gathered at once"] = gathered(inner, fsdp)
+        setting += ", memory of each process"
     return DryRun(
-        setting=f"{config['model']['type']} on {device.type}, precision {mixed_precision}",
+        setting=setting,
         parts=(batch_size, accumulate, processes),
         checkpointing=checkpointing,
         parameters=parameters,
-        states={
-            "weights": weights,
-            "gradients": 4 * parameters,
-            f"{optimizer['type']} state": per_parameter * parameters,
-            "averaged weights": weights * averages,
-        },
+        states=states,
         macs=next(iter(steps.values())).macs // batch_size,
         levels=levels,
         activations=steps,
         notes=notes,
     )
+
+
+def gathered(inner: nn.Module, fsdp: str) -> int:
+    """The most bytes of whole weights and gradients that a process of FSDP2 has at once.
+
+    What is in no block stays from the forward to the backward pass, where its gradients join it. Of
+    blocks there are the weights of one, those of the next one on their way, and the gradients of
+    one, twice as they are sent; with "keep", the weights of all.
+    """
+    sizes = [4 * n_params(block) for block in blocks(inner)]
+    rest, largest = 4 * n_params(inner) - sum(sizes), max(sizes, default=0)
+    return 2 * rest + (sum(sizes) if fsdp == "keep" else 2 * largest) + 2 * largest
 
 
 # ---------------------------------------------------------------- as train.py runs it
@@ -219,6 +242,12 @@ def main(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
     """
     if _environment(_RANKS, 0):
         return
+    processes = _environment(distributed.LAUNCHED, distributed.processes_missing() or 1)
+    if args.fsdp and processes == 1:
+        raise UsageError(
+            "--fsdp splits a model over processes: say how many there will be, as in "
+            "`WORLD_SIZE=8 python train.py ... --fsdp --dry-run`"
+        )
     on_cpu = os.environ.get("ACCELERATE_USE_CPU") == "True"
     found = None if on_cpu else torch.accelerator.current_accelerator(check_available=True)
     run = dry_run(
@@ -227,9 +256,10 @@ def main(args: argparse.Namespace, config: Mapping[str, Any]) -> None:
         mixed_precision=args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         batch_size=args.batch_size,
         accumulate=args.grad_accum_steps,
-        processes=_environment(distributed.LAUNCHED, distributed.processes_missing() or 1),
+        processes=processes,
         checkpointing=args.checkpointing,
         averages=1 + len(args.power_ema),
+        fsdp=args.fsdp,
     )
     print(run, file=sys.stderr, flush=True)
     print(json.dumps(config, indent=2))
