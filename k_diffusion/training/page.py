@@ -142,7 +142,7 @@ def points(
             if a.get("samples") and (seconds := float(b["time"]) - float(a["time"])) > 0
         ]
     else:
-        found = [(float(row[x]), float(row[column])) for row in rows if row.get(column)]
+        found = [(float(r[x]), float(r[column])) for r in rows if r.get(column) and r.get(x)]
     found = [point for point in found if all(map(math.isfinite, point))]
     if means and len(found) > 200:
         bounds = [i * len(found) // 100 for i in range(101)]
@@ -191,7 +191,7 @@ def charts(rows: Rows) -> str:
 # --------------------------------------------------------------------------------------- page
 
 
-_PAGE_STYLE = (
+PAGE_STYLE = (
     STYLE
     + """
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem;
@@ -264,7 +264,7 @@ def render(name: str, facts: Mapping[str, Any], status: str = "running") -> str:
         "<h2>Config</h2>",
         f"<details><summary>filled in</summary><pre>{_json(facts['config'])}</pre></details>",
     ]
-    return document(facts["name"], parts, _PAGE_STYLE, _PAGE_SCRIPT)
+    return document(facts["name"], parts, PAGE_STYLE, _PAGE_SCRIPT)
 
 
 def _json(value: Any) -> str:
@@ -328,21 +328,27 @@ def _commands(name: str, facts: Mapping[str, Any]) -> str:
     )
 
 
-def _grids(name: str) -> str:
+def grids(name: str, most: int = _GRIDS) -> list[str]:
+    """The latest demo grids of a run as pictures, in their order; the last is marked as shown."""
     base = Path(name)
-    paths = sorted(base.parent.glob(f"{glob.escape(base.name)}_demo_*.png"), key=_step)[-_GRIDS:]
-    found = [(path, _embedded(path, path.stat().st_mtime_ns)) for path in paths]
-    if not found:
+    paths = sorted(base.parent.glob(f"{glob.escape(base.name)}_demo_*.png"), key=_step)[-most:]
+    found = [(path, *_embedded(path, path.stat().st_mtime_ns)) for path in paths]
+    marks = [""] * (len(found) - 1) + [" shown"]
+    return [
+        image(data, f"step {_step(path):,}", f'class="{size}{mark}"', kind)
+        for (path, data, kind, size), mark in zip(found, marks)
+    ]
+
+
+def _grids(name: str) -> str:
+    pictures = grids(name)
+    last = len(pictures) - 1
+    if not pictures:
         return ""
-    last = len(found) - 1
-    pictures = "".join(
-        image(data, f"step {_step(path):,}", f'class="{size}{" shown" * (i == last)}"', kind)
-        for i, (path, (data, kind, size)) in enumerate(found)
-    )
     return (
         '<h2>Samples of the averaged weights</h2><div class="grids"><label>'
         f'<input type="range" min="0" max="{last}" value="{last}" aria-label="step">'
-        f"<output></output></label>{pictures}</div>"
+        f"<output></output></label>{''.join(pictures)}</div>"
     )
 
 
