@@ -143,7 +143,7 @@ def chart(title: str, lines: Sequence[Line], log: bool = False, x_label: str = "
         parts.append(
             f'<text x="{_LEFT - 5}" y="{down(y) + 4}" text-anchor="end">{number(y)}</text>'
         )
-    for x in ticks(first, last, 4):
+    for x in ticks(first, last, 6):
         anchor = "end" if across(x) > _W - 20 else "middle"
         parts.append(
             f'<text x="{across(x)}" y="{_H - 5}" text-anchor="{anchor}">{number(x)}</text>'

@@ -363,7 +363,7 @@ def _embedded(path: Path, changed: int) -> tuple[bytes, str, str]:
     with Image.open(path) as grid:
         grid.load()
     if max(grid.size) <= _SIDE:
-        return path.read_bytes(), "png", "small" if grid.width <= 240 else "large"
+        return path.read_bytes(), "png", "small" if grid.width < 480 else "large"
     grid.thumbnail((_SIDE, _SIDE))
     out = io.BytesIO()
     grid.convert("RGB").save(out, "jpeg", quality=88)
