@@ -13,11 +13,13 @@ from k_diffusion import checkpoints
 from k_diffusion.common import options
 from k_diffusion.common.files import check_readable, check_writable, writable
 from k_diffusion.common.tensors import DTYPES
+from k_diffusion.runs import find_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=options.HelpFormatter)
-    p.add_argument("checkpoint", type=options.path, help="the training checkpoint (.pth)")
+    text = "the training checkpoint (.pth), or the name or folder of a run, for its latest"
+    p.add_argument("checkpoint", type=options.path, help=text)
     p.add_argument(
         "--config", type=options.path, metavar="FILE", help="else the one in the checkpoint"
     )
@@ -46,6 +48,7 @@ def parse_args() -> argparse.Namespace:
 @options.friendly_errors
 def main() -> None:
     args = parse_args()
+    args.checkpoint = find_checkpoint(args.checkpoint)
     check_readable(args.checkpoint, "checkpoint")
     if args.output_folder or args.push_to_hub:
         return share(args)

@@ -28,6 +28,7 @@ from k_diffusion.training import (
     log,
     noise_scale,
     optim,
+    page,
     power_ema,
     resume,
     run_files,
@@ -37,6 +38,7 @@ from k_diffusion.training import (
     sharding,
     signals,
     step,
+    validation,
 )
 from k_diffusion.training.args import parse_args
 from k_diffusion.training.state import TrainState
@@ -54,6 +56,8 @@ def main() -> None:
         return
     console.forgive()
     check_writable(run_files.state_path(args.name))
+    if args.output_dir:
+        run_files.check_own_folder(args.name)
     accelerator = setup.make_accelerator(args, config)
     with run_lock.hold(args.name, accelerator):
         train(args, config, accelerator)
@@ -107,6 +111,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         accelerator.end_training()
         return
     evaluator = evaluation.make_evaluator(accelerator, args, config, begin, end)
+    validator = validation.make_validation(accelerator, args, config)
     shares = stream.Stream(
         len(train_data),
         args.batch_size,
@@ -119,8 +124,9 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
     accelerator.print(setup.describe(args, state, accelerator, train_data))
 
     # loop
+    shown = page.make_page(args, accelerator, state)
     logger = log.Log(
-        accelerator, args.name, state, args.end_step, args.log_every, args.max_bad_steps
+        accelerator, args.name, state, args.end_step, args.log_every, args.max_bad_steps, shown
     )
     batches = stream.checked(
         stream.make_loader(train_data, shares, args.num_workers, args.start_method), logger.skip
@@ -186,6 +192,8 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
                     make_demo()
                 if args.evaluate_every and state.step % args.evaluate_every == 0:
                     evaluate()
+                if validator and (state.step % args.validate_every == 0 or state.step == end):
+                    logger.evaluated(state, {"val_loss": validator.loss(denoiser_ema, density)})
             if begin < state.step < end:
                 save()
         except log.NonFiniteLoss as error:  # of all processes
@@ -203,7 +211,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         logger.write(state)
         logger.plot()
         accelerator.wait_for_everyone()  # torchrun kills those that still save when one has left
-        logger.close()
+        logger.close("stopped" if state.step < end else "finished")
     if stopped or state.step < end:
         sys.exit(stop.exit_code)
 

@@ -87,9 +87,9 @@ class Run:
 
     def __init__(self, folder: Path, name: str, end: int, processes: int, workers: int):
         flags = {
-            "config": "config.json", "name": name, "end-step": end, "seed": 1, "batch-size": 4,
-            "num-workers": workers, "save-every": 1, "log-every": 3, "demo-every": 10**9,
-            "sample-n": 1, "keep": 3,
+            "config": "config.json", "name": name, "output-dir": name, "end-step": end, "seed": 1,
+            "batch-size": 4, "num-workers": workers, "save-every": 1, "log-every": 3,
+            "demo-every": 10**9, "sample-n": 1, "keep": 3,
         }  # fmt: skip
         command = [sys.executable]
         if processes > 1:
@@ -137,16 +137,21 @@ class Run:
             raise Lost(f"{len(left)} processes went on after one of theirs was killed")
 
 
+def files_of(folder: Path, name: str) -> str:
+    """How the names of all files of a run begin: it has a folder of its own."""
+    return str(folder / name / name)
+
+
 def announced(folder: Path, name: str) -> int:
     """The step that a run's state file names; 0 without one."""
-    path = folder / f"{name}_state.json"
+    path = run_files.state_path(files_of(folder, name))
     if not path.exists():
         return 0
     return int(Path(json.loads(path.read_text())["latest_checkpoint"]).stem.rpartition("_")[2])
 
 
 def half_written(folder: Path) -> bool:
-    return any(folder.glob(".*.pth.*.part"))
+    return any(folder.rglob(".*.pth.*.part"))
 
 
 def kill_once(run: Run, startup: float) -> str:
@@ -181,12 +186,12 @@ def differences(folder: Path, a: str, b: str, step: int) -> list[str]:
     """Where two runs differ: keys of their checkpoints of a step, and rows of their logs."""
     states = []
     for name in a, b:
-        state = torch.load(folder / f"{name}_{step:08}.pth", weights_only=True)
+        state = torch.load(f"{files_of(folder, name)}_{step:08}.pth", weights_only=True)
         state.pop("elapsed")
         states.append({key: _flat(value) for key, value in state.items()})
     keys = sorted(states[0].keys() | states[1].keys())
     found = [key for key in keys if states[0].get(key) != states[1].get(key)]
-    rows = [log.read_rows(folder / f"{name}_metrics.csv") for name in (a, b)]
+    rows = [log.read_rows(Path(f"{files_of(folder, name)}_metrics.csv")) for name in (a, b)]
     for table in rows:
         for row in table:
             row.pop("time")
@@ -215,7 +220,7 @@ def survive(folder: Path, kills: int, processes: int, workers: int) -> str:
         said = run.said()
         resumed += check_start(said, at)
         at = announced(folder, "killed")
-        spoken = [int(step) for step in re.findall(r"saved killed_(\d+)\.pth", said)]
+        spoken = [int(step) for step in re.findall(r"saved killed/killed_(\d+)\.pth", said)]
         if max(spoken, default=0) > at:
             raise Lost(f"step {spoken[-1]} was said to be saved, and the state file names {at}")
         done = [int(step) for step in re.findall(r"^step (\d+),", said, re.MULTILINE)]
@@ -227,9 +232,9 @@ def survive(folder: Path, kills: int, processes: int, workers: int) -> str:
         run.wait()
         if name == "killed":
             resumed += check_start(run.said(), at)
-    if left := sorted(p.name for p in folder.glob(".*")):
+    if left := sorted(p.name for p in folder.rglob(".*")):
         raise Lost(f"files are left over: {left}")
-    if kept := len(run_files.find_checkpoints(str(folder / "killed"))) - 3:
+    if kept := len(run_files.find_checkpoints(files_of(folder, "killed"))) - 3:
         raise Lost(f"{kept} checkpoints more than were to be kept")
     if wrong := differences(folder, "killed", "whole", end):
         raise Lost(f"the end isn't the uninterrupted run's: {', '.join(wrong)} differ")

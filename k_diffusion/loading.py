@@ -13,6 +13,7 @@ from . import checkpoints
 from .common import hub
 from .common.untrusted import get_safetensors_metadata
 from .config import load_config, make_denoiser_wrapper, make_model
+from .runs import find_checkpoint
 from .snapshots import SNAPSHOT, Average, reconstruct
 
 WEIGHTS = "model.safetensors"  # of a folder that `save_pretrained` wrote
@@ -60,8 +61,9 @@ def load(
     """A trained model, ready to sample, from a file, a folder or the Hugging Face hub.
 
     path_or_repo: an inference checkpoint (.safetensors), a training checkpoint (.pth; its averaged
-    weights), a folder with one of them, such as `save_pretrained` writes, or a repository
-    OWNER/NAME of the hub, OWNER/NAME/FILE for one of its files. What is here goes before the hub.
+    weights), a folder with one of them, such as `save_pretrained` writes, a training run's name or
+    folder, for its latest checkpoint, or a repository OWNER/NAME of the hub, OWNER/NAME/FILE for
+    one of its files. What is here goes before the hub.
     revision: the hub's branch, tag or commit; a commit is the same model for ever.
 
     Returns the denoiser in float32 and evaluation mode, on the device. Raises ValueError for a
@@ -78,7 +80,7 @@ def load(
 
 def _find(source: str, revision: str | None) -> Path:
     """The checkpoint file of what `load` takes, downloaded if need be."""
-    path = Path(source)
+    path = find_checkpoint(Path(source))
     if path.exists():
         if revision is not None:
             raise ValueError(
@@ -126,10 +128,12 @@ def load_denoiser(
     """The denoiser of an inference checkpoint (.safetensors) or, by its averaged weights, of a
     training checkpoint (.pth); in float32, on the CPU, in evaluation mode.
 
+    path: of the file, or a training run's name or folder, for its latest checkpoint.
+
     config: a config file; by default the one in the checkpoints. Returns the denoiser and the
     config. Raises ValueError for a damaged file or one of another architecture.
     """
-    path = Path(path)
+    path = find_checkpoint(Path(path))
     if path.suffix == ".safetensors":
         weights = checkpoints.read_weights(path)
         loaded = load_config(config or path, strict=True)

@@ -123,6 +123,8 @@ def run_command(words: list[str], folder: Path, monkeypatch) -> None:
     if script == "train" and "--dry-run" not in words:
         # The page goes on with the files of the last step that it asked for.
         name, end = (words[words.index(flag) + 1] for flag in ("--name", "--end-step"))
+        if "--output-dir" in words:
+            name = f"{words[words.index('--output-dir') + 1]}/{name}"
         (folder / f"{name}_00000001.pth").rename(folder / f"{name}_{int(end):08}.pth")
 
 

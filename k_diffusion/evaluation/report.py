@@ -1,8 +1,6 @@
 """Results of an evaluation as files: CSV, JSON, a plot, and one self-contained page."""
 
-import base64
 import csv
-import html
 import io
 import json
 import math
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.files import write_atomically
+from ..common.html import document, escape, image as image_of, table
 from ..common.text import need
 from .registry import METRICS
 
@@ -22,8 +21,16 @@ Row = dict[str, Any]
 
 
 def read_results(folder: Path) -> list[Row]:
-    """The rows of a folder's results.json, [] where there is none. Raises ValueError if damaged."""
+    """The rows of a folder's results.json, [] where there is none.
+
+    Raises ValueError if they are damaged, or the folder has another page than theirs.
+    """
     path = folder / "results.json"
+    if (folder / "index.html").exists() and not path.exists():
+        raise ValueError(
+            f"{folder} holds an index.html of something else, a training run perhaps; name another "
+            "folder"
+        )
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -208,29 +215,6 @@ def _run(name: str) -> str:
 
 # ------------------------------------------------------------------------------------ the page
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #d0d4da; --soft: #f3f5f7; --back: #fff; --text: #1b1f24 }
-@media (prefers-color-scheme: dark) {
-  :root { --line: #3a4048; --soft: #20252b; --back: #15191e; --text: #e4e8ec } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--back);
-  max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-.wide { overflow-x: auto }
-table { border-collapse: collapse } th, td { padding: .3rem .8rem; text-align: right;
-  border-bottom: 1px solid var(--line); white-space: nowrap; font-variant-numeric: tabular-nums }
-th { background: var(--soft) } th.key, td.key { text-align: left }
-td.best { font-weight: 600 } img { max-width: 100%; image-rendering: pixelated }
-img.plot { image-rendering: auto; background: #fff; border-radius: 6px }
-figure { display: inline-block; margin: 0 1rem 1.5rem 0; vertical-align: top; max-width: 100% }
-figcaption { font-size: .85rem; opacity: .8; max-width: 32rem } code { font-size: .85rem }
-li { margin-bottom: .25rem; overflow-wrap: anywhere }
-"""
-
-
-def _image(data: bytes, text: str, kind: str = "") -> str:
-    source = base64.b64encode(data).decode()
-    return f'<img {kind} alt="{html.escape(text)}" src="data:image/png;base64,{source}">'
-
 
 def _pictures(rows: Sequence[Row], key: str, folder: Path) -> list[str]:
     """The pictures in the folder that rows name, each once, with what differs as its caption."""
@@ -238,8 +222,8 @@ def _pictures(rows: Sequence[Row], key: str, folder: Path) -> list[str]:
     out = []
     for name, row in names.items():
         text = ", ".join(f"{k} {_short(k, settings_of(row).get(k))}" for k in swept(rows))
-        image = _image((folder / name).read_bytes(), f"{key}: {text or name}")
-        out.append(f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>")
+        image = image_of((folder / name).read_bytes(), f"{key}: {text or name}")
+        out.append(f"<figure>{image}<figcaption>{escape(text)}</figcaption></figure>")
     return out
 
 
@@ -249,35 +233,17 @@ def to_html(rows: Sequence[Row], title: str, folder: Path, picture: bytes | None
     keys = len(swept(rows))
     first = {name_of(row): row for row in reversed(list(rows))}
     marks = [f" {better(first[name])}" for name in heads[keys:]]
-    best = {
-        (name_of(row), number(row))
-        for name in first
-        for row in [
-            (min if better(first[name]) == "↓" else max)(
-                (r for r in rows if name_of(r) == name), key=lambda r: r["value"]
-            )
-        ]
-        if len(lines) > 1
-    }
-    cells = [
-        "".join(f'<th class="key">{html.escape(head)}</th>' for head in heads[:keys])
-        + "".join(f"<th>{html.escape(h)}{m}</th>" for h, m in zip(heads[keys:], marks))
-    ]
-    for of, numbers in lines:
-        cells.append(
-            "".join(f'<td class="key">{html.escape(text)}</td>' for text in of)
-            + "".join(
-                f'<td class="{"best" if (name, text) in best else ""}">{html.escape(text)}</td>'
-                for name, text in zip(heads[keys:], numbers)
-            )
-        )
-    parts = [
-        f"<h1>{html.escape(title)}</h1>",
-        '<div class="wide"><table>' + "".join(f"<tr>{c}</tr>" for c in cells) + "</table></div>",
-    ]
+    best = set()
+    for name in first if len(lines) > 1 else ():
+        choose = min if better(first[name]) == "↓" else max
+        top = choose((r for r in rows if name_of(r) == name), key=lambda r: r["value"])
+        column = heads.index(name, keys)
+        best |= {(i, column) for i, (_, n) in enumerate(lines) if n[column - keys] == number(top)}
+    marked = [*heads[:keys], *(head + mark for head, mark in zip(heads[keys:], marks))]
+    parts = [table(marked, [[*of, *numbers] for of, numbers in lines], keys, best)]
     if picture:
         text = "each metric against the swept setting; bars are 95% intervals"
-        parts += ["<h2>Sweep</h2>", _image(picture, text, 'class="plot"'), f"<p>{text}</p>"]
+        parts += ["<h2>Sweep</h2>", image_of(picture, text, 'class="plot"'), f"<p>{text}</p>"]
     grids = _pictures(rows, "grid", folder)
     if grids:
         parts += ["<h2>Samples</h2>", *grids]
@@ -285,12 +251,6 @@ def to_html(rows: Sequence[Row], title: str, folder: Path, picture: bytes | None
     if pages:
         text = "Samples, then their nearest training images, with the distance of features."
         parts += ["<h2>Nearest training images</h2>", f"<p>{text}</p>", *pages]
-    items = "".join(f"<li><code>{html.escape(row['line'])}</code></li>" for row in rows)
+    items = "".join(f"<li><code>{escape(row['line'])}</code></li>" for row in rows)
     parts += ["<h2>Numbers with their protocols</h2>", f"<ul>{items}</ul>"]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n<body>"
-        + "\n".join(parts)
-        + "</body></html>\n"
-    )
+    return document(title, parts)

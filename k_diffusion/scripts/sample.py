@@ -23,6 +23,7 @@ from ..common.tensors import DTYPES
 from ..common.text import aligned
 from ..config import load_config
 from ..loading import load_denoiser
+from ..runs import find_checkpoint
 from . import editing
 
 # A sampler's own parameters, by the flag that sets them.
@@ -47,7 +48,8 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
     file: dict[str, Any] = {"type": options.path, "metavar": "FILE"}
     count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
     add = p.add_argument
-    text = "an inference checkpoint (.safetensors) or a training checkpoint (.pth)"
+    text = "an inference checkpoint (.safetensors), a training checkpoint (.pth), or the name or "
+    text += "folder of a run, for its latest"
     add("--checkpoint", required=True, **file, help=text)
     add("--config", **file, help="else the one in the checkpoint")
     add("-n", default=64, **count, help="the number of images")
@@ -139,6 +141,8 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     device = device or accelerator.device
     output = args.grid or image_path(args.prefix, 0)
     check_writable(output)
+    # one for all processes, though the run may go on
+    args.checkpoint = distributed.broadcast(find_checkpoint(args.checkpoint))
     denoiser, config = load_denoiser(args.checkpoint, args.config)
     guided = make_guidance(ready(denoiser, args, device), config, args, device)
     guided = guided if guide is None else guide(guided, device)

@@ -1,6 +1,7 @@
 """The flags of train.py."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from ..common import options
@@ -37,6 +38,9 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
         help="override a key of it, e.g. model.patch_size=[2,2]; repeatable",
     )
     add("--name", type=options.name, default="model", help="the run's name; its files are NAME_...")
+    text = "keep its files together in this folder of its own, with index.html, a page of its "
+    text += "curves and grids; else they lie where --name says"
+    add("--output-dir", type=options.path, metavar="FOLDER", help=text)
     add("--end-step", **steps, help="stop after this many steps; else at Ctrl-C")
     add("--seed", type=options.seed, metavar="N", help="the random seed; else a new one")
     add(
@@ -134,6 +138,15 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--demo-every", **steps, default=500, help="draw a demo grid")
     add("--sample-n", **count, default=64, help="images in a demo grid")
     add("--log-every", **steps, default=25, help="write a row of NAME_metrics.csv")
+    text = "measure the loss of the averaged weights on the test images, where dataset.split is "
+    add(
+        "--validate-every",
+        type=options.non_negative,
+        metavar="STEPS",
+        default=500,
+        help=text + "train; 0 for never",
+    )
+    add("--validate-n", **count, default=512, help="test images for it, at most")
     add("--tensorboard", type=options.path, metavar="FOLDER", help="log to TensorBoard there")
     add("--wandb-project", type=options.text, metavar="PROJECT", help="log to Weights & Biases")
     add("--wandb-entity", type=options.text, metavar="ENTITY", help="its entity")
@@ -174,4 +187,8 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
             p.error(f"--{flag.replace('_', '-')} needs a --wandb-project")
     if args.resume and args.resume_inference:
         p.error("--resume goes on with a run and --resume-inference starts one: pass one of them")
+    if args.output_dir is not None:
+        if Path(args.name).name != args.name:
+            p.error(f"--output-dir is the folder: pass a --name without one, not {args.name}")
+        args.name = str(args.output_dir / args.name)
     return args

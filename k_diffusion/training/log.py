@@ -1,6 +1,5 @@
 """What a run says: progress bar, console, CSV, loss curve, and Accelerate's trackers."""
 
-import csv
 import math
 import sys
 import time
@@ -15,18 +14,16 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..common.files import CSVLogger, writable, write_atomically
-from ..common.text import need
 from . import run_files
+from .curves import COLUMNS, plot_loss, read_rows
 from .ema import ema_update_dict
+from .page import Page
 from .state import TrainState
 
-# The published ones first; fid and kid have a value where the run was evaluated.
-COLUMNS = [
-    *("step", "time", "loss", "fid", "kid"),
-    *("epoch", "loss_avg", "lr", "ema_decay", "grad_norm", "gns"),
-    *("cmmd", "protocol", "evaluate_n"),
-]
+__all__ = ["COLUMNS", "read_rows"]
+
 _AVERAGE_DECAY = 0.98
+_LINE_SECONDS = 60.0
 
 
 class Progress(NamedTuple):
@@ -62,9 +59,9 @@ class Pending(NamedTuple):
 class Log:
     """Collects losses on the device, and every `every` steps reads, averages and writes them.
 
-    Writes NAME_metrics.csv and NAME_loss.png, and to the accelerator's trackers. All processes make
-    the same calls; the main one writes. What can't be written, to a full disk or a tracker that
-    fails, is said once and ends no run; rows of the CSV are kept until they can be.
+    Writes NAME_metrics.csv and NAME_loss.png, the page, and to the accelerator's trackers. All
+    processes make the same calls; the main one writes. What can't be written, to a full disk or a
+    tracker that fails, is said once and ends no run; rows of the CSV are kept until they can be.
     """
 
     def __init__(
@@ -75,14 +72,17 @@ class Log:
         end_step: int | None,
         every: int = 25,
         max_bad_steps: int = 10,
+        page: Page | None = None,
     ):
         self.accelerator, self.name, self.every = accelerator, name, every
+        self.page = page if accelerator.is_main_process else None
         self.max_bad_steps, self.bad_steps = max_bad_steps, 0
         self.pending: list[Pending] = []
         self.items: list[int] = []  # of the step under way
         self.norm: torch.Tensor | None = None
         self.skipped: set[str] = set()
         self.said = False  # a line of the loss
+        self.unsaid = ""  # the latest line, where one was said less than a minute ago
         self.end_step = end_step
         now = time.monotonic()
         self.started = now - state.elapsed
@@ -93,7 +93,7 @@ class Log:
         self.csv: CSVLogger | None = None  # from the first row on
         self.rows: list[list[Any]] = []  # of the CSV, not yet written
         self.last_row: dict[str, Any] = {}
-        # a file gets a line every `every` steps instead of a bar
+        # a file gets a line a minute instead of a bar
         self.bar = tqdm(
             total=end_step,
             initial=state.step,
@@ -197,6 +197,7 @@ class Log:
                 )
             if state.bad_steps >= self.max_bad_steps:
                 raise NonFiniteLoss(self._lost(state, scale))
+        state.levels.read(self.accelerator, together)
         if state.noise_scale is not None:
             state.noise_scale.read(self.accelerator, together)
 
@@ -237,6 +238,9 @@ class Log:
             "cmmd": "",
             "protocol": "",
             "evaluate_n": "",
+            "samples": state.samples,
+            "val_loss": "",
+            **state.levels.take(),
         }
         self.write_row(row)
         self.track({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
@@ -248,6 +252,12 @@ class Log:
         if self.accelerator.is_main_process:
             self.rows.append(list(row.values()))
             self.attempt(str(self.csv_path), self.write_rows)
+            self.update_page()
+
+    def update_page(self, status: str = "running") -> None:
+        """Bring the run's page up to date, if it has one."""
+        if self.page is not None:
+            self.attempt(str(self.page.path), partial(self.page.update, status))
 
     def track(self, numbers: dict[str, Any], step: int) -> None:
         """Send numbers to the trackers."""
@@ -255,31 +265,36 @@ class Log:
             self.attempt(tracker.name, partial(tracker.log, numbers, step=step))
 
     def evaluated(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        """Write the metrics of an evaluation, `fid` and `kid` among COLUMNS, into a row."""
+        """Write what was measured, `fid` or `val_loss` among COLUMNS, into the step's row."""
         if self.last_row.get("step") != state.step:
             self.write(state)
         if not metrics:
             return
         if self.last_row.get("step") == state.step:
             self.write_row({**self.last_row, **metrics})
-        name = metrics["protocol"]
-        numbers = {f"{k}[{name}]": v for k, v in metrics.items() if isinstance(v, float)}
+        by = f"[{metrics['protocol']}]" if "protocol" in metrics else ""
+        numbers = {f"{k}{by}": v for k, v in metrics.items() if isinstance(v, float)}
         self.track(numbers, state.step)
 
     def show(self, state: TrainState, loss: float) -> None:
         """Show the progress in the bar, or as a line where there's no terminal."""
         now = Progress(self.started + state.elapsed, state.step, state.samples)
         speed = now.since(self.last, self.end_step)
-        self.last, self.said = now, True
+        due = not (self.bar.disable and self.said and now.time < self.last.time + _LINE_SECONDS)
+        if due:
+            self.last, self.said = now, True
         average = f"{state.ema_stats['loss']:.4g}"
         gns = state.noise_scale and f"{state.noise_scale.estimate.get_gns():.4g}"
         shown = {"epoch": state.epoch, "loss": average, **({"gns": gns} if gns else {})}
         self.bar.set_postfix(**shown, speed=speed.split(",")[0])
         if self.bar.disable:
-            self.say(
+            line = (
                 f"step {state.step}, epoch {state.epoch}, {state.elapsed:.0f} s, {speed}: loss "
                 f"{loss:.4g}, on average {average}" + (f", noise scale {gns}" if gns else "")
             )
+            self.unsaid = "" if due or state.step == self.last.step else line
+            if due:
+                self.say(line)
 
     def image(self, grid: Image.Image | None, step: int) -> None:
         """Write a demo grid, send it to trackers that take pictures, and redraw the loss curve."""
@@ -298,8 +313,12 @@ class Log:
             path = Path(f"{self.name}_loss.png")
             self.attempt(str(path), partial(plot_loss, self.csv_path, path))
 
-    def close(self) -> None:
+    def close(self, status: str = "finished") -> None:
+        """Say what is left to say, and end the page and the trackers. status: how the run ended."""
         self.bar.close()
+        if self.unsaid:
+            self.say(self.unsaid)
+        self.update_page(status)
         if self.rows:
             self.say(
                 f"{self.csv_path} lacks its last {len(self.rows)} rows, which were not written"
@@ -326,36 +345,3 @@ def send_image(tracker: Any, grid: Image.Image, step: int) -> None:
 
         picture = np.asarray(grid.convert("RGB"))[None]
         tracker.log_images({"demo_grid": picture}, step=step, dataformats="NHWC")
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a run's CSV by step; where a resumed run wrote a step again, its last row."""
-    with path.open(newline="") as file:
-        # a row may be cut off where a run was killed
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    return [row for _, row in sorted({int(row["step"]): row for row in rows}.items())]
-
-
-def plot_loss(csv_path: Path, path: Path) -> None:
-    """The loss and its moving average against the step, from a run's CSV."""
-    need("matplotlib", "the loss curve")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    rows = read_rows(csv_path)
-    if not rows:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    steps = [int(row["step"]) for row in rows]
-    loss = [float(row["loss"]) for row in rows]
-    average = [float(row["loss_avg"]) for row in rows]
-    axes.plot(steps, loss, color="tab:blue", alpha=0.35, label="loss")
-    axes.plot(steps, average, color="tab:blue", label="moving average")
-    axes.set_yscale("log")
-    axes.set_xlabel("step")
-    axes.set_ylabel("training loss")
-    axes.grid(True, which="both", alpha=0.25)
-    axes.legend()
-    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))

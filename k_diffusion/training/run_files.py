@@ -1,15 +1,21 @@
-"""The files of a run: their names, its checkpoints, and which of them is the latest."""
+"""The files that a run writes and deletes: their names, its checkpoints, its own folder."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import CheckpointError, write_checkpoint
+from ..checkpoints import write_checkpoint
 from ..common.files import temporary_of, write_atomically
+from ..common.options import UsageError
+from ..runs import find_checkpoints, state_path, steps_of
 from ..snapshots import PATTERN
+
+__all__ = ["find_checkpoints", "state_path"]
+
+# Of a run with a folder of its own: what it is, and the page that shows it.
+FACTS, PAGE = "run.json", "index.html"
 
 
 def run_file(name: str, suffix: str) -> Path:
@@ -19,9 +25,24 @@ def run_file(name: str, suffix: str) -> Path:
     return path
 
 
-def state_path(name: str) -> Path:
-    """The small file that names a run's latest checkpoint."""
-    return Path(f"{name}_state.json")
+def check_own_folder(name: str) -> None:
+    """Raises UsageError where the folder of --output-dir holds another run, or a report."""
+    state = state_path(name)
+    own, folder = state.name.removesuffix("_state.json"), state.parent
+    others = {
+        m[1] or m[2]
+        for p in folder.glob("*")
+        if (m := re.fullmatch(r"(.+)_(?:state\.json|metrics\.csv)|\.(.+)\.lock", p.name))
+        and own not in m.groups()
+    }
+    if others:
+        raise UsageError(
+            f"--output-dir {folder} holds another run, {min(others)}; pass another folder"
+        )
+    if (folder / PAGE).exists() and not Path(f"{name}_{FACTS}").exists():
+        raise UsageError(
+            f"--output-dir {folder} holds an {PAGE} of something else; pass another folder"
+        )
 
 
 def save_checkpoint(name: str, step: int, state: Mapping[str, Any]) -> Path:
@@ -35,43 +56,9 @@ def save_checkpoint(name: str, step: int, state: Mapping[str, Any]) -> Path:
     return path
 
 
-def _checkpoints(name: str) -> dict[Path, int]:
-    """All checkpoints beside a run's state file, and their steps, the newest first."""
-    state = state_path(name)
-    pattern = re.compile(re.escape(state.name.removesuffix("_state.json")) + r"_(\d{8,})\.pth")
-    found = {p: int(m[1]) for p in state.parent.glob("*.pth") if (m := pattern.fullmatch(p.name))}
-    return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
-
-
-def find_checkpoints(name: str) -> list[Path]:
-    """A run's checkpoints, in the order in which to try them.
-
-    First what NAME_state.json names, then the ones before it, the latest first; without that file
-    all that are there. Raises CheckpointError if it names one and there are none.
-    """
-    state, steps = state_path(name), _checkpoints(name)
-    if not state.exists():
-        return list(steps)
-    try:
-        latest = Path(json.loads(state.read_text())["latest_checkpoint"])
-    except (ValueError, KeyError, TypeError):
-        latest = Path()
-    # a moved folder has its own checkpoints; the path counts from the working directory
-    named = [p for p in (state.parent / latest.name, latest) if p.is_file()][:1]
-    # those after it belong to a run that was left for an earlier checkpoint
-    end = steps.get(named[0], math.inf) if named else math.inf
-    found = named + [p for p in steps if steps[p] < end]
-    if not found:
-        raise CheckpointError(
-            f"{state} names a checkpoint that is gone ({latest.name or 'unreadable'}), and there "
-            f"is none before it; delete {state} to start anew"
-        )
-    return found
-
-
 def before(name: str, step: int) -> Path | None:
     """A run's last checkpoint of a moment before `step` was taken, if there is one."""
-    return next((path for path, at in _checkpoints(name).items() if at < step), None)
+    return next((path for path, at in steps_of(name).items() if at < step), None)
 
 
 def prune(name: str, step: int, keep: int, trouble: int = 0) -> None:
@@ -81,7 +68,7 @@ def prune(name: str, step: int, keep: int, trouble: int = 0) -> None:
     trouble: a step, whose last checkpoint before it is kept as well; 0 for none.
     """
     kept = before(name, trouble) if trouble else None
-    old = [path for path, at in _checkpoints(name).items() if at <= step][keep:]
+    old = [path for path, at in steps_of(name).items() if at <= step][keep:]
     for path in old:
         if path != kept:
             path.unlink(missing_ok=True)
@@ -92,7 +79,8 @@ def remove_temporaries(name: str) -> None:
     state = state_path(name)
     own = re.compile(
         re.escape(state.name.removesuffix("_state.json"))
-        + rf"_(\d{{8,}}\.pth|{PATTERN}|state\.json|demo_\d{{8,}}\.png|loss\.png)"
+        + rf"_(\d{{8,}}\.pth|{PATTERN}|state\.json|demo_\d{{8,}}\.png|loss\.png|run\.json)"
+        + (rf"|{re.escape(PAGE)}" if Path(f"{name}_{FACTS}").exists() else "")
     )
     for path in state.parent.glob(".*.part"):
         if own.fullmatch(temporary_of(path) or ""):

@@ -59,7 +59,8 @@ def _tensorboard(folder: Path) -> Any:
 def start_trackers(accelerator: Any, args: argparse.Namespace, state: TrainState) -> None:
     """Start the accelerator's trackers, and tell them the flags, the run's seed and its config.
 
-    Raises OSError for one that can't start, as without a key or its folder.
+    Raises OSError for one that can't start, as without a key or its folder. A run that goes on from
+    a checkpoint says so and does without: nobody may be there to mend it.
     """
     if not accelerator.log_with:
         return
@@ -74,6 +75,9 @@ def start_trackers(accelerator: Any, args: argparse.Namespace, state: TrainState
         )
     except Exception as error:  # of the tracker's own kinds: no network, no key
         said = " ".join(str(error).split()) or type(error).__name__
+        if state.step:
+            accelerator.print(f"a tracker can't start ({said}); going on without it")
+            return
         raise OSError(
             f"a tracker can't start ({said}); for wandb, run `wandb login` or set "
             "WANDB_MODE=offline, or leave out its flag, --wandb-project or --tensorboard"

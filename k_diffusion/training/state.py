@@ -11,6 +11,7 @@ from torch import nn
 from ..checkpoints import CheckpointError, check_weights
 from ..common.shards import load_whole, split_of
 from .ema import EMAWarmup
+from .noise_levels import LossByLevel
 from .noise_scale import NoiseScale
 from .power_ema import PowerEMA
 from .sharding import optimizer_state, split_optimizer_state
@@ -22,11 +23,12 @@ class TrainState:
 
     model, model_ema: the inner models, unwrapped. scaler: of the gradients, in fp16. step: steps
     done. samples: images seen, by all processes. losses: of the steps since the last row of the
-    log. noise_scale: of the gradient, under --gns. power_ema: averages of --power-ema. run: what
-    else the numbers depend on, such as the batch size. bad_steps: how many of the last steps in a
-    row were skipped; bad_at: the last step skipped; trouble: the first one, since a checkpoint
-    before which none was; all 0 if none were. Random numbers are a function of (seed, step) and
-    (seed, sample), so the seed is all there is to keep of them.
+    log. levels: these losses by noise level. noise_scale: of the gradient, under --gns. power_ema:
+    averages of --power-ema. run: what else the numbers depend on, such as the batch size.
+    bad_steps: how many of the last steps in a row were skipped; bad_at: the last step skipped;
+    trouble: the first one, since a checkpoint before which none was; all 0 if none were. Random
+    numbers are a function of (seed, step) and (seed, sample), so the seed is all there is to keep
+    of them.
     """
 
     config: dict[str, Any]
@@ -50,6 +52,7 @@ class TrainState:
     bad_steps: int = 0
     bad_at: int = 0
     trouble: int = 0
+    levels: LossByLevel = field(default_factory=LossByLevel)
     whole: bool = True
 
     def __post_init__(self) -> None:
@@ -95,6 +98,7 @@ class TrainState:
             "seed": self.seed,
             "losses": self.losses,
             "run": {**self.run, "seed": self.seed},
+            "loss_by_level": self.levels.state_dict(),
             "bad_steps": (self.bad_steps, self.bad_at, self.trouble),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "power_ema": self.power_ema and self.power_ema.state_dict(),
@@ -133,6 +137,7 @@ class TrainState:
         self.ema_stats = dict(state.get("ema_stats") or {})
         if self.noise_scale is not None and state.get("gns_stats"):
             self.noise_scale.estimate.load_state_dict(state["gns_stats"])
+        self.levels.load_state_dict(state.get("loss_by_level") or {})
         self.bad_steps, self.bad_at, self.trouble = state.get("bad_steps", (0, 0, 0))
         if "demo_gen" in state:
             self.demo_gen.set_state(state["demo_gen"])

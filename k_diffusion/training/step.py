@@ -82,6 +82,7 @@ def train_step(
     losses = []
     seen = 0
     measured = state.noise_scale
+    density = state.levels.watch(sample_density)
     for i in range(accumulate):
         batch = next(batches)
         torch.manual_seed(derive_seed(state.seed, 2, state.step, i, accelerator.process_index))
@@ -94,7 +95,9 @@ def train_step(
             enable_stratified_accelerate(accelerator, measured is not None, i, accumulate),
             models.checkpointing(**CHECKPOINTING[checkpointing]),
         ):
-            loss = batch_loss(denoiser, batch, sample_density, config, accelerator.device).mean()
+            each = batch_loss(denoiser, batch, density, config, accelerator.device)
+            state.levels.add(each)
+            loss = each.mean()
             # where the loss is lost, so is the gradient, which all processes will see
             known = 1 + 0 * loss.detach()
             accelerator.backward(loss * known / accumulate)

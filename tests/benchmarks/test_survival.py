@@ -52,10 +52,11 @@ def test_a_start_elsewhere_is_noticed():
 
 def write(folder, name, weight=1.0, loss=0.5):
     state = {"model": {"w": torch.tensor([weight])}, "step": 3, "elapsed": 1.0 + weight}
-    torch.save(state, folder / f"{name}_00000003.pth")
+    (folder / name).mkdir(exist_ok=True)
+    torch.save(state, folder / name / f"{name}_00000003.pth")
     row = [3, weight, loss, "", "", 0, loss, *[""] * (len(log.COLUMNS) - 7)]
     text = "\n".join(",".join(map(str, line)) for line in (log.COLUMNS, row))
-    (folder / f"{name}_metrics.csv").write_text(text + "\n")
+    (folder / name / f"{name}_metrics.csv").write_text(text + "\n")
 
 
 def test_another_end_is_noticed(tmp_path):
@@ -82,7 +83,8 @@ def test_losses_end_with_a_code(tmp_path, monkeypatch):
 
 def test_the_announced_step(tmp_path):
     assert survival.announced(tmp_path, "a") == 0
-    (tmp_path / "a_state.json").write_text('{"latest_checkpoint": "runs/a_00000012.pth"}')
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/a_state.json").write_text('{"latest_checkpoint": "runs/a_00000012.pth"}')
     assert survival.announced(tmp_path, "a") == 12
     shutil.rmtree(tmp_path)
     run = SimpleNamespace(process=SimpleNamespace(poll=lambda: 1, returncode=1), said=lambda: "no")

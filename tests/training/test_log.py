@@ -1,6 +1,5 @@
 import csv
 import math
-import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from PIL import Image
 
 from k_diffusion.training import log
+from k_diffusion.training.noise_levels import LossByLevel
 from k_diffusion.training.state import TrainState
 
 
@@ -58,6 +58,7 @@ def make_state():
         ema_stats={},
         scaler=None,
         noise_scale=None,
+        levels=LossByLevel(),
         bad_steps=0,
         bad_at=0,
         trouble=0,
@@ -100,14 +101,59 @@ def test_rows(folder, capsys):
     logged = accelerator.trackers[0].logged
     assert [step for step, _ in logged] == [3, 5]
     assert logged[0][1]["loss"] == 3
-    # no bar where there's no terminal, but a line for the first step and for each row
+    assert [row["samples"] for row in rows] == ["12", "20"]
+
+
+def test_a_plain_log_has_a_line_a_minute(folder, capsys, monkeypatch):
+    """No bar where there's no terminal, but a line of the first step, each minute, and the last."""
+    clock = [1000.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    logger, state = log.Log(Accelerator(), "a", make_state(), 200, every=10), make_state()
+    for _ in range(185):
+        clock[0] += 1
+        steps(logger, state, [2])
+    logger.write(state)
+    logger.close()
     text = capsys.readouterr()
     assert text.err == ""
     lines = text.out.splitlines()
-    assert [line.split(",")[0] for line in lines] == ["step 1", "step 3", "step 5"]
-    assert re.fullmatch(
-        r"step 3, epoch 0, 0 s, [\d.e+]+ images/s, 00:00 left: loss 3, on average .*", lines[1]
-    )
+    assert [line.split(",")[0] for line in lines] == [f"step {step}" for step in (1, 70, 130, 185)]
+    assert lines[1] == "step 70, epoch 0, 70 s, 4 images/s, 02:10 left: loss 2, on average 2"
+
+
+def test_what_is_measured_joins_the_row_of_its_step(folder):
+    state = make_state()
+    logger = log.Log(Accelerator(), "a", state, None, every=2)
+    logger.accelerator.trackers = [Tracker()]
+    steps(logger, state, [1, 1, 1])
+    logger.evaluated(state, {"val_loss": 0.25})
+    logger.evaluated(state, {"fid": 3.0, "protocol": "lite0"})
+    rows = log.read_rows(folder / "a_metrics.csv")
+    assert [(row["step"], row["val_loss"], row["fid"]) for row in rows] == [
+        ("2", "", ""),
+        ("3", "0.25", "3.0"),
+    ]
+    assert logger.accelerator.trackers[0].logged[-2:] == [
+        (3, {"val_loss": 0.25}),
+        (3, {"fid[lite0]": 3.0}),
+    ]
+
+
+class BrokenPage:
+    path = "x/index.html"
+
+    def update(self, status):
+        raise ZeroDivisionError(status)
+
+
+def test_a_page_that_fails_ends_no_run(folder, capsys):
+    state = make_state()
+    logger = log.Log(Accelerator(), "a", state, None, every=1, page=BrokenPage())
+    steps(logger, state, [1, 1, 1])
+    logger.close()
+    text = capsys.readouterr().out
+    assert text.count("can't write x/index.html (ZeroDivisionError: running); going on") == 1
+    assert len(log.read_rows(folder / "a_metrics.csv")) == 3
 
 
 def test_the_rate_and_the_time_that_is_left():
@@ -145,6 +191,7 @@ def test_the_noise_scale(folder, capsys):
     steps(logger, state, [1, 2])
     assert log.read_rows(folder / "a_metrics.csv")[0]["gns"] == "1234.5"
     assert accelerator.trackers[0].logged[0][1]["gns"] == 1234.5
+    logger.close()
     assert capsys.readouterr().out.endswith(", noise scale 1234\n")
     logger.read(state, together=False)
     assert reads == [True, True]  # of the first step and the row, none of nothing
@@ -259,7 +306,7 @@ def write_rows(path, *rows):
 
 
 def row(step, loss):
-    return [step, 1.0, loss, "", "", 0, loss, 1e-3, 0.9, 0.1, "", "", "", ""]
+    return [step, 1.0, loss, "", "", 0, loss, *[""] * (len(log.COLUMNS) - 7)]
 
 
 def test_the_last_row_of_a_step_counts(tmp_path):

@@ -25,6 +25,7 @@ from ...evaluation.neighbors import PRDC
 from ...evaluation.protocols import get_protocol, metric_line
 from ...evaluation.references import write_samples
 from ...evaluation.registry import Options, label_of
+from ...runs import find_checkpoint
 from .. import sample
 from . import inputs
 from .args import RECOGNITION, parse_args
@@ -44,6 +45,9 @@ def run(args: argparse.Namespace) -> None:
     device = distributed.check_device(args.device) if args.device else None
     accelerator = distributed.make_accelerator(cpu=args.device == "cpu", timeout=_WAIT)
     device = device or accelerator.device
+    if args.checkpoint and not args.ema_width:  # one for all processes, though the run may go on
+        args.checkpoint = distributed.broadcast([find_checkpoint(p) for p in args.checkpoint])
+        args.sources = [(path, None) for path in args.checkpoint]
     evaluation = Evaluation(args, accelerator, device)
     for path, width in args.sources:
         evaluation.measure(path, width)

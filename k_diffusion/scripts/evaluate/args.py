@@ -66,7 +66,8 @@ def parse_args(
     file: dict[str, Any] = {"type": options.path, "metavar": "FILE"}
     count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
     add = p.add_argument_group("what to measure").add_argument
-    add("--checkpoint", nargs="+", default=[], **file, help="checkpoints, .safetensors or .pth")
+    text = "checkpoints, .safetensors or .pth, or names or folders of runs, for their latest"
+    add("--checkpoint", nargs="+", default=[], **file, help=text)
     text = "widths of averages to measure, of the run whose name, folder or .pth --checkpoint is"
     add("--ema-width", type=_widths, metavar="WIDTHS", help=text)
     text = "images in place of a checkpoint: a folder, or an .npz of ADM's evaluator"

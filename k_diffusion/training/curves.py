@@ -1,0 +1,50 @@
+"""The numbers of a run by step: the columns of its CSV, reading them, and NAME_loss.png."""
+
+import csv
+from pathlib import Path
+
+from ..common.files import write_atomically
+from ..common.text import need
+from . import noise_levels
+
+# The published ones first; fid and kid have a value where the run was evaluated, val_loss where the
+# held-out images were looked at.
+COLUMNS = [
+    *("step", "time", "loss", "fid", "kid"),
+    *("epoch", "loss_avg", "lr", "ema_decay", "grad_norm", "gns"),
+    *("cmmd", "protocol", "evaluate_n"),
+    *("samples", "val_loss", *noise_levels.COLUMNS),
+]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a run's CSV by step; where a resumed run wrote a step again, its last row."""
+    with path.open(newline="") as file:
+        # a row may be cut off where a run was killed
+        rows = [row for row in csv.DictReader(file) if None not in row.values()]
+    return [row for _, row in sorted({int(row["step"]): row for row in rows}.items())]
+
+
+def plot_loss(csv_path: Path, path: Path) -> None:
+    """The loss and its moving average against the step, from a run's CSV."""
+    need("matplotlib", "the loss curve")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_rows(csv_path)
+    if not rows:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps = [int(row["step"]) for row in rows]
+    loss = [float(row["loss"]) for row in rows]
+    average = [float(row["loss_avg"]) for row in rows]
+    axes.plot(steps, loss, color="tab:blue", alpha=0.35, label="loss")
+    axes.plot(steps, average, color="tab:blue", label="moving average")
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
