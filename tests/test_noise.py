@@ -1,14 +1,13 @@
 """Brownian laws, torchsde's values, and noise that depends on an image's seed alone."""
 
 import math
-import multiprocessing
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 
 import golden
 import problems
 import pytest
+import runs
 import torch
 import torchsde
 from scipy import stats
@@ -243,23 +242,21 @@ def test_an_image_depends_on_its_seed_alone(name):
     assert torch.equal(sample(name, seeds[::-1]), whole.flip(0))
 
 
-def images_of(job):
-    torch.set_num_threads(1)
-    return sample(*job).numpy()
+def sample_share(rank, folder):
+    images = [sample(name, [4, 5, 6, 7][rank::2]) for name in SEEDED]
+    alone = [sample("dpm_adaptive", [seed]) for seed in [4, 5, 6, 7][rank::2]]
+    torch.save((torch.stack(images), torch.stack(alone)), f"{folder}/{rank}.pt")
 
 
-def test_an_image_does_not_depend_on_the_number_of_processes():
-    seeds = [4, 5, 6, 7]
-    jobs = [(name, seeds[rank::2]) for name in SEEDED for rank in range(2)]
-    jobs += [("dpm_adaptive", [seed]) for seed in seeds]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        images = [torch.from_numpy(image) for image in pool.map(images_of, jobs)]
+def test_an_image_does_not_depend_on_the_number_of_processes(tmp_path):
+    runs.in_two_processes(sample_share, str(tmp_path))
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    images, alone = (torch.stack(parts) for parts in zip(*shares))
     for i, name in enumerate(SEEDED):
-        got = torch.stack(images[2 * i : 2 * i + 2], dim=1).flatten(0, 1)
-        assert torch.equal(got, sample(name, seeds))
-    for seed, image in zip(seeds, images[2 * len(SEEDED) :], strict=True):
-        assert torch.equal(image, sample("dpm_adaptive", [seed]))
+        got = images[:, i].transpose(0, 1).flatten(0, 1)
+        assert torch.equal(got, sample(name, [4, 5, 6, 7]))
+    for i, seed in enumerate([4, 5, 6, 7]):
+        assert torch.equal(alone[i % 2, i // 2], sample("dpm_adaptive", [seed]))
 
 
 def test_dpm_adaptive_alone_lets_an_image_depend_on_its_batch():

@@ -3,12 +3,12 @@
 import io
 import json
 import math
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from safetensors.torch import save_file
 
@@ -338,11 +338,10 @@ def test_unknown_keys_of_a_checkpoint_only_warn_scripts_too(tmp_path):
 
 
 def test_the_shipped_schema_is_current():
-    out = subprocess.run(
-        [sys.executable, "-m", "k_diffusion.config"], capture_output=True, check=True, cwd=ROOT
-    )
+    code, text = runs.run(sys.executable, "-m", "k_diffusion.config", folder=ROOT)
+    assert code == 0, text
     shipped = ROOT / "k_diffusion" / "config" / "schema.json"
-    assert json.loads(shipped.read_text()) == json.loads(out.stdout)
+    assert json.loads(shipped.read_text()) == json.loads(text)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

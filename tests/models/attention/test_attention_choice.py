@@ -1,13 +1,12 @@
 """Which attention backend is taken: by itself, by the environment, by a config; what is said."""
 
 import logging
-import os
-import subprocess
 import sys
 from types import ModuleType
 from typing import get_args
 
 import pytest
+import runs
 import torch
 from attention_oracle import forget, formula, qkv
 
@@ -376,12 +375,13 @@ def rows_of(text):
 
 
 @pytest.mark.slow
-def test_the_table_of_a_command(monkeypatch):
-    env = {k: v for k, v in os.environ.items() if k not in (attention.ENV_VAR, "CXX")}
-    command = [sys.executable, "-m", "k_diffusion.models.attention", "--device", "cpu"]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert run.stderr == ""
-    title, header, *rows = rows_of(run.stdout)
+def test_the_table_of_a_command(monkeypatch, tmp_path):
+    monkeypatch.delenv(attention.ENV_VAR, raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    command = sys.executable, "-m", "k_diffusion.models.attention", "--device", "cpu"
+    code, text = runs.run(*command, folder=tmp_path)
+    assert code == 0, text
+    title, header, *rows = rows_of(text)
     assert " ".join(title).startswith("cpu, fp32, 64 x 64 tokens, d_head 64, training")
     assert header[:2] == ["geometry", "backend"]
     assert [tuple(row[:2]) for row in rows] == [(g, b) for g in BACKENDS for b in BACKENDS[g]]
@@ -389,17 +389,14 @@ def test_the_table_of_a_command(monkeypatch):
     assert ["global", "flash2", "no", "needs a CUDA device, got cpu"] in rows
     assert ["neighborhood", "reference", "yes"] in rows
 
-    run = subprocess.run(
-        command, env=env | {attention.ENV_VAR: "global=flash2"}, capture_output=True, text=True
-    )
+    _, text = runs.run(*command, folder=tmp_path, **{attention.ENV_VAR: "global=flash2"})
     # what is forced and can't run is said below the table of what can
-    *table, last = run.stdout.strip().split("\n")
+    *table, last = text.strip().split("\n")
     assert last.startswith("K_DIFFUSION_ATTENTION asks for global=flash2, which can't run here")
     assert [row[1] for row in rows_of("\n".join(table)) if row[2:] == ["chosen"]] == [
         "tiled",
         "sdpa",
     ]
-    assert run.stderr == ""
 
 
 def test_the_table_of_a_gpu(gpu):
