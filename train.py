@@ -198,8 +198,10 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
                 save()
         except log.NonFiniteLoss as error:  # of all processes
             saver.finish()
+            logger.update_page("stopped: too many steps were skipped")
             distributed.end_together(accelerator, error)
         except Exception as error:  # of the data, say: what was learned is kept
+            logger.update_page(f"stopped by an error ({type(error).__name__})")
             if state.whole and not distributed.sharded(accelerator):  # whose shards all must send
                 # the main process may wait for this one on its device, and never come to save
                 saver.main = saver.main or not options.lost_peer(error)

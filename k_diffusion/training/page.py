@@ -113,9 +113,9 @@ class Page:
         self.written = False
 
     def update(self, status: str = "running") -> None:
-        """Write the page, if that is due or the run has ended. Raises OSError."""
+        """Write the page, if that is due, or the run has ended and there is one. Raises OSError."""
         begin = self.clock()
-        if status == "running" and begin < self.due:
+        if begin < self.due if status == "running" else not self.written:
             return
         if not self.written:
             text = json.dumps(self.facts, indent=1, default=str)

@@ -73,10 +73,11 @@ class Validation:
     def loss(self, denoiser: nn.Module, density: Density) -> float:
         """The mean training loss of the held-out images. All processes call it together.
 
-        denoiser: in evaluation mode. Noise levels are stratified over all images.
+        denoiser: in evaluation mode; called in the accelerator's precision. Noise levels are
+        stratified over all images.
         """
         losses = []
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self.accelerator.autocast():
             for j, batch in zip(self.places, self.batches):
                 torch.manual_seed(derive_seed(0, 3, j))
                 with enable_stratified(j, self.batches_of_all):

@@ -131,6 +131,8 @@ def test_it_is_written_once_a_minute_or_in_a_hundredth_of_the_time(tmp_path, mon
         shown.update()
         return now[0] > before
 
+    shown.update("stopped by an error")  # in the first step, which leaves nothing
+    assert list(tmp_path.iterdir()) == []
     assert updated()
     assert json.loads((tmp_path / "new/a_run.json").read_text()) == FACTS
     now[0] += 199

@@ -1,4 +1,5 @@
 from argparse import Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,9 @@ class Accelerator:
 
     def reduce(self, x, reduction):
         return x
+
+    def autocast(self):
+        return nullcontext()
 
     def gather(self, x):
         return x
