@@ -11,7 +11,7 @@ from .tensors import map_tensors
 
 def local(x: torch.Tensor) -> torch.Tensor:
     """This process's shard of x: (...), in the same memory; x itself where it isn't split."""
-    return x.detach().to_local() if hasattr(x, "to_local") else x
+    return x.detach().to_local() if hasattr(x, "to_local") else x  # type: ignore[attr-defined]
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,10 @@ def split_of(p: torch.Tensor) -> Any:
 
 
 def split_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """x: (...), which each process has, as a DTensor where p is one of this shape, else itself."""
+    """x, which each process has, as a DTensor where p is one of this shape, else x itself.
+
+    x, p: (...).
+    """
     like = split_of(p)
     if like is None or x.shape != like.shape:
         return x
@@ -35,7 +38,10 @@ def split_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
 
 def join_like(shard: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """The DTensor of shards (...) that are of the shape of p's, else the shard itself."""
+    """The DTensor of shards that are of the shape of p's, else the shard itself.
+
+    shard, p: (...).
+    """
     like = split_of(p)
     if like is None or shard.shape != local(p).shape:
         return shard

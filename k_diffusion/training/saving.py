@@ -76,7 +76,8 @@ class Saver:
         self.finish()
         if state.bad_at <= self.saved_step:  # all went well since the last checkpoint
             state.trouble = 0
-        copied = values = {}
+        values: dict[str, Any] = {}
+        copied: dict[str, Any] | None = values
         if sharded(self.accelerator):
             values = state.state_dict()
             self._check_memory(values)

@@ -99,7 +99,8 @@ def place(accelerator: Any, model: nn.Module) -> nn.Module:
     for block in reversed(blocks(model)):
         fully_shard(block)
     # nothing stays gathered between two passes: its tensors are always the shards
-    return fully_shard(model, reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=True)
+    return model
 
 
 def prepare(accelerator: Any, model: nn.Module, opt: torch.optim.Optimizer) -> Any:
