@@ -96,7 +96,10 @@ Attention = Annotated[
 
 
 class Model(DenoiserSection):
-    """What every model type has. Sizes are in pixels, (height, width)."""
+    """What every model type has. Sizes are in pixels, (height, width).
+
+    unet_cond_dim: channels of an image that is concatenated to the input; 0 for none.
+    """
 
     input_channels: Positive
     input_size: Size | None = None
@@ -105,6 +108,7 @@ class Model(DenoiserSection):
     sigma_sample_density: Density
     augment_prob: Probability = 0.0
     augment_wrapper: bool = False
+    unet_cond_dim: Count = 0
     skip_stages: Count = 0
 
     @model_validator(mode="after")
@@ -170,7 +174,6 @@ class ImageV1(Model):
     self_attn_depths: list[bool]
     cross_attn_depths: list[bool] | None = None
     mapping_cond_dim: Count = 0
-    unet_cond_dim: Count = 0
     cross_cond_dim: Count = 0
     dropout_rate: Rate = 0.0
     augment_wrapper: bool = True
@@ -216,10 +219,7 @@ def round_to_power_of_two(x: float, tol: float) -> int:
 
 
 class ImageTransformerV1(Model):
-    """Transformer with global attention. d_ff 0: 8/3 of the width, rounded.
-
-    unet_cond_dim: channels of an image that is concatenated to the input; 0 for none.
-    """
+    """Transformer with global attention. d_ff 0: 8/3 of the width, rounded."""
 
     type: Literal["image_transformer_v1"]
     patch_size: Size
@@ -227,7 +227,6 @@ class ImageTransformerV1(Model):
     depth: Depth
     d_ff: Count = 0
     dropout_rate: Rate = 0.0
-    unet_cond_dim: Count = 0
     attn_backend: GlobalBackend | None = None
 
     @model_validator(mode="after")
@@ -260,9 +259,9 @@ class ImageTransformerV2(Model):
 
     d_ffs, mapping_d_ff: 3 times the width where not given. self_attns: neighborhood attention with
     kernel_size 7 below and global attention on top. dropout_rate: one for all levels or one each.
-    patch_bottleneck: features between a patch and its token; 0 for none. unet_cond_dim: channels of
-    an image that is concatenated to the input; 0 for none. cross_cond_dim: features of a token that
-    cross-attention sees; 0 for none. cross_attn_depths: which levels have it; all where not given.
+    patch_bottleneck: features between a patch and its token; 0 for none. cross_cond_dim: features
+    of a token that cross-attention sees; 0 for none. cross_attn_depths: which levels have it; all
+    where not given.
     """
 
     type: Literal["image_transformer_v2"]
@@ -277,7 +276,6 @@ class ImageTransformerV2(Model):
     mapping_d_ff: Positive | None = None
     mapping_dropout_rate: Rate = 0.0
     mapping_cond_dim: Count = 0
-    unet_cond_dim: Count = 0
     cross_cond_dim: Count = 0
     cross_attn_depths: list[bool] | None = None
     patch_bottleneck: Count = 0
