@@ -13,13 +13,14 @@ from torch import nn
 from . import flops
 from .attention import GlobalAttentionSpec
 from .attention.plain import dense
+from .autograd import normalize, normalize_and_rotate
 from .checks import check_shape
+from .rope import AxialRoPE, cos_sin
 from .transformer import (
     AdaRMSNorm,
     Linear,
     RMSNorm,
     apply_wd,
-    scale_for_cosine_sim,
     zero_init,
 )
 
@@ -60,8 +61,10 @@ class CrossCondition(nn.Module):
 class CrossAttentionBlock(nn.Module):
     """Residual cosine-similarity attention from a grid of tokens to a sequence of others.
 
-    The output projection starts at 0, so that a new block is the identity. d_head: features of a
-    head. cross_features: of a token of the sequence.
+    Queries are rotated by their place in the grid and keys are not, so that which token is attended
+    to may depend on the place itself: self-attention knows differences of places alone, and "left"
+    means one. The output projection starts at 0, so that a new block is the identity. d_head:
+    features of a head. cross_features: of a token of the sequence.
     """
 
     def __init__(
@@ -79,17 +82,25 @@ class CrossAttentionBlock(nn.Module):
         self.q_proj = apply_wd(Linear(d_model, d_model, bias=False))
         self.kv_proj = apply_wd(Linear(cross_features, d_model * 2, bias=False))
         self.scale = nn.Parameter(torch.full([self.n_heads], 10.0))
+        self.pos_emb = AxialRoPE(d_head // 2, self.n_heads)
         self.dropout = nn.Dropout(dropout)
         self.out_proj = apply_wd(zero_init(Linear(d_model, d_model, bias=False)))
 
     def forward(
-        self, x: torch.Tensor, cond: torch.Tensor, tokens: torch.Tensor, seen: torch.Tensor
+        self,
+        x: torch.Tensor,
+        pos: torch.Tensor,
+        cond: torch.Tensor,
+        tokens: torch.Tensor,
+        seen: torch.Tensor,
     ) -> torch.Tensor:
-        """x: (n, h, w, d_model). cond: (n, cond_features). tokens: (n, s, cross_features). seen:
-        (n, s), whether a token is; at least one of each item is."""
-        q = self.q_proj(self.norm(x, cond)).flatten(1, 2).unflatten(-1, (self.n_heads, -1))
+        """x: (n, h, w, d_model). pos: (h, w, 2). cond: (n, cond_features). tokens:
+        (n, s, cross_features). seen: (n, s), whether a token is; at least one of each item is."""
+        q = self.q_proj(self.norm(x, cond)).unflatten(-1, (self.n_heads, -1))
         k, v = self.kv_proj(tokens).unflatten(-1, (2, self.n_heads, -1)).unbind(-3)
-        q, k = scale_for_cosine_sim(q, k, self.scale, 1e-6)
+        cos, sin = cos_sin(self.pos_emb(pos), q.dtype)
+        q = normalize_and_rotate(q, self.scale, cos, sin, 1e-6).flatten(1, 2)
+        k = normalize(k, self.scale, 1e-6)
         flops.op(flops.op_attention, *(y.transpose(1, 2).shape for y in (q, k, v)))
         mask = torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, -torch.inf)
         y = dense(q, k, v, mask[:, None, None, :])

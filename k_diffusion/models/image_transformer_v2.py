@@ -199,7 +199,7 @@ class TransformerBlock(nn.Module):
         if self.self_attn is not None:
             x = checkpoint(self.self_attn, x, pos, cond, identity)
         if self.cross_attn is not None and cross is not None:
-            x = checkpoint(self.cross_attn, x, cond, *cross)
+            x = checkpoint(self.cross_attn, x, pos, cond, *cross)
         return checkpoint(self.ff, x, cond)
 
 

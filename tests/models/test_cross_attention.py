@@ -14,6 +14,7 @@ from k_diffusion.models import (
     image_transformer_v2 as v2,
 )
 from k_diffusion.models.cross_attention import CrossAttentionBlock, CrossCondition
+from k_diffusion.models.rope import make_axial_pos
 
 NEAR, GLOBAL, NONE = (
     v2.NeighborhoodAttentionSpec(16, 3),
@@ -47,24 +48,33 @@ def inputs(n=3, tokens=4):
     return x, torch.rand(n, generator=g) + 0.1, torch.randn(n, tokens, 6, generator=g)
 
 
+def rotated(q, theta):
+    """RoPE: features i and i + m, of m angles, are turned; the others stay."""
+    m = theta.shape[-1]
+    a, b = q[..., :m], q[..., m : 2 * m]
+    turned = a * theta.cos() - b * theta.sin(), b * theta.cos() + a * theta.sin()
+    return torch.cat([*turned, q[..., 2 * m :]], dim=-1)
+
+
 def test_a_block_is_softmax_attention_to_the_tokens_that_are_seen():
     block = filled(CrossAttentionBlock(16, 8, 5, 6)).double()
     x, cond, tokens = (
         torch.randn(*s, dtype=torch.double) for s in ((2, 3, 2, 16), (2, 5), (2, 4, 6))
     )
     seen = torch.tensor([[True, True, False, True], [False, True, False, False]])
+    pos = make_axial_pos(3, 2, dtype=torch.double).view(3, 2, 2)
     want = x.clone()
     normed = block.norm(x, cond)
     for i in range(2):
         for head in range(2):
             part = slice(8 * head, 8 * head + 8)
-            q = normed[i] @ block.q_proj.weight[part].T
+            q = rotated(normed[i] @ block.q_proj.weight[part].T, block.pos_emb(pos)[..., head, :])
             k = tokens[i][seen[i]] @ block.kv_proj.weight[part].T
             v = tokens[i][seen[i]] @ block.kv_proj.weight[16:][part].T
             cosine = nn.functional.cosine_similarity(q[:, :, None], k, dim=-1)
             y = (block.scale[head] * cosine).softmax(-1) @ v
             want[i] += y @ block.out_proj.weight[:, part].T
-    torch.testing.assert_close(block(x, cond, tokens, seen), want, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(block(x, pos, cond, tokens, seen), want, atol=1e-6, rtol=1e-6)
 
 
 def test_an_untrained_one_changes_nothing():
@@ -72,6 +82,16 @@ def test_an_untrained_one_changes_nothing():
     plain, crossed = filled(make((False, False))), make()
     crossed.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(crossed.eval()(x, sigma, cross_cond=tokens), plain(x, sigma))
+
+
+def test_what_is_attended_to_depends_on_the_place():
+    """Equal queries at all places see two tokens in shares of their own."""
+    block = filled(CrossAttentionBlock(16, 8, 5, 6))
+    pos = make_axial_pos(2, 4).view(2, 4, 2)
+    x, cond = torch.ones(1, 2, 4, 16), torch.zeros(1, 5)
+    change = block(x, pos, cond, torch.randn(1, 2, 6), torch.ones(1, 2, dtype=torch.bool)) - x
+    assert not torch.allclose(change[:, :, 0], change[:, :, 3], atol=1e-3)
+    assert not torch.allclose(change[:, 0], change[:, 1], atol=1e-3)
 
 
 def test_padding_has_no_influence():
