@@ -207,10 +207,9 @@ def model_card(
     """
     config, data = model.config["model"], model.config["dataset"]["type"]
     texts = model.config.get("text")
-    told = model.num_classes or texts or model.config.get("image_condition")
-    kind = "Conditional" if told else "Unconditional"
-    if told == model.num_classes and told:
-        kind = "Class-conditional"
+    told = texts or model.config.get("image_condition")
+    kind = "Class-conditional" if model.num_classes else "Conditional" if told else "Unconditional"
+    prompts = f", prompts={json.dumps(texts['prompts'][:2] or ['...'])}" if texts else ""
     task = "unconditional-image-generation"
     header: dict[str, Any] = {
         "library_name": "k-diffusion",
@@ -250,7 +249,7 @@ def model_card(
         "import k_diffusion as K",
         "",
         f"model = K.load({json.dumps(name)})",
-        "images = K.sample(model, n=16, seed=0)  # PIL images",
+        f"images = K.sample(model, n=16, seed=0{prompts})  # PIL images",
         "```",
         "",
         *_table([("", ""), *facts.items()]),

@@ -12,6 +12,7 @@ from k_diffusion import conditions
 from k_diffusion.data.captions import caption_of
 from k_diffusion.data.training_data import make_training_data
 from k_diffusion.encoders.text import Texts
+from k_diffusion.training.step import batch_loss
 
 MODEL = {"cross_cond_dim": 3, "mapping_cond_dim": 2, "cross_attn_depths": [False, True]}
 TEXT = {"type": "transformers", "location": "nowhere", "max_length": 4, "prompts": ["a", "b"]}
@@ -262,3 +263,43 @@ def test_batches_get_their_condition():
     (batch,) = conditions.conditioned([{"image": images, "caption": ["a", "b"]}], config(), encode)
     shapes = {k: x.shape for k, x in batch.items() if k not in {"image", "caption"}}
     assert shapes == {k: x.shape for k, x in conditions.blank(config(), 2).items()}
+
+
+V1 = {"type": "image_transformer_v1", "patch_size": [2, 2], "width": 64, "depth": 1}
+UNET = {
+    "type": "image_v1", "mapping_out": 16, "depths": [1, 1], "channels": [8, 8],
+    "self_attn_depths": [False, False], "cross_attn_depths": [False, True],
+}  # fmt: skip
+TOLD = {"cross_cond_dim": 3, "mapping_cond_dim": 2}
+
+
+@pytest.mark.parametrize("model", [MODEL, {**UNET, **TOLD}, V1], ids=["v2", "u-net", "v1"])
+def test_every_model_trains_with_its_conditions(model):
+    """The gradient reaches what is told, and guidance goes away from its absence."""
+    of = {k: runs.TINY["model"][k] for k in ("input_channels", "input_size")}
+    of["sigma_sample_density"] = runs.TINY["model"]["sigma_sample_density"]
+    sections = {"model": of | model if "type" in model else model}
+    sections["image_condition"] = {"type": "downsampled", "factor": 2, "dropout_rate": 0.5}
+    if "mapping_cond_dim" in model:
+        sections["text"] = {**TEXT, "dropout_rate": 0.5}
+    made = runs.tiny_config(**sections, dataset={"num_classes": 0})
+    torch.manual_seed(0)
+    net = K.config.make_model(made)
+    for p in net.parameters():
+        p.data += 0.05 * torch.randn(p.shape)
+    denoiser = K.config.make_denoiser_wrapper(made)(net)
+    density = K.config.make_sample_density(made["model"])
+    batch = {"image": torch.randn(4, 1, 8, 8), "caption": ["a", "aa", "aaa", ""]}
+    encoder = encode if "text" in made else None
+    (batch,) = conditions.conditioned([batch], made, encoder)
+    given = {k: batch[k] for k in conditions.blank(made, 4)}
+    for x in given.values():
+        if x.is_floating_point():
+            x.requires_grad_()
+    batch_loss(denoiser, batch, density, made, torch.device("cpu")).mean().backward()
+    for name, x in given.items():
+        assert not x.is_floating_point() or x.grad.any(), name
+    x, sigma = torch.randn(4, 1, 8, 8), torch.ones(4)
+    guided = K.guidance.CFGDenoiser(denoiser, 2.0, **conditions.null(made, "guidance"))
+    with torch.no_grad():
+        assert (guided(x, sigma, **given) - denoiser(x, sigma, **given)).abs().max() > 1e-4

@@ -16,7 +16,7 @@ from ..common.text import need
 from .base import Frozen
 from .weights import given_file
 
-_INSTALL = "transformers"
+_INSTALL = '"k-diffusion[text]"'
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 
 

@@ -145,7 +145,7 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     if args.grid:
         everyone = distributed.gather_shares(accelerator, images, args.n)
         if everyone is not None:
-            columns = grid_columns(len(classes or ()), args.n, *shape[1:])
+            columns = grid_columns(len(classes or args.prompts), args.n, *shape[1:])
             labels = [classes[i % len(classes)] for i in range(args.n)] if classes else None
             labels = labels if args.grid_labels else None
             image_grid(everyone, columns, labels=labels).save(args.grid)

@@ -31,5 +31,7 @@ def sample_demo(
     images = sample_share(accelerator, denoiser, config, seeds, stop=stop, given=given)
     if images is None:
         return None
-    columns = grid_columns(config["dataset"]["num_classes"], n, *images.shape[2:])
+    prompts = (config.get("text") or {}).get("prompts", ())
+    kinds = config["dataset"]["num_classes"] or len(prompts)
+    columns = grid_columns(kinds, n, *images.shape[2:])
     return image_grid(images, columns)
