@@ -113,7 +113,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         accelerator.end_training()
         return
     evaluator = evaluation.make_evaluator(accelerator, args, config, begin, end)
-    validator = validation.make_validation(accelerator, args, config)
+    validator = validation.make_validation(accelerator, args, config, encode)
     shares = stream.Stream(
         len(train_data),
         args.batch_size,

@@ -83,6 +83,18 @@ def test_captions_encoded_beforehand_train_alike(trained, monkeypatch):
     assert len(losses(trained, "told")) == 2
 
 
+def test_held_out_images_are_told_theirs(tmp_path, monkeypatch):
+    """A run that keeps images for validation: of digits at a quarter of their size."""
+    config = {**runs.TINY, "image_condition": {"type": "downsampled", "factor": 4}}
+    config["dataset"] = {"type": "digits", "split": "train"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(generation, "STEPS", 1)
+    train(tmp_path, monkeypatch, "held")
+    with open(tmp_path / "held_metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert 0 < float(rows[-1]["val_loss"]) < 10
+
+
 def test_demo_grids_are_drawn(trained):
     assert Image.open(next(trained.glob("told_demo_*.png"))).size == (52, 2 * 50 + 2)
 
