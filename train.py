@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import k_diffusion as K
-from k_diffusion import distributed, generation, models
+from k_diffusion import conditions, distributed, generation, models
 from k_diffusion.common import console, options
 from k_diffusion.common.files import check_writable
 from k_diffusion.data import stream, training_data
@@ -70,7 +70,9 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
     torch.manual_seed(seed)
     with accelerator.local_main_process_first():  # one process downloads
         train_data = training_data.make_training_data(config, args.config.parent, args.strict_data)
+        encode = conditions.make_training_encoder(config, accelerator.device)
     config["dataset"]["num_classes"] = train_data.num_classes
+    given = conditions.of_data(train_data, config, encode, accelerator.device)
     inner = K.config.make_model(config)
     opt = optim.make_optimizer(config, inner, fused=accelerator.scaler is None)
     place = partial(sharding.place, accelerator)
@@ -111,7 +113,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         accelerator.end_training()
         return
     evaluator = evaluation.make_evaluator(accelerator, args, config, begin, end)
-    validator = validation.make_validation(accelerator, args, config)
+    validator = validation.make_validation(accelerator, args, config, encode)
     shares = stream.Stream(
         len(train_data),
         args.batch_size,
@@ -131,9 +133,10 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
     batches = stream.checked(
         stream.make_loader(train_data, shares, args.num_workers, args.start_method), logger.skip
     )
+    batches = conditions.conditioned(batches, config, encode, accelerator.device)
 
     def make_demo() -> None:
-        rest = config, args.sample_n, state.demo_gen, stop.asked
+        rest = config, args.sample_n, state.demo_gen, stop.asked, given
         with suppress(generation.SamplingStopped):
             logger.image(demo.sample_demo(accelerator, denoiser_ema, *rest), state.step)
 
@@ -141,7 +144,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         if evaluator is not None:
             save()  # what follows takes long
             with suppress(generation.SamplingStopped):
-                found = evaluator.evaluate(denoiser_ema, state, logger.say, stop.asked)
+                found = evaluator.evaluate(denoiser_ema, state, logger.say, stop.asked, given)
                 logger.evaluated(state, found)
                 return True
         return False

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import sampling
 from .common.images import convert_mode, open_image
 from .common.seeds import derive_seed
-from .data.transforms import ImageTransform
+from .data.transforms import fitted
 from .noise import randn_per_seed
 from .solvers.context import Args, Callback, Model
 
@@ -32,12 +32,7 @@ def read_image(
     One of another size is scaled to cover h x w and cropped around its centre, which `say` is told.
     Raises OSError for a file that can't be read, ValueError for channels that pictures don't have.
     """
-    c, h, w = shape
-    transform = ImageTransform((h, w), c)
-    image = open_image(path, None)
-    if image.size != (w, h):
-        say(f"{path} has {image.height} x {image.width} pixels: scaled and cropped to {h} x {w}")
-    return transform(image)[1][None]
+    return fitted(open_image(path, None), str(path), shape, say)
 
 
 def read_mask(path: str | Path, size: Sequence[int]) -> Tensor:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from . import editing, sampling
 from .common.modules import eval_mode
+from .conditions import Given
 from .distributed import any_process, gather_shares, sharded, share
 
 STEPS = 50  # of the images that training shows
@@ -41,6 +42,7 @@ def generate(
     resample: int = 1,
     jump: int = 10,
     static: bool = False,
+    given: Given | None = None,
 ) -> Iterator[torch.Tensor]:
     """Sample one image per seed, batch by batch.
 
@@ -51,7 +53,8 @@ def generate(
     to give up. start: (1, c, h, w), an image that the noise is added to. noise: (1, c, h, w), of
     standard deviation 1, instead of the seeds'. resample, jump: of `editing.sample_resampled`.
     static: the model always sees as many images, for which it was compiled: a last batch of fewer
-    is filled up with images that are thrown away.
+    is filled up with images that are thrown away. given: from places in seeds to the conditions of
+    texts and images, see `conditions`.
 
     Yields (n, c, h, w) in float32, n <= batch_size, in the order of the seeds. Raises ValueError
     for class ids out of range or an unknown sampler, SamplingStopped once `stop` says so.
@@ -73,6 +76,8 @@ def generate(
         cond = {}
         if classes is not None:
             cond["class_cond"] = torch.tensor([classes[i] for i in rows], device=device)
+        if given is not None:
+            cond |= given(rows)
         with eval_mode(model):
             return draw(
                 model,
@@ -135,12 +140,14 @@ def sample_batches(
     sampler_args: Mapping[str, Any] | None = None,
     batch_size: int = 64,
     stop: Callable[[], bool] = lambda: False,
+    given: Given | None = None,
 ) -> Iterator[torch.Tensor]:
     """This process's share of one image per seed, (k, c, h, w) each, with all classes in turn.
 
     The share is seeds i = process, process + processes, ...; STEPS steps on the Karras schedule, in
     the accelerator's precision. stop: asked after each step. Once it is True on any process,
-    SamplingStopped is raised on all of them, when the others are done with their batch.
+    SamplingStopped is raised on all of them, when the others are done with their batch. given: the
+    conditions of images by their numbers, see `conditions`.
     """
     model, num_classes = config["model"], config["dataset"]["num_classes"]
     mine = list(share(accelerator, len(seeds)))
@@ -163,6 +170,7 @@ def sample_batches(
         device=accelerator.device,
         disable=None if accelerator.is_main_process else True,
         stop=stop,
+        given=given and (lambda places: given([mine[i] for i in places])),
     )
     batches = _first(in_context(batches, accelerator.autocast), count)
     return _stopping_together(accelerator, batches, math.ceil(most / batch_size))
@@ -213,13 +221,15 @@ def sample_share(
     *,
     batch_size: int = 64,
     stop: Callable[[], bool] = lambda: False,
+    given: Given | None = None,
 ) -> torch.Tensor | None:
     """One image per seed, shared out over the processes; all of them on the main one, else None.
 
-    stop: as of `sample_batches`.
+    stop, given: as of `sample_batches`.
     """
     model = config["model"]
     shape = model["input_channels"], *model["input_size"]
-    batches = sample_batches(accelerator, denoiser, config, seeds, batch_size=batch_size, stop=stop)
+    rest: dict[str, Any] = {"batch_size": batch_size, "stop": stop, "given": given}
+    batches = sample_batches(accelerator, denoiser, config, seeds, **rest)
     images = torch.cat([torch.empty(0, *shape, device=accelerator.device), *batches])
     return gather_shares(accelerator, images, len(seeds))

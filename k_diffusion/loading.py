@@ -1,23 +1,28 @@
 """A denoiser from a checkpoint file, a folder or a repository of the Hugging Face hub."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from PIL import Image
 from torch import nn
 
-from . import checkpoints
+from . import checkpoints, conditions
 from .common import hub
 from .common.untrusted import get_safetensors_metadata
 from .config import load_config, make_denoiser_wrapper, make_model
+from .encoders.text import TextEncoder
 from .runs import find_checkpoint
 from .snapshots import SNAPSHOT, Average, reconstruct
 
 WEIGHTS = "model.safetensors"  # of a folder that `save_pretrained` wrote
 CONFIG = "config.json"
+
+Picture: TypeAlias = str | Path | Image.Image
 
 
 class Loaded(nn.Module):
@@ -25,11 +30,19 @@ class Loaded(nn.Module):
 
     config: the whole config, a dict with its defaults. sigma_min, sigma_max: the range of noise
     levels to sample in. num_classes: 0 for an unconditional model; others take `class_cond`, whose
-    id num_classes stands for no class. shape: (c, h, w) of an image.
+    id num_classes stands for no class. shape: (c, h, w) of an image. text_encoder: where that of a
+    model of texts is, if not where the config says.
     """
 
-    def __init__(self, denoiser: nn.Module, config: dict[str, Any]):
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        config: dict[str, Any],
+        text_encoder: str | Path | None = None,
+    ):
         super().__init__()
+        self._text = None if text_encoder is None else str(text_encoder)
+        self._encoders: list[TextEncoder] = []  # no part of the module: its weights aren't ours
         self.denoiser = denoiser
         self.training = denoiser.training
         self.config = config
@@ -50,13 +63,33 @@ class Loaded(nn.Module):
         """The network within the denoiser, (x, sigma, **cond) -> F."""
         return self.denoiser.inner_model
 
+    def given(
+        self, prompts: Sequence[str] = (), images: Sequence[Picture] = (), device: Any = "cpu"
+    ) -> conditions.Given | None:
+        """The conditions of samples, in turn, for `generation.generate`; None for a model without.
+
+        prompts: texts. images: pictures or their files. Raises ValueError or OSError for what is
+        missing, or that the model doesn't take.
+        """
+        if self.config.get("text") and not self._encoders:
+            encoder = conditions.make_text_encoder(self.config, device, self._text)
+            assert encoder is not None
+            self._encoders.append(encoder)
+        encoder = self._encoders[0].to(device) if self._encoders else None
+        read = partial(conditions.read_image_condition, self.config, size=self.shape[1:])
+        tensors = torch.cat([read(image) for image in images]) if images else None
+        return conditions.given(self.config, encoder, prompts, tensors, device)
+
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, **cond: Any) -> torch.Tensor:
         """The estimate of the clean images. x: (n, c, h, w), sigma: (n,)."""
         return self.denoiser(x, sigma, **cond)
 
 
 def load(
-    path_or_repo: str | Path, revision: str | None = None, device: torch.device | str = "cpu"
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    device: torch.device | str = "cpu",
+    text_encoder: str | Path | None = None,
 ) -> Loaded:
     """A trained model, ready to sample, from a file, a folder or the Hugging Face hub.
 
@@ -64,7 +97,8 @@ def load(
     weights), a folder with one of them, such as `save_pretrained` writes, a training run's name or
     folder, for its latest checkpoint, or a repository OWNER/NAME of the hub, OWNER/NAME/FILE for
     one of its files. What is here goes before the hub.
-    revision: the hub's branch, tag or commit; a commit is the same model for ever.
+    revision: the hub's branch, tag or commit; a commit is the same model for ever. text_encoder:
+    where that of a model of texts is, if not where its config says; it is loaded once it is needed.
 
     Returns the denoiser in float32 and evaluation mode, on the device. Raises ValueError for a
     damaged file, a folder or repository without weights or with several; FileNotFoundError; and
@@ -75,7 +109,7 @@ def load(
     config = path.with_name(CONFIG)
     stored = path.suffix != ".safetensors" or "config" in get_safetensors_metadata(path)
     given = None if stored or not config.is_file() else config
-    return Loaded(*load_denoiser(path, given)).to(device)
+    return Loaded(*load_denoiser(path, given), text_encoder).to(device)
 
 
 def _find(source: str, revision: str | None) -> Path:

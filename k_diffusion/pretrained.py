@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from . import checkpoints, generation, sampling
+from . import checkpoints, conditions, generation, sampling
 from .common import hub
 from .common.files import writable, write_atomically
 from .common.images import PIL_MODES, from_pil_image, grid_columns, image_grid, to_pil_image
 from .common.modules import n_params
 from .evaluation import report
 from .guidance import CFGDenoiser
-from .loading import CONFIG, WEIGHTS, Loaded
+from .loading import CONFIG, WEIGHTS, Loaded, Picture
 
 GRID = "samples.png"
 
@@ -42,13 +42,18 @@ def sample(
     cfg_scale: float = 1.0,
     schedule: str = "karras",
     batch_size: int = 64,
+    prompts: str | Sequence[str] = (),
+    condition_images: Picture | Sequence[Picture] = (),
 ) -> list[Image.Image]:
     """Images of a model that `load` gave, as n 8-bit PIL images.
 
     model: what `load` returns, or guidance around it. classes: ids that the images have in turn; by
     default all of the model's. seed: image i has seed + i, whatever n and batch_size. sampler: a
     row of `sampling.SAMPLERS`. steps: from sigma_max down to 0. cfg_scale: strength of
-    classifier-free guidance; 1 for none. schedule: a row of `sampling.SCHEDULES`.
+    classifier-free guidance, away from all conditions that training left out; 1 for none. schedule:
+    a row of `sampling.SCHEDULES`. prompts: texts that the images have in turn, of a model that
+    takes texts; by default those of its config. condition_images: pictures or their files, in turn,
+    of a model that takes images, such as small ones for super-resolution.
 
     Raises TypeError for a model without a config, ValueError for an unknown name, for classes that
     the model hasn't got, or images of other channels than pictures have.
@@ -64,11 +69,14 @@ def sample(
     if classes is None and loaded.num_classes:
         classes = range(loaded.num_classes)
     device = next(iter(model.parameters()), torch.empty(0)).device
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if isinstance(condition_images, str | Path | Image.Image):
+        condition_images = [condition_images]
+    given = loaded.given(prompts, condition_images, device)
     if cfg_scale != 1:
-        if not loaded.num_classes:
-            raise ValueError("cfg_scale needs a class-conditional model; this one has no classes")
-        null = torch.tensor([loaded.num_classes], device=device)
-        model = CFGDenoiser(model, cfg_scale, class_cond=null)
+        absent = conditions.null(loaded.config, "cfg_scale")
+        null: dict[str, Any] = {name: x.to(device) for name, x in absent.items()}
+        model = CFGDenoiser(model, cfg_scale, **null)
     batches = generation.generate(
         model,
         loaded.shape,
@@ -79,6 +87,7 @@ def sample(
         sampler=sampler,
         batch_size=batch_size,
         device=device,
+        given=given,
     )
     return [to_pil_image(image) for batch in batches for image in batch]
 
@@ -106,7 +115,8 @@ def save_pretrained(
 
     model: of `load`. metrics: for the card: the results.json of evaluate.py, its rows, or numbers
     by name. dtype: of the weights; fp32, fp16 or bf16. samples: images on the grid; 0 leaves it
-    out, as do images that aren't pictures. Files are model.safetensors, config.json, README.md and
+    out, as do images that aren't pictures, texts without text.prompts and images as conditions. A
+    text encoder is not among the files. Files are model.safetensors, config.json, README.md and
     samples.png. Raises OSError, ValueError.
     """
     _write(model, Path(folder), Path(folder).resolve().name, _rows(metrics), dtype, samples)
@@ -148,7 +158,9 @@ def _write(
     checkpoints.write_inference(path, model.config, model.inner_model.state_dict(), dtype)
     config = json.dumps(model.config, indent=2)
     write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
-    pictures = samples > 0 and model.shape[0] in PIL_MODES
+    texts = model.config.get("text")
+    told = model.config.get("image_condition") or (texts and not texts["prompts"])
+    pictures = samples > 0 and model.shape[0] in PIL_MODES and not told
     if pictures:
         images = torch.stack([from_pil_image(image) for image in sample(model, samples)])
         labels = [i % model.num_classes for i in range(samples)] if model.num_classes else None
@@ -194,7 +206,10 @@ def model_card(
     name: what `load` takes. metrics: rows of evaluate.py's results.json. picture: a file beside it.
     """
     config, data = model.config["model"], model.config["dataset"]["type"]
-    kind = "Class-conditional" if model.num_classes else "Unconditional"
+    texts = model.config.get("text")
+    told = texts or model.config.get("image_condition")
+    kind = "Class-conditional" if model.num_classes else "Conditional" if told else "Unconditional"
+    prompts = f", prompts={json.dumps(texts['prompts'][:2] or ['...'])}" if texts else ""
     task = "unconditional-image-generation"
     header: dict[str, Any] = {
         "library_name": "k-diffusion",
@@ -214,6 +229,7 @@ def model_card(
     facts = {
         "images": f"{h} x {w} pixels, {c} channel{'s' if c > 1 else ''}, in [-1, 1]",
         "classes": str(model.num_classes or "none"),
+        "texts": f"{texts['type']}, {texts['location']}" if texts else "none",
         "data set": data,
         "network": f"{config['type']}, {n_params(model):,} parameters",
         "noise levels": f"{model.sigma_min:g} to {model.sigma_max:g}",
@@ -233,7 +249,7 @@ def model_card(
         "import k_diffusion as K",
         "",
         f"model = K.load({json.dumps(name)})",
-        "images = K.sample(model, n=16, seed=0)  # PIL images",
+        f"images = K.sample(model, n=16, seed=0{prompts})  # PIL images",
         "```",
         "",
         *_table([("", ""), *facts.items()]),

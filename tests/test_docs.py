@@ -64,13 +64,13 @@ def test_ci_runs_the_readmes_test_command():
     ("script", "parser"),
     [
         ("train.py", "k_diffusion/training/args.py"),
-        ("sample.py", "k_diffusion/scripts/sample.py"),
+        ("sample.py", "k_diffusion/scripts/*.py"),
         ("convert_for_inference.py", "convert_for_inference.py"),
     ],
 )
 def test_readme_flags_exist(script, parser):
     readme = "".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
-    source = (ROOT / parser).read_text()
+    source = "".join(path.read_text() for path in ROOT.glob(parser))
     commands = re.findall(rf"{script} (--?\w.*|\w+_\d+\.\w+.*)$", readme, re.M)
     assert commands
     flags = [w for c in commands for w in shlex.split(c, comments=True) if w.startswith("-")]
@@ -153,6 +153,8 @@ PAGES_THAT_RUN = [
 def test_page_runs_from_top_to_bottom(page, checkpoint, tmp_path, monkeypatch):
     if page.name == "wrappers.md":
         pytest.importorskip("diffusers")
+    if page.name == "conditioning.md":
+        pytest.importorskip("transformers")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = "".join(code for language, code in blocks(page) if language == "sh")
     for step in (500, 2000):

@@ -36,6 +36,7 @@ def test_examples_are_short():
         "guide_by_a_loss.py",
         "inpaint.py",
         "sample_stable_diffusion.py",
+        "text_conditional_toy.py",
         "train_on_your_folder.py",
         "write_your_own_sampler.py",
     ]
@@ -93,6 +94,13 @@ def test_inpaint(tmp_path, monkeypatch):
     assert (given == levels).all()
     assert (painted[:, :4] == levels[:, :4]).all()
     assert (painted[:, 4:] != levels[:, 4:]).any()
+
+
+def test_text_conditional_toy(tmp_path, monkeypatch, capsys):
+    args = "green top", "red left", "--steps", 2
+    run_here("text_conditional_toy.py", *args, folder=tmp_path, monkeypatch=monkeypatch)
+    assert re.search(r"mean error \d\.\d", capsys.readouterr().out)
+    assert Image.open(tmp_path / "toy.png").mode == "RGB"
 
 
 @pytest.mark.filterwarnings("ignore")  # theirs about configs

@@ -50,7 +50,9 @@ def load_config(
         overrides = parse_overrides(overrides)
     typed = parse(_overridden(raw, overrides), strict=strict and not from_checkpoint)
     # sections of unknown types are not of the fields' types
-    return typed.model_dump(warnings="none") | {"model": _dump_model(typed.model)}
+    optional = {key for key in ("text", "image_condition") if getattr(typed, key) is None}
+    dumped = typed.model_dump(warnings="none", exclude=optional)
+    return dumped | {"model": _dump_model(typed.model)}
 
 
 def _overridden(raw: Mapping[str, Any], overrides: Mapping[str, Any], path: str = "") -> Any:

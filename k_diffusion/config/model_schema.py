@@ -15,6 +15,7 @@ from ..models.attention import (
     NoAttentionSpec,
     ShiftedWindowAttentionSpec,
 )
+from ..models.cross_attention import D_HEAD as CROSS_D_HEAD, check_levels
 from ..models.image_transformer_v1 import D_HEAD, ImageTransformerDenoiserModelV1
 from ..models.image_transformer_v2 import (
     ImageTransformerDenoiserModelV2,
@@ -95,7 +96,10 @@ Attention = Annotated[
 
 
 class Model(DenoiserSection):
-    """What every model type has. Sizes are in pixels, (height, width)."""
+    """What every model type has. Sizes are in pixels, (height, width).
+
+    unet_cond_dim: channels of an image that is concatenated to the input; 0 for none.
+    """
 
     input_channels: Positive
     input_size: Size | None = None
@@ -104,6 +108,7 @@ class Model(DenoiserSection):
     sigma_sample_density: Density
     augment_prob: Probability = 0.0
     augment_wrapper: bool = False
+    unet_cond_dim: Count = 0
     skip_stages: Count = 0
 
     @model_validator(mode="after")
@@ -169,7 +174,6 @@ class ImageV1(Model):
     self_attn_depths: list[bool]
     cross_attn_depths: list[bool] | None = None
     mapping_cond_dim: Count = 0
-    unet_cond_dim: Count = 0
     cross_cond_dim: Count = 0
     dropout_rate: Rate = 0.0
     augment_wrapper: bool = True
@@ -246,6 +250,7 @@ class ImageTransformerV1(Model):
             sigma_data=self.sigma_data,
             attn_backend=self.attn_backend,
             learned_weighting=self.learned_weighting,
+            unet_cond_dim=self.unet_cond_dim,
         )
 
 
@@ -254,7 +259,9 @@ class ImageTransformerV2(Model):
 
     d_ffs, mapping_d_ff: 3 times the width where not given. self_attns: neighborhood attention with
     kernel_size 7 below and global attention on top. dropout_rate: one for all levels or one each.
-    patch_bottleneck: features between a patch and its token; 0 for none.
+    patch_bottleneck: features between a patch and its token; 0 for none. cross_cond_dim: features
+    of a token that cross-attention sees; 0 for none. cross_attn_depths: which levels have it; all
+    where not given.
     """
 
     type: Literal["image_transformer_v2"]
@@ -269,6 +276,8 @@ class ImageTransformerV2(Model):
     mapping_d_ff: Positive | None = None
     mapping_dropout_rate: Rate = 0.0
     mapping_cond_dim: Count = 0
+    cross_cond_dim: Count = 0
+    cross_attn_depths: list[bool] | None = None
     patch_bottleneck: Count = 0
 
     @model_validator(mode="after")
@@ -288,6 +297,11 @@ class ImageTransformerV2(Model):
             self_attns=self.self_attns,
             dropout_rate=self.dropout_rate,
         )
+        self._same_lengths(depths=self.depths, cross_attn_depths=self._crosses)
+        try:
+            check_levels(self._crosses, self.cross_cond_dim)
+        except ValueError as error:
+            raise fail(str(error), "cross_attn_depths") from None
         _divisible(self.input_size, self.patch_size, n)
         for level, attn in enumerate(self.self_attns):
             self._check_attention(level, attn)
@@ -301,6 +315,8 @@ class ImageTransformerV2(Model):
     def _check_attention(self, level: int, attn: Any) -> None:
         geometry, where = attn.build(), f"self_attns[{level}]"
         if isinstance(geometry, NoAttentionSpec):
+            if self._crosses[level]:
+                _check_heads(GlobalAttentionSpec(CROSS_D_HEAD), self.widths[level], where)
             return
         _check_heads(geometry, self.widths[level], where)
         # A neighborhood larger than the grid is left to `build`: a config that never makes its
@@ -321,7 +337,7 @@ class ImageTransformerV2(Model):
                     self._check_grid(geometry, i)
                 except ValueError as error:
                     raise ConfigError(f"model.self_attns[{i}]: {error}") from None
-            levels.append(LevelSpec(depth, width, d_ff or 0, geometry, dropout))
+            levels.append(LevelSpec(depth, width, d_ff or 0, geometry, dropout, self._crosses[i]))
         return ImageTransformerDenoiserModelV2(
             levels,
             MappingSpec(
@@ -337,7 +353,14 @@ class ImageTransformerV2(Model):
             mapping_cond_dim=self.mapping_cond_dim,
             patch_bottleneck=self.patch_bottleneck,
             learned_weighting=self.learned_weighting,
+            cross_cond_dim=self.cross_cond_dim,
+            unet_cond_dim=self.unet_cond_dim,
         )
+
+    @property
+    def _crosses(self) -> list[bool]:
+        given = self.cross_attn_depths
+        return [self.cross_cond_dim > 0] * len(self.depths) if given is None else given
 
     @property
     def _rates(self) -> list[float]:

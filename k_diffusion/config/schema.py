@@ -21,7 +21,8 @@ from .base import (
     is_strict,
     keep_unknown,
 )
-from .model_schema import AnyModel
+from .condition_schema import AnyImageCondition, AnyText, Downsampled
+from .model_schema import AnyModel, Model
 
 # ---------------------------------------------------------------- data sets
 
@@ -30,14 +31,16 @@ class Dataset(Section):
     """What every data set has. num_classes 0: unconditional.
 
     cond_dropout_rate: how often training replaces a class by "no class". image_key, class_key:
-    where an item of the data set holds its image and class. background: the colour that shows
-    through transparent images.
+    where an item of the data set holds its image and class. caption_key: where it holds its
+    caption; of images in files, the ending of the text file beside each. background: the colour
+    that shows through transparent images.
     """
 
     num_classes: Count = 0
     cond_dropout_rate: Probability = 0.1
     image_key: int | str = 0
     class_key: int | str = 1
+    caption_key: int | str = 2
     background: Colour = "white"
 
 
@@ -84,6 +87,7 @@ class ImageFolderDataset(LocatedDataset):
     """All images below a folder. split test: every fifth of them, by path. train: the others."""
 
     type: Literal["imagefolder"]
+    caption_key: int | str = "txt"
     split: Literal["all", "train", "test"] = "all"
 
 
@@ -94,6 +98,7 @@ class ImageFolderClassDataset(LocatedDataset):
     """
 
     type: Literal["imagefolder-class"]
+    caption_key: int | str = "txt"
     num_classes: Count | None = None  # type: ignore[assignment]
     split: Literal["all", "train", "test"] = "all"
 
@@ -106,6 +111,7 @@ class HuggingFaceDataset(Dataset):
     split: str = "train"
     image_key: int | str = "image"
     class_key: int | str = "label"
+    caption_key: int | str = "text"
 
 
 class CustomDataset(Dataset):
@@ -269,6 +275,8 @@ class Config(Section):
     schema_: str | None = Field(None, alias="$schema", exclude=True)
     model: AnyModel
     dataset: AnyDataset = ImageFolderDataset(type="imagefolder")
+    text: AnyText | None = None
+    image_condition: AnyImageCondition | None = None
     optimizer: AnyOptimizer = Adam(type="adamw")
     lr_sched: AnySched = ConstantSched(type="constant")
     ema_sched: EMASched = EMASched()
@@ -281,6 +289,34 @@ class Config(Section):
                 f"{least} is above optimizer.lr, {self.optimizer.lr}, so that the rate would rise",
                 "lr_sched.min_lr",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _conditions(self) -> "Config":
+        """Fills in the image's channels. Widths of texts are their encoder's, not known here."""
+        model = self.model
+        if not isinstance(model, Model):
+            return self
+        keys = "cross_cond_dim", "mapping_cond_dim"
+        if self.text is not None and not any(getattr(model, key, 0) for key in keys):
+            raise fail(f"needs a model.{' or model.'.join(keys)} to be told by", "text")
+        if self.image_condition is None:
+            return self
+        wanted = self.image_condition.width(model.input_channels)
+        if model.unet_cond_dim not in {0, wanted}:
+            raise fail(
+                f"is {model.unet_cond_dim}, but image_condition has {wanted} channels; leave it "
+                "out",
+                "model.unet_cond_dim",
+            )
+        model.unet_cond_dim = wanted
+        if isinstance(self.image_condition, Downsampled) and model.input_size is not None:
+            factor = self.image_condition.factor
+            if any(side % factor for side in model.input_size):
+                raise fail(
+                    f"{factor} must divide model.input_size {model.input_size}",
+                    "image_condition.factor",
+                )
         return self
 
 

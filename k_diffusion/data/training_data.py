@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from ..common import memory
 from ..common.images import CorruptImageError
+from .captions import PairedImages, caption_of
 from .datasets import make_dataset
 from .transforms import ImageTransform
 
@@ -18,7 +19,8 @@ class TrainingData(Dataset[dict[str, Any]]):
     """A data set whose items are drawn by (index, seed) and come as dicts.
 
     Of an item: `image`, `original`, `aug_cond`, `index`, with classes also `class`, and `skipped`,
-    the paths of corrupt images that the next image stood in for (an error with strict=True).
+    the paths of corrupt images that the next image stood in for (an error with strict=True). With
+    a caption_key also `caption`, and with paired images `paired_image` and `paired_original`.
     """
 
     def __init__(
@@ -28,8 +30,11 @@ class TrainingData(Dataset[dict[str, Any]]):
         image_key: int | str = 0,
         class_key: int | str = 1,
         strict: bool = False,
+        caption_key: int | str | None = None,
+        paired: PairedImages | None = None,
     ):
         self.data = data
+        self.caption_key, self.paired = caption_key, paired
         self.num_classes = num_classes
         self.image_key, self.class_key = image_key, class_key
         self.strict = strict
@@ -49,12 +54,13 @@ class TrainingData(Dataset[dict[str, Any]]):
         return self.__getitems__([draw])[0]
 
     def _draw(self, index: int, seed: int) -> dict[str, Any]:
-        torch.default_generator.manual_seed(seed)
         skipped: list[str] = []
         while True:
+            torch.default_generator.manual_seed(seed)
             try:
                 item = self.data[index]
                 image, original, aug_cond = self._image_of(item, index)
+                paired = self._paired(index, seed)
                 break
             except CorruptImageError as error:
                 if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
@@ -64,7 +70,9 @@ class TrainingData(Dataset[dict[str, Any]]):
         out = {"image": image, "original": original, "aug_cond": aug_cond, "index": index}
         if self.num_classes:
             out["class"] = self._class_of(item, index)
-        return {**out, "skipped": "\n".join(skipped)}
+        if self.caption_key is not None:
+            out["caption"] = caption_of(self.data, item, index, self.caption_key)
+        return {**out, **paired, "skipped": "\n".join(skipped)}
 
     def _image_of(self, item: Any, index: int) -> Any:
         try:
@@ -82,6 +90,14 @@ class TrainingData(Dataset[dict[str, Any]]):
             error.filename = f"item {index}, which is NaN or infinite somewhere"
             raise error
         return image, original, aug_cond
+
+    def _paired(self, index: int, seed: int) -> dict[str, torch.Tensor]:
+        """The paired image, augmented by the random numbers that augmented the image."""
+        if self.paired is None:
+            return {}
+        torch.default_generator.manual_seed(seed)
+        image, original, _ = self.paired[index]
+        return {"paired_image": image, "paired_original": original}
 
     def _class_of(self, item: Any, index: int) -> int:
         try:
@@ -110,14 +126,22 @@ def make_training_data(
     h, w = model["input_size"]
     pixels = model["input_channels"] * h * w
     memory.check(20 * pixels, f"an image of {h} x {w}", "make model.input_size smaller")
-    transform = ImageTransform(
-        (h, w), model["input_channels"], model["augment_prob"], section["background"]
-    )
-    data = make_dataset(section, transform, folder)
+
+    def transform(channels: int) -> ImageTransform:
+        return ImageTransform((h, w), channels, model["augment_prob"], section["background"])
+
+    data = make_dataset(section, transform(model["input_channels"]), folder)
     num_classes = section["num_classes"]
     if num_classes is None:
         num_classes = len(data.counts)  # type: ignore[attr-defined]
     keys = section["image_key"], section["class_key"]
-    made = TrainingData(data, num_classes, *keys, strict)
+    more: dict[str, Any] = {}
+    if config.get("text"):
+        more["caption_key"] = section["caption_key"]
+    condition = config.get("image_condition") or {}
+    if condition.get("type") == "paired":
+        of = transform(condition["channels"])
+        more["paired"] = PairedImages(data, condition["location"], of)
+    made = TrainingData(data, num_classes, *keys, strict, **more)
     made[0, 0]  # a data set that gives something else is known before anything is written
     return made

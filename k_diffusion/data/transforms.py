@@ -1,5 +1,7 @@
 """From the image of a data set to what a model is trained on."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from PIL import Image, ImageOps
 
@@ -36,3 +38,18 @@ class ImageTransform:
         if image.size != (w, h):
             image = ImageOps.fit(image, (w, h), Image.Resampling.BICUBIC)
         return self.augment(image)
+
+
+def fitted(
+    image: Image.Image, name: str, shape: Sequence[int], say: Callable[[str], object]
+) -> torch.Tensor:
+    """A picture as a model of images (c, h, w) takes it: (1, c, h, w) in [-1, 1].
+
+    One of another size is scaled to cover h x w and cropped around its centre, which `say` is told,
+    with its name. Raises ValueError for channels that pictures don't have.
+    """
+    c, h, w = shape
+    transform = ImageTransform((h, w), c)
+    if image.size != (w, h):
+        say(f"{name} has {image.height} x {image.width} pixels: scaled and cropped to {h} x {w}")
+    return transform(image)[1][None]

@@ -12,7 +12,34 @@ from torch import Tensor, nn
 _MAX = 10.0
 
 
-class Encoder(nn.Module):
+class Frozen(nn.Module):
+    """A network that others trained: it stays in eval mode, and its parameters have no gradient.
+
+    name: what it is called.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def train(self, mode: bool = True) -> "Frozen":
+        """Does nothing: an encoder stays in eval mode, whatever module it is a part of."""
+        return super().train(False)
+
+    def fingerprint(self) -> str:
+        """A short digest of the weights: features of two fingerprints can't be compared."""
+        digest = hashlib.sha256(self.name.encode())
+        for name, value in self.state_dict().items():
+            total = value.double().sum().item() if value.numel() else 0.0
+            digest.update(f"{name} {tuple(value.shape)} {total!r}".encode())
+        return digest.hexdigest()[:16]
+
+    def freeze(self, device: torch.device | str = "cpu") -> Any:
+        """The encoder itself, on `device`, its parameters without gradients."""
+        return self.to(device).eval().requires_grad_(False)
+
+
+class Encoder(Frozen):
     """A frozen network from images (n, c, h, w) in [-1, 1] to features (n, width).
 
     It stays in eval mode, and its parameters have no gradient; that of the images is kept. Images
@@ -33,27 +60,11 @@ class Encoder(nn.Module):
         mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
     ):
-        super().__init__()
-        self.name, self.width = name, width
+        super().__init__(name)
+        self.width = width
         self.size: tuple[int, int] | None = (size, size) if isinstance(size, int) else size
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
-
-    def train(self, mode: bool = True) -> "Encoder":
-        """Does nothing: an encoder stays in eval mode, whatever module it is a part of."""
-        return super().train(False)
-
-    def fingerprint(self) -> str:
-        """A short digest of the weights: features of two fingerprints can't be compared."""
-        digest = hashlib.sha256(self.name.encode())
-        for name, value in self.state_dict().items():
-            total = value.double().sum().item() if value.numel() else 0.0
-            digest.update(f"{name} {tuple(value.shape)} {total!r}".encode())
-        return digest.hexdigest()[:16]
-
-    def freeze(self, device: torch.device | str = "cpu") -> Any:
-        """The encoder itself, on `device`, its parameters without gradients."""
-        return self.to(device).eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """The features (n, width) of images (n, c, h, w) in [-1, 1], c of 3 or 1.

@@ -87,3 +87,13 @@ class ConditionedModel(nn.Module):
     ) -> list[dict[str, object]]:
         """Optimizer groups: main with and without weight decay, then the mapping network's."""
         return tagged_param_groups(self, base_lr, mapping_lr_scale)
+
+
+def with_image(x: torch.Tensor, unet_cond: torch.Tensor | None, channels: int) -> torch.Tensor:
+    """A model's input with the image that it is conditioned on as further channels.
+
+    x: (n, c, h, w). unet_cond: (n, channels, h, w), None where a model has 0 channels of it.
+    Raises ValueError for another shape.
+    """
+    check_shape("unet_cond", unet_cond, (len(x), channels, *x.shape[2:]), wanted=channels)
+    return x if unet_cond is None else torch.cat([x, unet_cond.to(x.dtype)], dim=1)

@@ -11,7 +11,7 @@ from torch import nn
 from .attention import GlobalAttentionSpec
 from .autograd import needs_plain_ops
 from .checks import check_floats, check_multiple, check_shape, check_type
-from .conditioning import ConditionedModel
+from .conditioning import ConditionedModel, with_image
 from .flags import checkpoint
 from .levels import Level, transformer_level
 from .perturbation import Perturbation, run_blocks
@@ -152,6 +152,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
     sigma_data: kept as an attribute alone; scaling the input is the part of `K.Denoiser`.
     attn_backend: forces a backend of the attention; None takes the best that can run.
     learned_weighting: add what `K.Denoiser` needs to learn the weighting of its loss.
+    unet_cond_dim: channels of an image that is concatenated to the input; 0 for none.
     Raises ValueError if d_model isn't a multiple of 64.
     """
 
@@ -170,9 +171,10 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         sigma_data: float = 1.0,
         attn_backend: str | None = None,
         learned_weighting: bool = False,
+        unet_cond_dim: int = 0,
     ):
         super().__init__()
-        self.in_features = in_features
+        self.in_features, self.unet_cond_dim = in_features, unet_cond_dim
         self.d_model = d_model
         self.patch_h, self.patch_w = patch_size
         self.sigma_data = sigma_data
@@ -181,7 +183,8 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         self.add_conditioning(
             lambda: MappingNetwork(MAPPING_DEPTH, d_model, d_ff, dropout), d_model, num_classes
         )
-        self.in_proj = Linear(in_features * patch_area, d_model, bias=False)
+        features = (in_features + unet_cond_dim) * patch_area
+        self.in_proj = Linear(features, d_model, bias=False)
         self.blocks = nn.ModuleList(
             TransformerBlock(d_model, d_ff, dropout, attn_backend) for _ in range(n_layers)
         )
@@ -203,13 +206,15 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         class_cond: torch.Tensor | None = None,
         perturbation: Perturbation | None = None,
         return_uncertainty: bool = False,
+        unet_cond: torch.Tensor | None = None,
     ) -> Any:
         """The network's output for a preconditioned input at noise levels `sigma`.
 
         x: (n, in_features, h, w), h and w multiples of the patch size. sigma: (n,). aug_cond:
         (n, 9), zeros if None. class_cond: (n,) integers below num_classes. perturbation: blocks
-        to weaken. Returns (n, out_features, h, w), and with return_uncertainty u, (n,), too. Raises
-        ValueError for other shapes and for a missing class_cond.
+        to weaken. unet_cond: (n, unet_cond_dim, h, w). Returns (n, out_features, h, w), and with
+        return_uncertainty u, (n,), too. Raises ValueError for other shapes and for a condition
+        that is missing or not known to the model.
         """
         check_shape("x", x, ("n", self.in_features, "h", "w"))
         _, _, h, w = x.shape
@@ -220,6 +225,7 @@ class ImageTransformerDenoiserModelV1(ConditionedModel):
         cond = self.condition(sigma, aug_cond, class_cond)
 
         patches = {"p": self.patch_h, "q": self.patch_w}
+        x = with_image(x, unet_cond, self.unet_cond_dim)
         x = self.in_proj(rearrange(x, "n c (h p) (w q) -> n h w (c p q)", **patches))
         pixel = self.patch_h / self.patch_w
         pos = make_axial_pos(x.shape[1], x.shape[2], pixel, device=x.device)

@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import nn
 
 from .attention import (
@@ -18,9 +17,18 @@ from .attention import (
 )
 from .autograd import normalize_and_rotate
 from .checks import check_floats, check_multiple, check_shape, check_type
-from .conditioning import ConditionedModel
+from .conditioning import ConditionedModel, with_image
+from .cross_attention import (
+    D_HEAD,
+    Cross,
+    CrossAttentionBlock,
+    CrossCondition,
+    check_cross,
+    check_levels,
+)
 from .flags import checkpoint, get_rope_parity
 from .levels import Level as LevelDescription, transformer_level
+from .patches import BottleneckTokenMerge, TokenMerge, TokenSplit, TokenSplitWithoutSkip
 from .perturbation import Perturbation, run_blocks
 from .rope import AxialRoPE, apply_rotary_emb, apply_rotary_emb_, cos_sin, make_axial_pos
 from .transformer import (
@@ -81,13 +89,17 @@ AttentionSpec = (
 
 @dataclass
 class LevelSpec:
-    """One level of the hourglass, from the pixels up; the last one is the middle."""
+    """One level of the hourglass, from the pixels up; the last one is the middle.
+
+    cross_attn: whether its blocks have cross-attention, too, of heads as self_attn's.
+    """
 
     depth: int
     width: int
     d_ff: int
     self_attn: AttentionSpec
     dropout: float
+    cross_attn: bool = False
 
 
 @dataclass
@@ -147,11 +159,11 @@ class SelfAttentionBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, if the level has any, then feed-forward."""
+    """Self-attention and cross-attention, where the level has them, then feed-forward."""
 
     compile_unit = True
 
-    def __init__(self, spec: LevelSpec, cond_features: int, index: int):
+    def __init__(self, spec: LevelSpec, cond_features: int, index: int, cross_features: int = 0):
         super().__init__()
         geometry = spec.self_attn
         if isinstance(geometry, ShiftedWindowAttentionSpec):
@@ -162,14 +174,32 @@ class TransformerBlock(nn.Module):
             if isinstance(geometry, NoAttentionSpec)
             else SelfAttentionBlock(spec.width, geometry, cond_features, spec.dropout)
         )
+        self.cross_attn = (
+            CrossAttentionBlock(
+                spec.width,
+                getattr(geometry, "d_head", D_HEAD),
+                cond_features,
+                cross_features,
+                spec.dropout,
+            )
+            if spec.cross_attn
+            else None
+        )
         self.ff = FeedForwardBlock(spec.width, spec.d_ff, cond_features, spec.dropout)
 
     def forward(
-        self, x: torch.Tensor, pos: torch.Tensor, cond: torch.Tensor, identity: bool = False
+        self,
+        x: torch.Tensor,
+        pos: torch.Tensor,
+        cond: torch.Tensor,
+        identity: bool = False,
+        cross: Cross | None = None,
     ) -> torch.Tensor:
         """x: (n, h, w, width). pos: (h, w, 2). cond: (n, cond_features)."""
         if self.self_attn is not None:
             x = checkpoint(self.self_attn, x, pos, cond, identity)
+        if self.cross_attn is not None and cross is not None:
+            x = checkpoint(self.cross_attn, x, pos, cond, *cross)
         return checkpoint(self.ff, x, cond)
 
 
@@ -180,9 +210,11 @@ class Level(nn.ModuleList):
     the way down, so that shifted windows alternate through all of them.
     """
 
-    def __init__(self, spec: LevelSpec, cond_features: int, start: int = 0):
+    def __init__(
+        self, spec: LevelSpec, cond_features: int, start: int = 0, cross_features: int = 0
+    ):
         indices = range(start, start + spec.depth)
-        super().__init__(TransformerBlock(spec, cond_features, i) for i in indices)
+        super().__init__(TransformerBlock(spec, cond_features, i, cross_features) for i in indices)
 
     def forward(
         self,
@@ -190,66 +222,11 @@ class Level(nn.ModuleList):
         cond: torch.Tensor,
         perturbation: Perturbation | None = None,
         name: str = "",
+        cross: Cross | None = None,
     ) -> torch.Tensor:
         """x: (n, h, w, width). cond: (n, cond_features). name: the level's, for perturbations."""
         pos = make_axial_pos(x.shape[1], x.shape[2], device=x.device).view(*x.shape[1:3], 2)
-        return run_blocks(self, x, pos, cond, perturbation, name)
-
-
-class TokenMerge(nn.Module):
-    """Joins each patch of tokens into one: (..., h, w, c) to (..., h / ph, w / pw, out)."""
-
-    def __init__(self, in_features: int, out_features: int, patch_size: Sequence[int] = (2, 2)):
-        super().__init__()
-        self.h, self.w = patch_size
-        self.proj = apply_wd(Linear(in_features * self.h * self.w, out_features, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Merge patches of tokens. x: (n, h, w, d)."""
-        x = rearrange(x, "... (h nh) (w nw) e -> ... h w (nh nw e)", nh=self.h, nw=self.w)
-        return self.proj(x)
-
-
-class BottleneckTokenMerge(TokenMerge):
-    """TokenMerge by way of a few features, as natural images lie near few dimensions (JiT)."""
-
-    def __init__(
-        self, in_features: int, out_features: int, patch_size: Sequence[int], bottleneck: int
-    ):
-        super().__init__(in_features, bottleneck, patch_size)
-        self.expand = apply_wd(Linear(bottleneck, out_features, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Merge patches of tokens. x: (n, h, w, d)."""
-        return self.expand(super().forward(x))
-
-
-class TokenSplitWithoutSkip(nn.Module):
-    """Splits each token into a patch: (..., h, w, c) to (..., h * ph, w * pw, out)."""
-
-    def __init__(self, in_features: int, out_features: int, patch_size: Sequence[int] = (2, 2)):
-        super().__init__()
-        self.h, self.w = patch_size
-        self.proj = apply_wd(Linear(in_features, out_features * self.h * self.w, bias=False))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Split tokens into patches. x: (n, h, w, d)."""
-        x = self.proj(x)
-        return rearrange(x, "... h w (nh nw e) -> ... (h nh) (w nw) e", nh=self.h, nw=self.w)
-
-
-class TokenSplit(TokenSplitWithoutSkip):
-    """Splits each token into a patch and merges it into the skip by a learned lerp.
-
-    x: (..., h, w, c), skip: (..., h * ph, w * pw, out); returns the shape of skip.
-    """
-
-    def __init__(self, in_features: int, out_features: int, patch_size: Sequence[int] = (2, 2)):
-        super().__init__(in_features, out_features, patch_size)
-        self.fac = nn.Parameter(torch.ones(1) * 0.5)
-
-    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return torch.lerp(skip, super().forward(x), self.fac.to(x.dtype))
+        return run_blocks(self, x, pos, cond, perturbation, name, cross=cross)
 
 
 # ---------------------------------------------------------------- the model
@@ -264,7 +241,9 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
     (a config adds that row); 0 for a model without classes.
     mapping_cond_dim: width of a free-form condition; 0 for none. patch_bottleneck: features between
     a patch and its token (JiT, arXiv 2511.13720); 0 for none. learned_weighting: add what
-    `K.Denoiser` needs to learn the weighting of its loss.
+    `K.Denoiser` needs to learn the weighting of its loss. cross_cond_dim: features of a token that
+    the levels' cross-attention sees; 0 for none. unet_cond_dim: channels of an image that is
+    concatenated to the input; 0 for none.
 
     Sizes of an image must be multiples of patch_size * 2 ** (len(levels) - 1).
     """
@@ -282,17 +261,22 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         mapping_cond_dim: int = 0,
         patch_bottleneck: int = 0,
         learned_weighting: bool = False,
+        cross_cond_dim: int = 0,
+        unet_cond_dim: int = 0,
     ):
         super().__init__()
+        check_levels([level.cross_attn for level in levels], cross_cond_dim)
         self.in_channels = in_channels
+        self.unet_cond_dim, self.cross_cond_dim = unet_cond_dim, cross_cond_dim
         self.widths = [level.width for level in levels]
         self.size_multiple = tuple(p * 2 ** (len(levels) - 1) for p in patch_size)
         width, cond_features = levels[0].width, mapping.width
 
+        channels = in_channels + unet_cond_dim
         self.patch_in = (
-            BottleneckTokenMerge(in_channels, width, patch_size, patch_bottleneck)
+            BottleneckTokenMerge(channels, width, patch_size, patch_bottleneck)
             if patch_bottleneck
-            else TokenMerge(in_channels, width, patch_size)
+            else TokenMerge(channels, width, patch_size)
         )
         self.add_conditioning(
             lambda: MappingNetwork(mapping.depth, cond_features, mapping.d_ff, mapping.dropout),
@@ -304,9 +288,9 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         # Weights are drawn level by level; saved optimizer states go by the order of registration.
         self.down_levels, self.up_levels = nn.ModuleList(), nn.ModuleList()
         for spec in outer:
-            self.down_levels.append(Level(spec, cond_features))
-            self.up_levels.append(Level(spec, cond_features, start=spec.depth))
-        self.mid_level = Level(middle, cond_features)
+            self.down_levels.append(Level(spec, cond_features, 0, cross_cond_dim))
+            self.up_levels.append(Level(spec, cond_features, spec.depth, cross_cond_dim))
+        self.mid_level = Level(middle, cond_features, 0, cross_cond_dim)
         pairs = list(pairwise(levels))
         self.merges = nn.ModuleList(TokenMerge(low.width, up.width) for low, up in pairs)
         self.splits = nn.ModuleList(TokenSplit(up.width, low.width) for low, up in pairs)
@@ -314,6 +298,7 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         self.out_norm = RMSNorm(width)
         self.patch_out = TokenSplitWithoutSkip(width, out_channels, patch_size)
         zero_init(self.patch_out.proj)
+        self.cross_cond = CrossCondition(cross_cond_dim) if cross_cond_dim else None
         self.add_uncertainty(learned_weighting)
 
     def forward(
@@ -325,12 +310,19 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         mapping_cond: torch.Tensor | None = None,
         perturbation: Perturbation | None = None,
         return_uncertainty: bool = False,
+        unet_cond: torch.Tensor | None = None,
+        cross_cond: torch.Tensor | None = None,
+        cross_cond_padding: torch.Tensor | None = None,
     ) -> Any:
         """The network's output for a preconditioned input at noise levels `sigma`.
 
         x: (n, in_channels, h, w). sigma: (n,). aug_cond: (n, 9), zeros if None. class_cond: (n,)
         integers below num_classes. mapping_cond: (n, mapping_cond_dim). perturbation: blocks to
-        weaken. Returns (n, out_channels, h, w), and with return_uncertainty u, (n,), too. Raises
+        weaken. unet_cond: (n, unet_cond_dim, h, w). cross_cond: (n, tokens, cross_cond_dim).
+        cross_cond_padding: (n, tokens), nonzero where a token is padding; an item that has only
+        padding sees the learned null token, as all do without cross_cond.
+
+        Returns (n, out_channels, h, w), and with return_uncertainty u, (n,), too. Raises
         ValueError for other shapes, and for conditions missing or not known to the model.
         """
         check_shape("x", x, ("n", self.in_channels, "h", "w"))
@@ -341,16 +333,18 @@ class ImageTransformerDenoiserModelV2(ConditionedModel):
         check_type("x", x, self.patch_in.proj)
         self._check_attention(x.shape[2], x.shape[3])
         cond = self.condition(sigma, aug_cond, class_cond, mapping_cond)
-        x = self.patch_in(x.movedim(1, -1))
+        check_cross(cross_cond, cross_cond_padding, len(x), self.cross_cond_dim)
+        cross = self.cross_cond and self.cross_cond(cross_cond, cross_cond_padding, len(x))
+        x = self.patch_in(with_image(x, unet_cond, self.unet_cond_dim).movedim(1, -1))
         skips = []
         for i, (level, merge) in enumerate(zip(self.down_levels, self.merges)):
-            x = level(x, cond, perturbation, f"down_levels.{i}")
+            x = level(x, cond, perturbation, f"down_levels.{i}", cross)
             skips.append(x)
             x = merge(x)
-        x = self.mid_level(x, cond, perturbation, "mid_level")
+        x = self.mid_level(x, cond, perturbation, "mid_level", cross)
         ups = enumerate(zip(self.up_levels, self.splits, skips))
         for i, (level, split, skip) in reversed(list(ups)):
-            x = level(split(x, skip), cond, perturbation, f"up_levels.{i}")
+            x = level(split(x, skip), cond, perturbation, f"up_levels.{i}", cross)
         x = self.patch_out(self.out_norm(x)).movedim(-1, 1)
         return self.with_uncertainty(x, sigma) if return_uncertainty else x
 

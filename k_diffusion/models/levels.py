@@ -27,9 +27,16 @@ class Level:
 
 
 def transformer_level(h: int, w: int, width: int, depth: str, blocks: Iterable[Any]) -> Level:
-    """The level of transformer blocks, which have their attention, or None, as `self_attn`."""
+    """The level of transformer blocks, which have their attention, or None, as `self_attn` and
+    `cross_attn`."""
+    blocks = list(blocks)
     attns = [block.self_attn for block in blocks if block.self_attn is not None]
-    if not attns:
+    cross = [block.cross_attn for block in blocks if getattr(block, "cross_attn", None) is not None]
+    if not attns and not cross:
         return Level(h, w, width, depth, 0, (), "none", "-")
+    if not attns:
+        heads = cross[0].n_heads
+        return Level(h, w, width, depth, heads, (cross[0].heads,), "cross", "sdpa")
     geometries = tuple(dict.fromkeys(attn.geometry for attn in attns))
-    return Level(h, w, width, depth, attns[0].n_heads, geometries, geometries[0].describe())
+    name = geometries[0].describe() + (" and cross" if cross else "")
+    return Level(h, w, width, depth, attns[0].n_heads, geometries, name)

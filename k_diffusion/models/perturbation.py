@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,14 +64,15 @@ def run_blocks(
     cond: torch.Tensor,
     perturbation: Perturbation | None,
     name: str,
+    **more: Any,
 ) -> torch.Tensor:
     """A transformer's blocks, one after the other. name: of their list in the model.
 
-    x: (n, h, w, width). pos: (h, w, 2). cond: (n, cond_features).
+    x: (n, h, w, width). pos: (h, w, 2). cond: (n, cond_features). more: what else blocks take.
     """
     for i, block in enumerate(blocks):
         if perturbation is None:
-            x = block(x, pos, cond)
+            x = block(x, pos, cond, **more)
         elif not perturbation.skips(f"{name}.{i}"):
-            x = block(x, pos, cond, perturbation.unmixes(f"{name}.{i}"))
+            x = block(x, pos, cond, perturbation.unmixes(f"{name}.{i}"), **more)
     return x

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import editing, guidance, sampling
 from ..common import options
+from ..conditions import Given
 
 
 class Edit(NamedTuple):
@@ -93,12 +94,13 @@ def prepare(
     classes: list[int] | None,
     device: torch.device,
     say: Callable[[str], object],
+    given: Given | None = None,
 ) -> Edit:
     """What the flags ask for, with the files read and checked; without any, nothing is changed.
 
     denoiser: of `config`, with its guidance. shape: (c, h, w) of the images. sigmas: (steps + 1,).
-    classes: ids that are sampled. say: is told what the user is to know. Raises OSError or
-    ValueError for files that can't be used.
+    classes: ids that are sampled. say: is told what the user is to know. given: further conditions.
+    Raises OSError or ValueError for files that can't be used.
     """
     if getattr(args, "init_image", None) is None:
         return Edit(denoiser, sigmas, {}, lambda x: x)
@@ -106,7 +108,7 @@ def prepare(
     default = 1.0 if args.mask or args.invert else 0.6
     sigmas = editing.partial_schedule(sigmas, args.strength or default)
     if args.invert:
-        noise = _invert(args, denoiser, config, image, sigmas, classes, say)
+        noise = _invert(args, denoiser, config, image, sigmas, classes, say, given)
         return Edit(denoiser, sigmas, {"noise": noise}, lambda x: x)
     if not args.mask:
         return Edit(denoiser, sigmas, {"start": image}, lambda x: x)
@@ -127,6 +129,7 @@ def _invert(
     sigmas: Tensor,
     classes: list[int] | None,
     say: Callable[[str], object],
+    given: Given | None,
 ) -> Tensor:
     """The image's noise in units of sigmas[0], (1, c, h, w); tells how well it comes back."""
     num_classes = config["dataset"]["num_classes"]
@@ -135,6 +138,8 @@ def _invert(
         has = f"0 to {num_classes - 1}" if num_classes else "none"
         raise ValueError(f"--init-class {of} is out of range; classes are {has}")
     cond = {} if of is None else {"class_cond": torch.tensor([of], device=image.device)}
+    if given is not None:
+        cond |= given([0])
     run: dict[str, Any] = {"sampler": args.sampler, "extra_args": cond, "disable": True}
     with torch.no_grad():
         noise = editing.invert(denoiser, image, sigmas, **run)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .. import distributed, generation, guidance, models, sampling
+from .. import distributed, generation, models, sampling
 from ..common import memory, options
 from ..common.files import check_writable, writable
 from ..common.images import PIL_MODES, grid_columns, image_grid, to_pil_image
@@ -24,7 +24,8 @@ from ..common.text import aligned
 from ..config import load_config
 from ..loading import load_denoiser
 from ..runs import find_checkpoint
-from . import editing
+from . import editing, guiding, told
+from .guiding import make_guidance
 
 # A sampler's own parameters, by the flag that sets them.
 OPTIONS = {"eta": "eta", "churn": "s_churn"}
@@ -68,8 +69,6 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
 
 def add_choices(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> None:
     """Adds the flags on how samples are drawn. sampler, steps: the defaults."""
-    file: dict[str, Any] = {"type": options.path, "metavar": "FILE"}
-    number: dict[str, Any] = {"type": options.finite, "metavar": "X"}
     share: dict[str, Any] = {"type": options.non_negative_number, "metavar": "X"}
     add = p.add_argument
     text = "images at a time"
@@ -100,30 +99,8 @@ def add_choices(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> None
     add("--eta", **share, help="share of fresh noise in stochastic samplers; 0: deterministic")
     add("--churn", **share, help="noise that euler, heun and dpm_2 add over the run")
 
-    add = p.add_argument_group("guidance").add_argument
-    text = "strength of classifier-free guidance; 1: no guidance"
-    add("--cfg-scale", default=1.0, **number, help=text)
-    text = "noise levels between which to use it; else everywhere"
-    add(
-        "--cfg-interval",
-        nargs=2,
-        type=options.non_negative_number,
-        metavar=("LOW", "HIGH"),
-        help=text,
-    )
-    text = "checkpoint of a weaker model to guide away from"
-    add("--autoguidance", **file, help=text)
-    text = "its strength; 1: no guidance (default: 2.0)"
-    add("--autoguidance-scale", **number, help=text)
-    text = f"how --cfg-scale combines the two estimates: {', '.join(guidance.RULES)}"
-    add("--cfg-rule", choices=guidance.RULES, default="linear", metavar="NAME", help=text)
-    names: dict[str, Any] = {"nargs": "+", "default": [], "metavar": "NAME"}
-    text = "guide away from the transformer without these blocks, such as mid_level.1"
-    add("--skip-layers", **names, help=text)
-    text = "guide away from it with the identity for the attention maps of these, such as mid_level"
-    add("--identity-attention", **names, help=text)
-    text = "strength of both; 1: no guidance (default: 2.0)"
-    add("--perturbed-scale", **number, help=text)
+    guiding.add_arguments(p)
+    told.add_arguments(p)
 
 
 def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
@@ -168,7 +145,7 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     if args.grid:
         everyone = distributed.gather_shares(accelerator, images, args.n)
         if everyone is not None:
-            columns = grid_columns(len(classes or ()), args.n, *shape[1:])
+            columns = grid_columns(len(classes or args.prompts), args.n, *shape[1:])
             labels = [classes[i % len(classes)] for i in range(args.n)] if classes else None
             labels = labels if args.grid_labels else None
             image_grid(everyone, columns, labels=labels).save(args.grid)
@@ -227,7 +204,8 @@ def draw(
     mine = distributed.share(accelerator, args.n)
     sigmas = sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"])
     say = accelerator.print
-    edit = editing.prepare(args, guided, config, shape, sigmas, classes, device, say)
+    given = told.prepare(args, config, size, device, say)
+    edit = editing.prepare(args, guided, config, shape, sigmas, classes, device, say, given)
     batches = generation.generate(
         edit.denoiser,
         shape,
@@ -241,6 +219,7 @@ def draw(
         device=device,
         disable=not accelerator.is_main_process,
         static=args.compile is not None,
+        given=given,
         **edit.options,
     )
     dtype = DTYPES[args.dtype]
@@ -324,44 +303,6 @@ def sampler_options(args: argparse.Namespace) -> dict[str, float]:
                 f"sampler {args.sampler!r} takes no --{flag}; these do: {', '.join(rows)}"
             )
     return {OPTIONS[flag]: value for flag, value in given.items()}
-
-
-def make_guidance(
-    denoiser: nn.Module, config: dict[str, Any], args: argparse.Namespace, device: torch.device
-) -> nn.Module:
-    """A denoiser with the guidance that the flags ask for.
-
-    Raises ValueError where the model has no classes to guide by, or no such blocks, the checkpoint
-    of the weaker model is one of other images or classes, or flags don't go together.
-    """
-    model = denoiser
-    if args.autoguidance is not None:
-        weak, other = load_denoiser(args.autoguidance)
-        for part, key in (
-            ("model", "input_channels"),
-            ("model", "input_size"),
-            ("dataset", "num_classes"),
-        ):
-            if other[part][key] != config[part][key]:
-                raise ValueError(
-                    f"{args.autoguidance} has {key} {other[part][key]}, but the model it is to "
-                    f"guide has {config[part][key]}"
-                )
-        scale = 2.0 if args.autoguidance_scale is None else args.autoguidance_scale
-        denoiser = guidance.AutoguidedDenoiser(denoiser, weak.to(device), scale)
-    if args.skip_layers or args.identity_attention:
-        perturbed = guidance.PerturbedDenoiser(model, args.skip_layers, args.identity_attention)
-        scale = 2.0 if args.perturbed_scale is None else args.perturbed_scale
-        denoiser = guidance.AutoguidedDenoiser(denoiser, perturbed, scale)
-    if args.cfg_scale == 1:
-        return denoiser
-    num_classes = config["dataset"]["num_classes"]
-    if not num_classes:
-        raise ValueError("--cfg-scale needs a class-conditional model; this one has no classes")
-    null = torch.tensor([num_classes], device=device)
-    rule = guidance.RULES[args.cfg_rule](config["model"]["sigma_data"])
-    guided = guidance.CFGDenoiser(denoiser, args.cfg_scale, combine=rule, class_cond=null)
-    return guidance.IntervalDenoiser(guided, *args.cfg_interval) if args.cfg_interval else guided
 
 
 def image_path(prefix: str, i: int) -> Path:

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import nn
 
 from ..common.images import grid_columns, image_grid
+from ..conditions import Given
 from ..generation import sample_share
 
 
@@ -18,16 +19,19 @@ def sample_demo(
     n: int,
     generator: torch.Generator,
     stop: Callable[[], bool] = lambda: False,
+    given: Given | None = None,
 ) -> Image.Image | None:
     """Sample the demo grid; returns it on the main process.
 
     generator: its state, which is left as it is, gives the seeds: every grid of a run starts from
-    the same noise. stop: as of `sample_share`.
+    the same noise. stop, given: as of `sample_share`.
     """
     copy = torch.Generator().set_state(generator.get_state())
     seeds = torch.randint(0, 2**63 - 1, (n,), generator=copy).tolist()
-    images = sample_share(accelerator, denoiser, config, seeds, stop=stop)
+    images = sample_share(accelerator, denoiser, config, seeds, stop=stop, given=given)
     if images is None:
         return None
-    columns = grid_columns(config["dataset"]["num_classes"], n, *images.shape[2:])
+    prompts = (config.get("text") or {}).get("prompts", ())
+    kinds = config["dataset"]["num_classes"] or len(prompts)
+    columns = grid_columns(kinds, n, *images.shape[2:])
     return image_grid(images, columns)

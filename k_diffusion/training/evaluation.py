@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..conditions import Given
 from ..distributed import any_process, end_together
 from ..encoders import inception
 from ..evaluation.extraction import Eye, gather, see_share
@@ -99,12 +100,14 @@ class Evaluator:
         state: TrainState,
         say: Callable[[str], object],
         stop: Callable[[], bool],
+        given: Given | None = None,
     ) -> dict[str, Any]:
         """Measure the averaged model: columns of the run's CSV; {} on all but the main process.
 
         say: told each metric in a line. stop: asked after each sampling step, whether to give up;
-        then SamplingStopped is raised, on all processes. Samples that can't be measured, as NaN,
-        are said and end no run, unless that is all it was to do: then ValueError is raised.
+        then SamplingStopped is raised, on all processes. given: as of `sample_batches`. Samples
+        that can't be measured, as NaN, are said and end no run, unless that is all it was to do:
+        then ValueError is raised.
         """
         seeds = range(state.seed, state.seed + self.n)
         batches = sample_batches(
@@ -115,6 +118,7 @@ class Evaluator:
             sampler=SAMPLER,
             sampler_args=_SAMPLER_ARGS,
             stop=stop,
+            given=given,
         )
         share, error = None, None
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import distributed, models
+from .. import conditions, distributed, models
 from ..common.seeds import derive_seed
 from ..densities import enable_stratified_accelerate
 from ..models.flags import CHECKPOINTING
@@ -40,7 +40,7 @@ def batch_loss(
 ) -> torch.Tensor:
     """The loss per sample, (n,), of a batch at noise levels drawn from the density.
 
-    Noise levels and dropped classes are drawn on the CPU, and so are the same on any device.
+    Noise levels and dropped conditions are drawn on the CPU, and so are the same on any device.
     """
     model, section = config["model"], config["dataset"]
     image = batch["image"].to(device, non_blocking=True)
@@ -50,6 +50,8 @@ def batch_loss(
     if section["num_classes"]:
         kept = drop_classes(batch["class"], section["num_classes"], section["cond_dropout_rate"])
         cond["class_cond"] = kept.to(device, non_blocking=True)
+    for name, x in conditions.dropped(batch, config).items():
+        cond[name] = x.to(device, non_blocking=True)
     sigma = sample_density([len(image)]).to(device, non_blocking=True)
     noise = torch.randn_like(image)
     return denoiser.loss(image, noise, sigma, **cond)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..common.seeds import derive_seed
+from ..conditions import Encode, of_batch
 from ..data.training_data import make_training_data
 from ..densities import enable_stratified
 from ..distributed import any_process
@@ -17,18 +18,21 @@ _BYTES = 1 << 28  # of images that each process keeps
 
 
 def make_validation(
-    accelerator: Any, args: argparse.Namespace, config: dict[str, Any]
+    accelerator: Any,
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    encode: Encode | None = None,
 ) -> "Validation | None":
     """The validation of a run whose `dataset.split` is "train"; None for others.
 
     Held-out images that can't be read are no reason not to train: it says so and returns None, on
-    all processes.
+    all processes. encode: of captions, see `conditions.make_training_encoder`.
     """
     if not args.validate_every or config["dataset"].get("split") != "train":
         return None
     made, error = None, None
     try:
-        made = Validation(accelerator, args, config)
+        made = Validation(accelerator, args, config, encode)
     except (ValueError, OSError, ImportError) as caught:
         error = caught
     if any_process(accelerator, error is not None):
@@ -44,9 +48,16 @@ class Validation:
     ValueError, OSError or ImportError where they can't be read or are too few.
     """
 
-    def __init__(self, accelerator: Any, args: argparse.Namespace, config: dict[str, Any]):
+    def __init__(
+        self,
+        accelerator: Any,
+        args: argparse.Namespace,
+        config: dict[str, Any],
+        encode: Encode | None = None,
+    ):
         self.accelerator, self.config = accelerator, config
         held_out = {
+            **config,
             "model": {**config["model"], "augment_prob": 0.0},
             "dataset": {**config["dataset"], "split": "test"},
         }
@@ -67,7 +78,8 @@ class Validation:
             # data sets are often sorted by class
             indices = [(j * batch + i) * len(data) // n for i in range(batch)]
             items = data.__getitems__([(index, 0) for index in indices])
-            self.batches.append(collate([{**item, "original": 0} for item in items]))
+            made = collate([{**item, "original": 0} for item in items])
+            self.batches.append(made | of_batch(made, config, encode))
 
     @torch.no_grad()
     def loss(self, denoiser: nn.Module, density: Density) -> float:

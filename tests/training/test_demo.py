@@ -110,7 +110,7 @@ def test_samples_have_the_classes_in_turn():
 def test_all_demos_of_a_run_start_from_the_same_noise(monkeypatch):
     seeds = []
 
-    def sample(accelerator, denoiser, config, chosen, stop):
+    def sample(accelerator, denoiser, config, chosen, **options):
         seeds.append(list(chosen))
         return torch.zeros(len(chosen), 1, 8, 8)
 

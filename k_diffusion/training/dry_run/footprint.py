@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ... import augmentation, models
+from ... import augmentation, conditions, models
 from ...config import make_denoiser_wrapper, make_model, make_sample_density
 from ...models import attention, flops
 from ...models.flags import CHECKPOINTING
@@ -113,6 +113,7 @@ def measure_step(
         "image": torch.zeros(n, config["model"]["input_channels"], *config["model"]["input_size"]),
         "aug_cond": torch.zeros(n, augmentation.COND_DIM),
         "class": torch.zeros(n, dtype=torch.long),
+        **conditions.blank(config, n),
     }
 
     def drop_gradient(p: torch.Tensor) -> None:

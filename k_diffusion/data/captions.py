@@ -1,0 +1,67 @@
+"""What belongs to an image of a data set besides its class: a caption, and another image."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..common.images import open_image
+from .datasets import FolderOfImages
+from .transforms import ImageTransform
+
+
+def caption_of(data: Any, item: Any, index: int, key: int | str) -> str:
+    """The caption of an item of a data set.
+
+    key: where the item holds it; of images in files, the ending of the text file beside each.
+    Raises ValueError where there is none.
+    """
+    remedy = "set dataset.caption_key, or leave out the section text"
+    paths = getattr(data, "paths", None)
+    if paths is not None:
+        file = Path(paths[index]).with_suffix(f".{str(key).removeprefix('.')}")
+        try:
+            return " ".join(file.read_text(encoding="utf-8-sig").split())
+        except FileNotFoundError:
+            raise ValueError(f"{paths[index]} has no caption: no file {file}; {remedy}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the caption {file} is not UTF-8 text: {error.reason}") from None
+    try:
+        caption = item[key]
+    except (KeyError, IndexError, TypeError):
+        caption = None
+    if not isinstance(caption, str):
+        raise ValueError(f"item {index} of the data set has no caption at {key!r}; {remedy}")
+    return caption
+
+
+class PairedImages:
+    """An image for each of a folder's: of the same path in another folder, whatever its ending.
+
+    transform: the same as the images', so that with the same random numbers it augments them alike.
+    Raises ValueError for data that doesn't come from files, and for images without a partner.
+    """
+
+    def __init__(self, data: Any, folder: str | Path, transform: ImageTransform):
+        if not hasattr(data, "paths"):
+            raise ValueError(
+                "image_condition paired needs a data set of image files: imagefolder or "
+                "imagefolder-class"
+            )
+        root = Path(folder)
+        found = {
+            path.relative_to(root).with_suffix(""): path
+            for path in root.rglob("*")
+            if path.suffix.lower() in FolderOfImages.IMG_EXTENSIONS
+        }
+        names = [Path(path).relative_to(data.root).with_suffix("") for path in data.paths]
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(names)} images have no partner in {root} "
+                f"(image_condition.location), such as {missing[0]}"
+            )
+        self.paths, self.transform = [found[name] for name in names], transform
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.transform(open_image(self.paths[index], None))

@@ -1,0 +1,223 @@
+"""Frozen text encoders: a vector for each token of a text, and one for all of it."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..common.files import PathLike, writable
+from ..common.text import need
+from .base import Frozen
+from .weights import given_file
+
+_INSTALL = '"k-diffusion[text]"'
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
+
+
+class Texts(NamedTuple):
+    """What an encoder makes of n texts: tokens (n, t, width), padding (n, t), True where a token is
+    none, and pooled (n, pooled_width)."""
+
+    tokens: Tensor
+    padding: Tensor
+    pooled: Tensor
+
+
+class TextEncoder(Frozen):
+    """A frozen network from texts to `Texts` of `max_length` tokens, the last of which are padding.
+
+    network: what it runs. encode: texts -> Texts, by the network. Longer texts are cut off. A text
+    without tokens is all padding, as the absence of a text is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        encode: Callable[[list[str]], Texts],
+        max_length: int,
+    ):
+        super().__init__(name)
+        self.network, self.encode, self.max_length = network.eval(), encode, max_length
+        sample = self(["a"])
+        self.width, self.pooled_width = sample.tokens.shape[2], sample.pooled.shape[1]
+
+    @torch.no_grad()
+    def forward(self, texts: Sequence[str]) -> Texts:
+        """What becomes of n texts, on the network's device, in float32."""
+        tokens, padding, pooled = self.encode(list(texts))
+        return Texts(tokens.float().masked_fill(padding[..., None], 0), padding, pooled.float())
+
+
+def load_transformers(
+    location: PathLike, tokenizer: PathLike | None = None, max_length: int = 77
+) -> TextEncoder:
+    """A text encoder of the library transformers: CLIP's, T5's or another that it has as one.
+
+    location: a folder that `save_pretrained` wrote, or a repository OWNER/NAME of the hub.
+    tokenizer: that of its tokenizer, by default the same. pooled is the network's pooled output, or
+    where it has none the mean of the tokens. No code of a repository is run. Raises ImportError
+    without the library, ValueError or OSError where there is no such model or tokenizer.
+    """
+    library: Any = need("transformers", "a text encoder", _INSTALL)
+    if not Path(location).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(location)):
+        raise ValueError(f"no text encoder at {location}: it is no folder; check the path")
+    config = _pretrained(library.AutoConfig, location, f"no text encoder at {location}")
+    make = (
+        library.CLIPTextModel if config.model_type == "clip" else library.AutoModelForTextEncoding
+    )
+    network = _pretrained(make, location, f"{location} is no text encoder")
+    wanted = tokenizer or location
+    problem = f"no tokenizer at {wanted}; save one there, or set text.tokenizer to its path"
+    if Path(wanted).is_dir() and not any(
+        path for name in _TOKENIZER_FILES for path in Path(wanted).glob(name)
+    ):
+        raise ValueError(problem)  # the library would make one without words
+    tokens_of = _pretrained(library.AutoTokenizer, wanted, problem)
+    if tokens_of.pad_token is None:
+        raise ValueError(f"the tokenizer at {wanted} has no padding token; set its pad_token")
+    places = getattr(config, "max_position_embeddings", None) or max_length
+    if max_length > places:
+        raise ValueError(
+            f"text.max_length is {max_length}, but {location} has {places} places for tokens; set "
+            f"it to {places} or less"
+        )
+
+    def encode(texts: list[str]) -> Texts:
+        found = tokens_of(
+            texts,
+            padding="max_length",
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        ).to(network.device)
+        mask = found["attention_mask"]
+        out = network(input_ids=found["input_ids"], attention_mask=mask)
+        tokens, pooled = out.last_hidden_state, getattr(out, "pooler_output", None)
+        if pooled is None:
+            pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return Texts(tokens, mask == 0, pooled)
+
+    return TextEncoder("transformers", network, encode, max_length).freeze()
+
+
+def _pretrained(kind: Any, location: PathLike, problem: str) -> Any:
+    """`kind.from_pretrained` of a folder or repository; what it raises becomes a sentence."""
+    try:
+        return kind.from_pretrained(str(location))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        said = str(error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(f"{problem} (transformers says: {said})") from error
+
+
+def load_open_clip(model: str, location: PathLike) -> TextEncoder:
+    """The text half of a model of open_clip, from a file of its weights.
+
+    model: open_clip's name of the architecture, one whose text half is open_clip's own. Tokens are
+    those after the last layer norm; pooled is the text's embedding. Raises ImportError without the
+    library, ValueError for another name or file.
+    """
+    library: Any = need("open_clip", "a text encoder of open_clip", '"k-diffusion[clip]"')
+    given_file(location, f"the text encoder {model}")
+    if model not in library.list_models():
+        raise ValueError(f"open_clip has no model {model!r}; see open_clip.list_models()")
+    try:
+        network = library.create_model(model, pretrained=str(location))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{location} has no weights of {model}: {error}") from error
+    tokenize = library.get_tokenizer(model)
+    last_norm = getattr(getattr(network, "text", network), "ln_final", None)
+    if last_norm is None:
+        raise ValueError(f"the text half of {model} isn't open_clip's own; take type transformers")
+    network.visual = None  # images aren't read
+
+    def encode(texts: list[str]) -> Texts:
+        ids = tokenize(texts).to(next(network.parameters()).device)
+        seen: list[Tensor] = []
+        hook = last_norm.register_forward_hook(lambda module, args, out: seen.append(out))
+        try:
+            pooled = network.encode_text(ids)
+        finally:
+            hook.remove()
+        # a text ends with the token of the largest id
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return Texts(seen[0], places > ids.argmax(1, keepdim=True), pooled)
+
+    return TextEncoder("open_clip", network, encode, tokenize.context_length).freeze()
+
+
+# ---------------------------------------------------------------- texts encoded beforehand
+
+
+def write_texts(
+    path: Path, encoder: TextEncoder, texts: Iterable[str], batch_size: int = 64
+) -> int:
+    """Encode texts, each once, into a file that `StoredTexts` reads. Returns how many there are.
+
+    The file (.safetensors) holds the tokens that aren't padding, one text after the other, where
+    each begins, the pooled vectors, the texts as JSON, and the encoder's fingerprint.
+    """
+    unique = list(dict.fromkeys(texts))
+    if not unique:
+        raise ValueError("there are no texts to encode")
+    tokens, pooled, lengths = [], [], []
+    for first in range(0, len(unique), batch_size):
+        made = encoder(unique[first : first + batch_size])
+        tokens.append(made.tokens[~made.padding].cpu())
+        pooled.append(made.pooled.cpu())
+        lengths.append((~made.padding).sum(1).cpu())
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(lengths).cumsum(0)])
+    stored = {
+        "tokens": torch.cat(tokens),
+        "pooled": torch.cat(pooled),
+        "starts": starts,
+        "texts": torch.frombuffer(bytearray(json.dumps(unique).encode()), dtype=torch.uint8),
+    }
+    facts = {"fingerprint": encoder.fingerprint(), "max_length": str(encoder.max_length)}
+    save_file(stored, writable(path), metadata=facts)
+    return len(unique)
+
+
+class StoredTexts:
+    """Texts that `write_texts` encoded, to be called as a TextEncoder is; read as they are needed.
+
+    Raises ValueError for a file that isn't one of those, and for a text that it hasn't got.
+    """
+
+    def __init__(self, path: PathLike):
+        self.path = Path(path)
+        given_file(path, "encoded texts")
+        try:
+            self.file = safe_open(str(path), "pt")
+            facts = self.file.metadata() or {}
+            names = json.loads(self.file.get_tensor("texts").numpy().tobytes())
+            self.starts = self.file.get_tensor("starts")
+            self.pooled = self.file.get_tensor("pooled")
+            self.tokens = self.file.get_slice("tokens")
+            self.fingerprint, self.max_length = facts["fingerprint"], int(facts["max_length"])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} holds no encoded texts: {error}") from error
+        self.places = {text: i for i, text in enumerate(names)}
+        self.width, self.pooled_width = self.tokens.get_shape()[1], self.pooled.shape[1]
+
+    def __call__(self, texts: Sequence[str]) -> Texts:
+        tokens = torch.zeros(len(texts), self.max_length, self.width)
+        padding = torch.ones(len(texts), self.max_length, dtype=torch.bool)
+        places = []
+        for i, text in enumerate(texts):
+            if text not in self.places:
+                raise ValueError(
+                    f"{self.path} has no text {text!r} among its {len(self.places):,}; write it "
+                    "anew with python -m k_diffusion.scripts.encode_captions"
+                )
+            places.append(self.places[text])
+            start, end = self.starts[places[-1] : places[-1] + 2].tolist()
+            tokens[i, : end - start] = self.tokens[start:end]
+            padding[i, : end - start] = False
+        return Texts(tokens, padding, self.pooled[places])
