@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from ..augmentation import KarrasAugmentationPipeline
 from ..common import memory
 from ..common.images import CorruptImageError
 from .datasets import make_dataset
-from .transforms import ImageTransform
+from .transforms import ImageTransform, Unaugmented
 
 _MAX_CORRUPT_IN_A_ROW = 1000
 
@@ -19,6 +20,7 @@ class TrainingData(Dataset[dict[str, Any]]):
 
     Of an item: `image`, `original`, `aug_cond`, `index`, with classes also `class`, and `skipped`,
     the paths of corrupt images that the next image stood in for (an error with strict=True).
+    augment: augments together those images of a batch that are `Unaugmented`.
     """
 
     def __init__(
@@ -28,8 +30,9 @@ class TrainingData(Dataset[dict[str, Any]]):
         image_key: int | str = 0,
         class_key: int | str = 1,
         strict: bool = False,
+        augment: KarrasAugmentationPipeline | None = None,
     ):
-        self.data = data
+        self.data, self.augment = data, augment
         self.num_classes = num_classes
         self.image_key, self.class_key = image_key, class_key
         self.strict = strict
@@ -43,7 +46,15 @@ class TrainingData(Dataset[dict[str, Any]]):
 
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
-            return [self._draw(*draw) for draw in draws]
+            items = [self._draw(*draw) for draw in draws]
+        later = [item for item in items if "numbers" in item]
+        if later:
+            assert self.augment is not None
+            originals = [item["original"] for item in later]
+            numbers = torch.stack([item.pop("numbers") for item in later])
+            for item, image, cond in zip(later, *self.augment.augment(originals, numbers)):
+                item["image"], item["aug_cond"] = image, cond
+        return items
 
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
         return self.__getitems__([draw])[0]
@@ -54,22 +65,27 @@ class TrainingData(Dataset[dict[str, Any]]):
         while True:
             try:
                 item = self.data[index]
-                image, original, aug_cond = self._image_of(item, index)
+                images = self._image_of(item, index)
                 break
             except CorruptImageError as error:
                 if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
                     raise
                 skipped.append(str(error.filename or f"item {index} ({error})"))
                 index = (index + 1) % len(self)
-        out = {"image": image, "original": original, "aug_cond": aug_cond, "index": index}
+        out = {**images, "index": index}
         if self.num_classes:
             out["class"] = self._class_of(item, index)
         return {**out, "skipped": "\n".join(skipped)}
 
-    def _image_of(self, item: Any, index: int) -> Any:
+    def _image_of(self, item: Any, index: int) -> dict[str, torch.Tensor]:
         try:
-            image, original, aug_cond = item[self.image_key]
-            made = {getattr(x, "dtype", None) for x in (image, original, aug_cond)}
+            found = item[self.image_key]
+            if isinstance(found, Unaugmented):
+                images = found._asdict()
+            else:
+                image, original, aug_cond = found
+                images = {"image": image, "original": original, "aug_cond": aug_cond}
+            made = {getattr(x, "dtype", None) for x in images.values()}
         except (KeyError, IndexError, TypeError, ValueError):
             made = set()
         if made != {torch.float32}:
@@ -77,11 +93,11 @@ class TrainingData(Dataset[dict[str, Any]]):
                 f"item {index} of the data set has no image that `transform` was applied to at "
                 f"{self.image_key!r} (dataset.image_key)"
             )
-        if not torch.isfinite(image).all():
+        if not torch.isfinite(next(iter(images.values()))).all():
             error = CorruptImageError(f"item {index} of the data set is NaN or infinite somewhere")
             error.filename = f"item {index}, which is NaN or infinite somewhere"
             raise error
-        return image, original, aug_cond
+        return images
 
     def _class_of(self, item: Any, index: int) -> int:
         try:
@@ -113,11 +129,13 @@ def make_training_data(
     transform = ImageTransform(
         (h, w), model["input_channels"], model["augment_prob"], section["background"]
     )
-    data = make_dataset(section, transform, folder)
+    # a custom data set may do something with what its transform returns
+    each = transform if section["type"] == "custom" else transform.later
+    data = make_dataset(section, each, folder)
     num_classes = section["num_classes"]
     if num_classes is None:
         num_classes = len(data.counts)  # type: ignore[attr-defined]
     keys = section["image_key"], section["class_key"]
-    made = TrainingData(data, num_classes, *keys, strict)
+    made = TrainingData(data, num_classes, *keys, strict, transform.augment)
     made[0, 0]  # a data set that gives something else is known before anything is written
     return made

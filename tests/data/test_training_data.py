@@ -192,6 +192,34 @@ def test_images_that_the_transform_was_not_applied_to():
         training_data.TrainingData(Raw())[2, 0]
 
 
+class Pictures(Dataset):
+    """Pictures, some of which can't be read, as a transform leaves them."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise utils.CorruptImageError("no")
+        return (self.transform(gradient(9, 12 + index)),)
+
+
+def test_batches_are_augmented_as_their_images_are_one_by_one():
+    transform = transforms.ImageTransform((10, 8), 3, augment_prob=0.4)
+    together = training_data.TrainingData(Pictures(transform.later), augment=transform.augment)
+    alone = training_data.TrainingData(Pictures(transform))
+    draws = [(i, 70 + i) for i in range(12)]
+    for a, b in zip(together.__getitems__(draws), alone.__getitems__(draws), strict=True):
+        assert a.keys() == b.keys()
+        assert (a["index"], a["skipped"]) == (b["index"], b["skipped"])
+        assert torch.equal(a["aug_cond"], b["aug_cond"])
+        assert torch.equal(a["original"], b["original"])
+        torch.testing.assert_close(a["image"], b["image"], rtol=0, atol=2e-6)
+
+
 # ------------------------------------------------------------------------- loading
 
 

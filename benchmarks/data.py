@@ -1,0 +1,105 @@
+"""How fast data come: augmentation of whole batches beside that of one image after another.
+
+    python benchmarks/data.py [--rounds 9] [--write]
+
+Pictures become tensors, are augmented by the law of arXiv:2206.00364, appendix F.2, at the
+configs' probability of 0.12, with the same random numbers both ways. Each way in turn, on one
+thread; a time is the least CPU time of its rounds, so that other processes count little.
+"""
+
+import k_diffusion.common.threads  # noqa: F401  before torch, which loads OpenMP
+
+# isort: split
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from harness import bench
+from PIL import Image
+
+from k_diffusion.data.transforms import ImageTransform
+
+PROBABILITY = 0.12
+COLUMNS: bench.Columns = {
+    "way": ("way", str),
+    "ms": ("ms a batch", bench.digits),
+    "rate": ("images / s", bench.digits),
+    "ratio": ("speed, the first = 1", bench.digits),
+}
+# Sides and channels of what is augmented, and images per batch.
+CASES = {
+    "MNIST": (28, 1, 64),
+    "CIFAR-10": (32, 3, 64),
+    "128 x 128": (128, 3, 32),
+    "256 x 256": (256, 3, 16),
+}
+
+
+def pictures(n: int, side: int, channels: int) -> list[Image.Image]:
+    """Pictures of noise, which cost as much as any."""
+    shape = (n, side, side, channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    return [Image.fromarray(p[..., 0] if channels == 1 else p) for p in pixels]
+
+
+def least(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The least CPU seconds of each way, run in turn."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.thread_time()
+            way()
+            if i:  # the first warms up
+                times[name].append(time.thread_time() - start)
+    return {name: min(found) for name, found in times.items()}
+
+
+def rows(ways: Mapping[str, Callable[[], object]], n: int, rounds: int) -> list[bench.Row]:
+    """A row for each way to make n images."""
+    times = least(ways, rounds)
+    first = next(iter(times.values()))
+    return [
+        {"way": name, "ms": 1e3 * s, "rate": n / s, "ratio": first / s} for name, s in times.items()
+    ]
+
+
+def augmentation(side: int, channels: int, n: int, rounds: int) -> list[bench.Row]:
+    """Rows of a case."""
+    images = pictures(n, side, channels)
+    transform = ImageTransform((side, side), channels, PROBABILITY)
+
+    def alone() -> None:
+        for i, image in enumerate(images):
+            torch.default_generator.manual_seed(i)
+            transform(image)
+
+    def together() -> None:
+        later = []
+        for i, image in enumerate(images):
+            torch.default_generator.manual_seed(i)
+            later.append(transform.later(image))
+        originals, numbers = zip(*later)
+        transform.augment.augment(originals, torch.stack(numbers))
+
+    return rows({"one by one": alone, "together": together}, n, rounds)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    p = bench.parser(__doc__ or "")
+    p.add_argument("--rounds", type=int, default=9, help="of each way (default: 9)")
+    args = bench.parse(p, argv)
+    torch.set_num_threads(1)
+    args.on = bench.describe(args.device)
+    sections: dict[str, bench.Section] = {}
+    cases = dict(list(CASES.items())[: 1 if args.quick else None])
+    for name, (side, channels, n) in {} if args.no_run else cases.items():
+        title = f"augmentation, {name}, {channels} channel{'s' * (channels > 1)}, batches of {n}"
+        found = augmentation(side, channels, n, args.rounds)
+        sections[title] = {"on": args.on, "rows": found}
+        print(bench.text(title, sections[title], COLUMNS), flush=True)
+    bench.finish("data", "data.py", args, sections, COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
