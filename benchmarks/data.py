@@ -1,23 +1,27 @@
-"""How fast data come: augmentation of whole batches beside that of one image after another.
+"""How fast data come: decoding, and augmentation of batches beside that of image after image.
 
     python benchmarks/data.py [--rounds 9] [--write]
 
 Pictures become tensors, are augmented by the law of arXiv:2206.00364, appendix F.2, at the
-configs' probability of 0.12, with the same random numbers both ways. Each way in turn, on one
+configs' probability of 0.12, with the same random numbers both ways. JPEGs of photographs' sizes
+are decoded whole, and with `jpeg_draft`, for images of 256 x 256. Each way in turn, on one
 thread; a time is the least CPU time of its rounds, so that other processes count little.
 """
 
 import k_diffusion.common.threads  # noqa: F401  before torch, which loads OpenMP
 
 # isort: split
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from harness import bench
 from PIL import Image
 
+from k_diffusion.data.datasets import FolderOfImages
 from k_diffusion.data.transforms import ImageTransform
 
 PROBABILITY = 0.12
@@ -34,6 +38,8 @@ CASES = {
     "128 x 128": (128, 3, 32),
     "256 x 256": (256, 3, 16),
 }
+
+PHOTOGRAPHS = [(768, 1024), (1536, 2048)]
 
 
 def pictures(n: int, side: int, channels: int) -> list[Image.Image]:
@@ -67,7 +73,9 @@ def rows(ways: Mapping[str, Callable[[], object]], n: int, rounds: int) -> list[
 def augmentation(side: int, channels: int, n: int, rounds: int) -> list[bench.Row]:
     """Rows of a case."""
     images = pictures(n, side, channels)
-    transform = ImageTransform((side, side), channels, PROBABILITY)
+    transform, later = (
+        ImageTransform((side, side), channels, PROBABILITY, later=later) for later in (False, True)
+    )
 
     def alone() -> None:
         for i, image in enumerate(images):
@@ -75,14 +83,31 @@ def augmentation(side: int, channels: int, n: int, rounds: int) -> list[bench.Ro
             transform(image)
 
     def together() -> None:
-        later = []
+        found = []
         for i, image in enumerate(images):
             torch.default_generator.manual_seed(i)
-            later.append(transform.later(image))
-        originals, numbers = zip(*later)
-        transform.augment.augment(originals, torch.stack(numbers))
+            found.append(later(image))
+        originals, numbers = zip(*found)
+        later.augment.augment(originals, torch.stack(numbers))
 
     return rows({"one by one": alone, "together": together}, n, rounds)
+
+
+def decoding(h: int, w: int, n: int, rounds: int) -> list[bench.Row]:
+    """Rows of JPEGs of a size."""
+    y, x = np.mgrid[:h, :w]
+    smooth = (
+        128 + 50 * np.sin(x / 37) * np.cos(y / 29) + np.random.default_rng(0).normal(0, 9, (h, w))
+    )
+    pixels = np.stack([smooth, smooth[::-1], smooth[:, ::-1]], -1).clip(0, 255).astype(np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        Image.fromarray(pixels).save(Path(folder, "0.jpg"), quality=90)
+        ways = {}
+        for name, draft in ("whole", False), ("draft", True):
+            transform = ImageTransform((256, 256), 3, jpeg_draft=draft)
+            data = FolderOfImages(folder, transform, mode=None)
+            ways[name] = lambda data=data: [data[0] for _ in range(n)]
+        return rows(ways, n, rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,6 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"augmentation, {name}, {channels} channel{'s' * (channels > 1)}, batches of {n}"
         found = augmentation(side, channels, n, args.rounds)
         sections[title] = {"on": args.on, "rows": found}
+        print(bench.text(title, sections[title], COLUMNS), flush=True)
+    for h, w in [] if args.no_run or args.quick else PHOTOGRAPHS:
+        title = f"JPEGs of {w:,} x {h:,} for images of 256 x 256"
+        sections[title] = {"on": args.on, "rows": decoding(h, w, 4, args.rounds)}
         print(bench.text(title, sections[title], COLUMNS), flush=True)
     bench.finish("data", "data.py", args, sections, COLUMNS)
 

@@ -134,8 +134,8 @@ class KarrasAugmentationPipeline:
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The augmented images, each (c, h, w), and their conditioning vectors, (n, 9).
 
-        originals: n images (c, h, w) of one size. numbers: (n, 13), of `draw`, on which what is done
-        to an image depends alone. warp_all: warps some of them together, as `splines.warp`.
+        originals: n images (c, h, w) of one size. numbers: (n, 13), of `draw`, on which alone it
+        depends what is done to an image. warp_all: warps some together, as `splines.warp` does.
         """
         if self.disable_all:
             return list(originals), torch.zeros(len(numbers), COND_DIM)

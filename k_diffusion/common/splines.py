@@ -44,7 +44,7 @@ def warp(images: torch.Tensor, matrices: torch.Tensor) -> list[torch.Tensor]:
 
 
 def spline_coefficients(images: torch.Tensor) -> torch.Tensor:
-    """The coefficients of the cubic B-splines through pixels: (n, h, w, c). images: (n, c, h, w)."""
+    """The coefficients of cubic B-splines through pixels: (n, h, w, c). images: (n, c, h, w)."""
     x = images.permute(2, 0, 3, 1).contiguous()
     x = _blend_inverse(x).permute(2, 1, 0, 3).contiguous()
     return _blend_inverse(x).permute(1, 2, 0, 3).contiguous()
@@ -127,7 +127,7 @@ def _turned(found: torch.Tensor, linear: torch.Tensor, shift: torch.Tensor) -> t
 
 
 def _inside(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinates on a line of n, mirrored into it: whole pixels in float64, fractions. x: (...)."""
+    """Coordinates mirrored into a line of n: whole pixels in float64, fractions. x: (...)."""
     last = n - 1
     furthest = x.abs().max().item() if last else 0.0
     while furthest > last:

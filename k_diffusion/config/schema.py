@@ -31,7 +31,8 @@ class Dataset(Section):
 
     cond_dropout_rate: how often training replaces a class by "no class". image_key, class_key:
     where an item of the data set holds its image and class. background: the colour that shows
-    through transparent images.
+    through transparent images. random_crop: crop anywhere, not around the centre. horizontal_flip:
+    mirror every other image.
     """
 
     num_classes: Count = 0
@@ -39,6 +40,8 @@ class Dataset(Section):
     image_key: int | str = 0
     class_key: int | str = 1
     background: Colour = "white"
+    random_crop: bool = False
+    horizontal_flip: bool = False
 
 
 class NoDataset(Dataset):
@@ -70,6 +73,14 @@ class LocatedDataset(Dataset):
         return self
 
 
+class FilesDataset(LocatedDataset):
+    """What data sets of image files have. jpeg_draft: decode JPEGs of twice the size and more at a
+    half, a quarter or an eighth of it, which is faster and changes their pixels a little."""
+
+    jpeg_draft: bool = False
+    split: Literal["all", "train", "test"] = "all"
+
+
 class BenchmarkDataset(LocatedDataset):
     """Downloaded to `location` where it is missing. mnist and fashion-mnist may be IDX files there.
 
@@ -80,14 +91,13 @@ class BenchmarkDataset(LocatedDataset):
     split: Literal["train", "test"] = "train"
 
 
-class ImageFolderDataset(LocatedDataset):
+class ImageFolderDataset(FilesDataset):
     """All images below a folder. split test: every fifth of them, by path. train: the others."""
 
     type: Literal["imagefolder"]
-    split: Literal["all", "train", "test"] = "all"
 
 
-class ImageFolderClassDataset(LocatedDataset):
+class ImageFolderClassDataset(FilesDataset):
     """One subfolder for each class. num_classes null: as many as have images.
 
     split test: every fifth image of each class, by path. train: the others.
@@ -95,7 +105,6 @@ class ImageFolderClassDataset(LocatedDataset):
 
     type: Literal["imagefolder-class"]
     num_classes: Count | None = None  # type: ignore[assignment]
-    split: Literal["all", "train", "test"] = "all"
 
 
 class HuggingFaceDataset(Dataset):

@@ -56,7 +56,7 @@ def _image_folder(root: PathLike) -> Path:
 
 def _read(path: Path, transform: Transform | None, mode: str | None) -> Any:
     """An image file, transformed. Raises `CorruptImageError` with its path."""
-    image = open_image(path, mode)
+    image = open_image(path, mode, getattr(transform, "draft", None))
     try:
         return image if transform is None else transform(image)
     except CorruptImageError as error:

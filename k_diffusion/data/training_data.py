@@ -12,6 +12,8 @@ from ..common.images import CorruptImageError
 from .datasets import make_dataset
 from .transforms import ImageTransform, Unaugmented
 
+# Those of a config's `dataset` section that aren't of reading it.
+TRANSFORM_KEYS = ("random_crop", "horizontal_flip", "jpeg_draft")
 _MAX_CORRUPT_IN_A_ROW = 1000
 
 
@@ -127,11 +129,15 @@ def make_training_data(
     pixels = model["input_channels"] * h * w
     memory.check(20 * pixels, f"an image of {h} x {w}", "make model.input_size smaller")
     transform = ImageTransform(
-        (h, w), model["input_channels"], model["augment_prob"], section["background"]
+        (h, w),
+        model["input_channels"],
+        model["augment_prob"],
+        section["background"],
+        **{key: section.get(key, False) for key in TRANSFORM_KEYS},
+        # a custom data set may do something with what its transform returns
+        later=section["type"] != "custom",
     )
-    # a custom data set may do something with what its transform returns
-    each = transform if section["type"] == "custom" else transform.later
-    data = make_dataset(section, each, folder)
+    data = make_dataset(section, transform, folder)
     num_classes = section["num_classes"]
     if num_classes is None:
         num_classes = len(data.counts)  # type: ignore[attr-defined]

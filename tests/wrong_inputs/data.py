@@ -105,6 +105,10 @@ ROWS = [
             dataset("dataset.location: .*got 3", type=kind, location=3),
         )
     ),
+    dataset("unknown key 'random_crops' .did you mean 'random_crop'", random_crops=True),
+    dataset("dataset.random_crop: .*got 0.5", random_crop=0.5),
+    dataset("dataset.horizontal_flip: .*got 'x'", horizontal_flip="x"),
+    dataset("dataset: unknown key 'jpeg_draft'", jpeg_draft=True),
     dataset("mnist is not at tiny.json", type="mnist", location="tiny.json"),
     dataset("cifar10 is not at tiny.json", type="cifar10", location="tiny.json"),
     dataset("Hugging Face data set hf_empty can't be loaded", type="huggingface",
