@@ -1,20 +1,23 @@
-"""How fast data come: decoding, and augmentation of batches beside that of image after image.
+"""How fast data come: finding, decoding, and augmenting batches beside image after image.
 
     python benchmarks/data.py [--rounds 9] [--write]
 
 Pictures become tensors, are augmented by the law of arXiv:2206.00364, appendix F.2, at the
 configs' probability of 0.12, with the same random numbers both ways. JPEGs of photographs' sizes
-are decoded whole, and with `jpeg_draft`, for images of 256 x 256. Each way in turn, on one
+are decoded whole, and with `jpeg_draft`, for images of 256 x 256. A folder is found anew, and from
+what was kept of it. Each way in turn, on one
 thread; a time is the least CPU time of its rounds, so that other processes count little.
 """
 
 import k_diffusion.common.threads  # noqa: F401  before torch, which loads OpenMP
 
 # isort: split
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,7 +30,7 @@ from k_diffusion.data.transforms import ImageTransform
 PROBABILITY = 0.12
 COLUMNS: bench.Columns = {
     "way": ("way", str),
-    "ms": ("ms a batch", bench.digits),
+    "ms": ("ms", bench.digits),
     "rate": ("images / s", bench.digits),
     "ratio": ("speed, the first = 1", bench.digits),
 }
@@ -110,9 +113,35 @@ def decoding(h: int, w: int, n: int, rounds: int) -> list[bench.Row]:
         return rows(ways, n, rounds)
 
 
+def starting(files: int) -> list[bench.Row]:
+    """Rows of finding so many files, a thousand in a folder, once each."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, K_DIFFUSION_CACHE=cache),
+    ):
+        for i in range(0, files, 1000):
+            sub = Path(folder, f"{i // 1000:05}")
+            sub.mkdir()
+            for j in range(i, min(i + 1000, files)):
+                os.close(os.open(f"{sub}/{j:08}.png", os.O_CREAT))
+        time.sleep(3)  # until the folders count as settled
+        times = {}
+        for name in "first time", "second time":
+            start = time.thread_time()
+            FolderOfImages(folder)
+            times[name] = time.thread_time() - start
+    first = times["first time"]
+    return [
+        {"way": name, "ms": 1e3 * s, "rate": files / s, "ratio": first / s}
+        for name, s in times.items()
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     p = bench.parser(__doc__ or "")
     p.add_argument("--rounds", type=int, default=9, help="of each way (default: 9)")
+    p.add_argument("--files", type=int, default=1_000_000, help="of a folder (default: a million)")
     args = bench.parse(p, argv)
     torch.set_num_threads(1)
     args.on = bench.describe(args.device)
@@ -126,6 +155,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for h, w in [] if args.no_run or args.quick else PHOTOGRAPHS:
         title = f"JPEGs of {w:,} x {h:,} for images of 256 x 256"
         sections[title] = {"on": args.on, "rows": decoding(h, w, 4, args.rounds)}
+        print(bench.text(title, sections[title], COLUMNS), flush=True)
+    if not (args.no_run or args.quick):
+        title = f"a folder of {args.files:,} images"
+        sections[title] = {"on": args.on, "rows": starting(args.files)}
         print(bench.text(title, sections[title], COLUMNS), flush=True)
     bench.finish("data", "data.py", args, sections, COLUMNS)
 

@@ -19,6 +19,7 @@ from ..common.files import PathLike, printable
 from ..common.images import CorruptImageError, convert_mode, open_image, unreadable, upright
 from ..common.text import need, unknown_name
 from .idx import IDXFolder, has_idx
+from .scan import Paths, images_below
 
 Transform = Callable[[Image.Image], Any]
 _INSTALL = '"k-diffusion[datasets]"'
@@ -85,9 +86,11 @@ class FolderOfImages(Dataset[tuple[Any]]):
         self.root = _image_folder(root)
         self.transform = transform
         self.mode = mode
-        self.paths = sorted(
-            path for path in self.root.rglob("*") if path.suffix.lower() in self.IMG_EXTENSIONS
-        )
+        found = images_below(self.root, self.IMG_EXTENSIONS)
+        names = [os.path.join(folder, name) for folder, images in found.items() for name in images]
+        # as paths compare: part by part
+        names.sort(key=lambda name: os.path.normcase(name).replace(os.sep, "\0"))
+        self.paths = Paths(self.root, names)
         if not self.paths:
             extensions = " ".join(sorted(self.IMG_EXTENSIONS))
             raise ValueError(f"no images below {self.root}; it needs files ending in {extensions}")
@@ -209,8 +212,7 @@ def _errors_of(file: Path, where: str = "") -> Iterator[None]:
 
 def _imagefolder(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
     data = FolderOfImages(section["location"], transform, mode=None)
-    kept = in_split([0] * len(data), section.get("split", "all"))
-    data.paths = [data.paths[i] for i in kept]
+    data.paths = data.paths.take(in_split([0] * len(data), section.get("split", "all")))
     return data
 
 
@@ -226,16 +228,20 @@ class FolderOfClasses(Dataset[tuple[Any, int]]):
 
     def __init__(self, root: PathLike, transform: Transform | None = None, split: str = "all"):
         self.root, self.transform = _image_folder(root), transform
-        folders = sorted(path for path in self.root.iterdir() if path.is_dir())
-        images = {folder.name: _images_below(folder) for folder in folders}
-        self.empty = [name for name, paths in images.items() if not paths]
-        images = {name: paths for name, paths in images.items() if paths}
+        images: dict[str, list[str]] = {}
+        for parent, names in images_below(self.root, FolderOfImages.IMG_EXTENSIONS, True).items():
+            if parent:  # a class, or below it
+                found = images.setdefault(Path(parent).parts[0], [])
+                found += [os.path.join(parent, name) for name in names]
+        self.empty = [name for name, paths in sorted(images.items()) if not paths]
+        images = {name: paths for name, paths in sorted(images.items()) if paths}
         if not images:
             raise ValueError(f"{self.root} needs one subfolder with images for each class")
         paths = [path for paths in images.values() for path in paths]
         classes = [i for i, paths in enumerate(images.values()) for _ in paths]
         kept = in_split(classes, split)
-        self.paths, self.classes = [paths[i] for i in kept], [classes[i] for i in kept]
+        self.paths = Paths(self.root, paths).take(kept)
+        self.classes = [classes[i] for i in kept]
         counts = Counter(self.classes)
         self.counts = {name: counts[i] for i, name in enumerate(images)}
 
@@ -252,16 +258,6 @@ class FolderOfClasses(Dataset[tuple[Any, int]]):
         if self.empty:
             text += f"\nskipped without images: {', '.join(self.empty)}"
         return text
-
-
-def _images_below(folder: Path) -> list[Path]:
-    # links to folders are followed, a folder's own images come before those of its subfolders
-    return [
-        Path(parent, name)
-        for parent, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
-        if Path(name).suffix.lower() in FolderOfImages.IMG_EXTENSIONS
-    ]
 
 
 def _imagefolder_class(
