@@ -1,5 +1,6 @@
 """Images: between PIL and tensors in [-1, 1], from files, and as grids."""
 
+import io
 import math
 import os
 import warnings
@@ -120,6 +121,19 @@ def open_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                return _decoded(image, mode, draft)
+    except Exception as err:  # PIL's decoders raise many kinds
+        raise unreadable(name, err) from err
+
+
+def decode_image(
+    content: bytes, name: str, mode: str | None, draft: tuple[int, int] | None = None
+) -> Image.Image:
+    """As `open_image`, of a file's content; `name` is what errors call it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as image:
                 return _decoded(image, mode, draft)
     except Exception as err:  # PIL's decoders raise many kinds
         raise unreadable(name, err) from err

@@ -107,6 +107,31 @@ class ImageFolderClassDataset(FilesDataset):
     num_classes: Count | None = None  # type: ignore[assignment]
 
 
+class ZipDataset(FilesDataset):
+    """A zip file of images as EDM's dataset_tool.py packs them, with classes in its dataset.json.
+
+    num_classes null: as many as that has. split test: every fifth image of each class.
+    """
+
+    type: Literal["zip"]
+    num_classes: Count | None = None  # type: ignore[assignment]
+    image_key: str = "image"
+    class_key: str = "class"
+
+
+class WebDataset(FilesDataset):
+    """Tar shards of WebDataset: a file, a folder, or a pattern such as train-{0000..0099}.tar.
+
+    num_classes null: as many as class ids have. image_key: the ending of a sample's image, `image`
+    for any image. class_key: that of its class id. split test: every fifth image of each class.
+    """
+
+    type: Literal["webdataset"]
+    num_classes: Count | None = None  # type: ignore[assignment]
+    image_key: str = "image"
+    class_key: str = "cls"
+
+
 class HuggingFaceDataset(Dataset):
     """A data set of the Hugging Face hub, or a local folder of that library's."""
 
@@ -138,6 +163,8 @@ AnyDataset = Annotated[
     | BenchmarkDataset
     | ImageFolderDataset
     | ImageFolderClassDataset
+    | ZipDataset
+    | WebDataset
     | HuggingFaceDataset
     | CustomDataset,
     Field(discriminator="type"),

@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch.utils.data import Dataset
 from ..common.files import PathLike, printable
 from ..common.images import CorruptImageError, convert_mode, open_image, unreadable, upright
 from ..common.text import need, unknown_name
+from .archives import tar_shards, zip_of_images
 from .idx import IDXFolder, has_idx
-from .scan import Paths, images_below
+from .scan import IMG_EXTENSIONS, Paths, images_below, in_split
 
 Transform = Callable[[Image.Image], Any]
 _INSTALL = '"k-diffusion[datasets]"'
@@ -73,9 +74,7 @@ class FolderOfImages(Dataset[tuple[Any]]):
     image can't be read.
     """
 
-    IMG_EXTENSIONS = frozenset(
-        (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-    )
+    IMG_EXTENSIONS = IMG_EXTENSIONS
 
     def __init__(
         self,
@@ -103,25 +102,6 @@ class FolderOfImages(Dataset[tuple[Any]]):
 
     def __getitem__(self, key: int) -> tuple[Any]:
         return (_read(self.paths[key], self.transform, self.mode),)
-
-
-def in_split(classes: Sequence[int], split: str) -> list[int]:
-    """The indices of a data set's split: "test" is every fifth item of each class, "train" the
-    others, "all" both.
-
-    Raises ValueError for another split.
-    """
-    splits = {"all": (True, True), "train": (True, False), "test": (False, True)}
-    if split not in splits:
-        raise unknown_name("dataset.split", split, splits)
-    train, test = splits[split]
-    seen: Counter[int] = Counter()
-    kept = []
-    for i, label in enumerate(classes):
-        seen[label] += 1
-        if train if seen[label] % 5 else test:
-            kept.append(i)
-    return kept
 
 
 class Digits(Dataset[tuple[Any, int]]):
@@ -371,6 +351,8 @@ DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]
     "cifar10": lambda section, transform, folder: _torchvision("CIFAR10", section, transform),
     "mnist": lambda section, transform, folder: _mnist("MNIST", section, transform),
     "fashion-mnist": lambda section, transform, folder: _mnist("FashionMNIST", section, transform),
+    "zip": zip_of_images,
+    "webdataset": tar_shards,
     "huggingface": _huggingface,
     "custom": _custom,
 }

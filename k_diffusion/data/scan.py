@@ -1,21 +1,45 @@
-"""The images of a folder of any size, found once and remembered in the cache folder."""
+"""The images of a folder of any size, found once and kept in the cache folder; and splits."""
 
 import hashlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 from ..common.files import cache_folder, write_atomically
+from ..common.text import unknown_name
 
+IMG_EXTENSIONS = frozenset(
+    (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+)
 _VERSION = 1
 # Fewer are found in a moment.
 _WORTH_KEEPING = 10_000
 # What changed so shortly ago may change again without its time telling.
 _SETTLED = 2 * 10**9
+
+
+def in_split(classes: Sequence[int], split: str) -> list[int]:
+    """The indices of a data set's split: "test" is every fifth item of each class, "train" the
+    others, "all" both.
+
+    Raises ValueError for another split.
+    """
+    splits = {"all": (True, True), "train": (True, False), "test": (False, True)}
+    if split not in splits:
+        raise unknown_name("dataset.split", split, splits)
+    train, test = splits[split]
+    seen: Counter[int] = Counter()
+    kept = []
+    for i, label in enumerate(classes):
+        seen[label] += 1
+        if train if seen[label] % 5 else test:
+            kept.append(i)
+    return kept
 
 
 class Paths(Sequence[Path]):
@@ -75,7 +99,7 @@ def images_below(
             continue
         found[name] = folder
         todo += [os.path.join(name, sub) for sub in folder.folders]
-    if found != known and sum(len(folder.images) for folder in found.values()) >= _WORTH_KEEPING:
+    if found != known and worth_keeping(sum(len(folder.images) for folder in found.values())):
         remember("folders", key, found)
     return {name: found[name].images for name in sorted(found)}
 
@@ -90,6 +114,11 @@ def _listed(path: str, changed: int, extensions: Collection[str], follow_links: 
             elif os.path.splitext(entry.name)[1].lower() in extensions and not entry.is_dir():
                 images.append(entry.name)
     return Folder(changed if settled else -1, sorted(folders), sorted(images))
+
+
+def worth_keeping(images: int) -> bool:
+    """Whether so many took long enough to find."""
+    return images >= _WORTH_KEEPING
 
 
 def recall(kind: str, key: str) -> Any:

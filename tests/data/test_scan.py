@@ -18,7 +18,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def root(tmp_path):
-    """Folders whose names sort otherwise as text than part by part, with things that aren't images."""
+    """Folders whose names sort otherwise as text than part by part, and more than images."""
     root = tmp_path / "data"
     for name in ("b.png", "a/2.png", "a/1.JPG", "a/deep/0.png", "a-b/3.png", "a/x.txt", "c/no.md"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
