@@ -8,6 +8,7 @@ position t goes on as if it had never stopped, whatever the number of workers.
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
@@ -117,13 +118,15 @@ def make_loader(
 
 
 def checked(
-    batches: Iterable[dict[str, Any]], report: Callable[[dict[str, Any]], object]
+    batches: Iterable[dict[str, Any]], report: Callable[[dict[str, Any], float], object]
 ) -> Iterator[dict[str, Any]]:
-    """The batches, each first shown to `report`, which tells of corrupt images."""
+    """The batches, each first shown to `report`, with the seconds that it was waited for."""
     try:
+        started = time.monotonic()
         for batch in batches:
-            report(batch)
+            report(batch, time.monotonic() - started)
             yield batch
+            started = time.monotonic()
     except (ValueError, OSError) as error:
         # a worker's error has its traceback as text; what it says comes last
         said = re.findall(r"^[\w.]+Error: (.*)", str(error), re.MULTILINE)

@@ -317,12 +317,21 @@ def test_errors_of_workers_are_sentences(num_workers):
     training = training_data.TrainingData(Folder(label=lambda i: 7), num_classes=3)
     loader = stream.make_loader(training, stream.Stream(10, 10, 1), num_workers, "fork")
     with pytest.raises(ValueError, match=r"^item \d of the data set has class 7, outside of 0"):
-        next(stream.checked(loader, lambda batch: None))
+        next(stream.checked(loader, lambda *seen: None))
 
 
-def test_each_batch_is_reported():
-    seen = []
-    assert list(stream.checked([{"a": 1}, {"a": 2}], seen.append)) == seen == [{"a": 1}, {"a": 2}]
+def test_each_batch_is_reported_with_the_time_it_was_waited_for(monkeypatch):
+    now, seen = [0.0], []
+    monkeypatch.setattr(stream.time, "monotonic", lambda: now[0])
+
+    def batches():
+        for i in 1, 2:
+            now[0] += i
+            yield {"a": i}
+
+    for _ in stream.checked(batches(), lambda *batch: seen.append(batch)):
+        now[0] += 100  # a step
+    assert seen == [({"a": 1}, 1.0), ({"a": 2}, 2.0)]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +346,7 @@ def test_a_killed_worker_is_a_sentence(said):
         yield {"a": 1}
         raise RuntimeError(said)
 
-    stream_of_batches = stream.checked(batches(), lambda batch: None)
+    stream_of_batches = stream.checked(batches(), lambda *seen: None)
     next(stream_of_batches)
     with pytest.raises(OSError, match=r"a loading process was killed.*smaller --num-workers"):
         next(stream_of_batches)
@@ -349,4 +358,4 @@ def test_other_errors_of_batches_stay_as_they_are():
         yield
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        next(stream.checked(batches(), lambda batch: None))
+        next(stream.checked(batches(), lambda *seen: None))
