@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
+from typing import IO
 
 import numpy as np
 import torch
@@ -124,6 +125,19 @@ def open_image(
                 return _decoded(image, mode, draft)
     except Exception as err:  # PIL's decoders raise many kinds
         raise unreadable(name, err) from err
+
+
+def image_size(file: PathLike | IO[bytes]) -> tuple[int, int]:
+    """The size (h, w) of an image, upright, from its header alone. Raises OSError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                w, h = image.size
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                return (w, h) if turned else (h, w)
+    except Exception as err:  # PIL's decoders raise many kinds
+        raise OSError(str(err)) from err
 
 
 def decode_image(

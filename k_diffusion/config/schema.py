@@ -6,7 +6,7 @@ files; it is shipped beside this file as schema.json.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from .base import (
     Colour,
@@ -17,6 +17,7 @@ from .base import (
     Probability,
     Rate,
     Section,
+    Size,
     fail,
     is_strict,
     keep_unknown,
@@ -75,9 +76,12 @@ class LocatedDataset(Dataset):
 
 class FilesDataset(LocatedDataset):
     """What data sets of image files have. jpeg_draft: decode JPEGs of twice the size and more at a
-    half, a quarter or an eighth of it, which is faster and changes their pixels a little."""
+    half, a quarter or an eighth of it, which is faster and changes their pixels a little. buckets:
+    sizes [height, width]; each image is trained on at the one of the nearest aspect ratio.
+    """
 
     jpeg_draft: bool = False
+    buckets: Annotated[list[Size], Field(min_length=1)] | None = None
     split: Literal["all", "train", "test"] = "all"
 
 
@@ -317,6 +321,18 @@ class Config(Section):
                 f"{least} is above optimizer.lr, {self.optimizer.lr}, so that the rate would rise",
                 "lr_sched.min_lr",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _bucket_sizes(self, info: ValidationInfo) -> "Config":
+        for i, size in enumerate(getattr(self.dataset, "buckets", None) or ()):
+            model = self.model.model_dump(warnings="none", exclude_unset=True)
+            model["input_size"] = size
+            try:
+                type(self.model).model_validate(model, context=info.context)
+            except ValidationError as error:
+                said = f"the model can't take this size: {error.errors()[0]['msg']}"
+                raise fail(said, f"dataset.buckets[{i}]") from None
         return self
 
 

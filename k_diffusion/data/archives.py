@@ -6,6 +6,7 @@ package, and archives that are files.
 """
 
 import glob
+import io
 import itertools
 import json
 import re
@@ -14,7 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..common.files import printable
-from ..common.images import CorruptImageError, decode_image, unreadable
+from ..common.images import CorruptImageError, decode_image, image_size, unreadable
 from .scan import IMG_EXTENSIONS, in_split, recall, remember, worth_keeping
 
 _LOCAL_HEADER = 30  # of a zip file's member, before its name
@@ -81,6 +82,15 @@ class ArchivedImages(Dataset[dict[str, Any]]):
             raise unreadable(name, error) from error
         label = {} if member.label is None else {self.keys[1]: member.label}
         return {self.keys[0]: made, **label}
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(h, w) of an image as it is stored, upright."""
+        return image_size(io.BytesIO(self._content(index)))
+
+    def image_names(self) -> Iterable[str]:
+        """What tells the images from others."""
+        files = [f"{path.resolve()} {path.stat().st_mtime_ns}" for path in self.files]
+        return [*files, *(f"{i} {member.name}" for i, member in self.places)]
 
     def _content(self, index: int) -> bytes:
         file, member = self.places[index]

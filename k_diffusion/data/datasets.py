@@ -20,7 +20,7 @@ from ..common.images import CorruptImageError, convert_mode, open_image, unreada
 from ..common.text import need, unknown_name
 from .archives import tar_shards, zip_of_images
 from .idx import IDXFolder, has_idx
-from .scan import IMG_EXTENSIONS, Paths, images_below, in_split
+from .scan import IMG_EXTENSIONS, Paths, SizedFiles, images_below, in_split
 
 Transform = Callable[[Image.Image], Any]
 _INSTALL = '"k-diffusion[datasets]"'
@@ -65,7 +65,7 @@ def _read(path: Path, transform: Transform | None, mode: str | None) -> Any:
         raise unreadable(printable(path), error) from error
 
 
-class FolderOfImages(Dataset[tuple[Any]]):
+class FolderOfImages(SizedFiles, Dataset[tuple[Any]]):
     """The images in a folder and its subfolders, sorted by path; items are 1-tuples.
 
     transform: a function of the PIL image (default: none). mode: the PIL mode images are converted
@@ -196,7 +196,7 @@ def _imagefolder(section: Mapping[str, Any], transform: Transform, folder: Path)
     return data
 
 
-class FolderOfClasses(Dataset[tuple[Any, int]]):
+class FolderOfClasses(SizedFiles, Dataset[tuple[Any, int]]):
     """The images of a folder with one subfolder for each class: items (image, class id).
 
     Class ids count the subfolders that have images, in the order of their names; `counts` maps

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 from ..common.files import cache_folder, write_atomically
+from ..common.images import image_size
 from ..common.text import unknown_name
 
 IMG_EXTENSIONS = frozenset(
@@ -63,6 +64,20 @@ class Paths(Sequence[Path]):
     def take(self, indices: Iterable[int]) -> "Paths":
         """Those at these indices."""
         return Paths(self.root, [self.names[i] for i in indices])
+
+
+class SizedFiles:
+    """What data sets of files have for buckets: `paths`."""
+
+    paths: Paths
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(h, w) of an image as it is stored, upright."""
+        return image_size(self.paths[index])
+
+    def image_names(self) -> Iterable[str]:
+        """What tells the images from others."""
+        return [str(self.paths.root), *self.paths.names]
 
 
 class Folder(NamedTuple):

@@ -9,10 +9,11 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -57,6 +58,70 @@ class Stream(Sampler[list[tuple[int, int]]]):
                 batch.append((int(order[t % self.length]), derive_seed(self.seed, 1, t)))
             yield batch
             at += self.batch_size * self.processes
+
+
+class BucketStream(Stream):
+    """As `Stream`, with all images of a global batch from one of several groups of indices.
+
+    Each group goes through permutations of its own; which group a batch is of is shuffled by epoch,
+    and each group has as many batches as fit its images. Batch j is again a function of (seed, j).
+    """
+
+    def __init__(self, groups: Sequence[np.ndarray], batch_size: int, *args: Any, **kwargs: Any):
+        super().__init__(sum(map(len, groups)), batch_size, *args, **kwargs)
+        self.groups = groups
+
+    def _before(self, epoch: int) -> list[int]:
+        """How many batches of each group come before an epoch."""
+        together = self.batch_size * self.processes
+        return [epoch * len(group) // together for group in self.groups]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        together = self.batch_size * self.processes
+        at = self.start // together
+        epoch = at * together // self.length
+        while sum(self._before(epoch + 1)) <= at:
+            epoch += 1
+        skip = at - sum(self._before(epoch))
+        orders: dict[tuple[int, int], torch.Tensor] = {}
+        while True:
+            done, then = self._before(epoch), self._before(epoch + 1)
+            turns = torch.tensor(
+                [i for i, (a, b) in enumerate(zip(done, then)) for _ in range(b - a)]
+            )
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, 3, epoch))
+            for group in turns[torch.randperm(len(turns), generator=generator)].tolist():
+                first = done[group] * together + self.process * self.batch_size
+                done[group] += 1
+                if skip:
+                    skip -= 1
+                    continue
+                t = at * together + self.process * self.batch_size
+                yield [
+                    (self._index(group, first + i, orders), derive_seed(self.seed, 1, t + i))
+                    for i in range(self.batch_size)
+                ]
+                at += 1
+            epoch += 1
+
+    def _index(self, group: int, at: int, orders: dict[tuple[int, int], torch.Tensor]) -> int:
+        """Of a group's endless permutations, kept in orders, the image at a place."""
+        images = self.groups[group]
+        key = group, at // len(images)
+        if key not in orders:
+            for old in [old for old in orders if old[0] == group and old[1] < key[1] - 1]:
+                del orders[old]
+            seed = derive_seed(self.seed, 4, key[1], group + 1)
+            generator = torch.Generator().manual_seed(seed)
+            orders[key] = torch.randperm(len(images), generator=generator)
+        return int(images[orders[key][at % len(images)]])
+
+
+def make_stream(data: TrainingData, *args: Any, **kwargs: Any) -> Stream:
+    """The stream over a data set, by its buckets if it has any; the rest is as of `Stream`."""
+    if data.buckets is not None:
+        return BucketStream(data.buckets.groups, *args, **kwargs)
+    return Stream(len(data), *args, **kwargs)
 
 
 # What is sent to the process group, by Ctrl-C say, is for the main process, which still needs data.

@@ -1,19 +1,22 @@
 """A data set as training sees it: items drawn by (index, seed)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
-from ..augmentation import KarrasAugmentationPipeline
 from ..common import memory
 from ..common.images import CorruptImageError
+from .buckets import Buckets, make_buckets
 from .datasets import make_dataset
 from .transforms import ImageTransform, Unaugmented
 
 # Those of a config's `dataset` section that aren't of reading it.
 TRANSFORM_KEYS = ("random_crop", "horizontal_flip", "jpeg_draft")
+# Those that real images to compare with are read without.
+TRAINING_KEYS = (*TRANSFORM_KEYS, "buckets")
 _MAX_CORRUPT_IN_A_ROW = 1000
 
 
@@ -22,7 +25,8 @@ class TrainingData(Dataset[dict[str, Any]]):
 
     Of an item: `image`, `original`, `aug_cond`, `index`, with classes also `class`, and `skipped`,
     the paths of corrupt images that the next image stood in for (an error with strict=True).
-    augment: augments together those images of a batch that are `Unaugmented`.
+    transform: what the data set applies to its images; it augments a batch's together. buckets:
+    the sizes that it gives them, where they are several.
     """
 
     def __init__(
@@ -32,9 +36,10 @@ class TrainingData(Dataset[dict[str, Any]]):
         image_key: int | str = 0,
         class_key: int | str = 1,
         strict: bool = False,
-        augment: KarrasAugmentationPipeline | None = None,
+        transform: ImageTransform | None = None,
+        buckets: Buckets | None = None,
     ):
-        self.data, self.augment = data, augment
+        self.data, self.transform, self.buckets = data, transform, buckets
         self.num_classes = num_classes
         self.image_key, self.class_key = image_key, class_key
         self.strict = strict
@@ -44,17 +49,20 @@ class TrainingData(Dataset[dict[str, Any]]):
 
     def describe(self) -> str:
         """What the data set has to say of itself beyond its size, such as images by class."""
-        return self.data.describe() if hasattr(self.data, "describe") else ""
+        lines = [self.data.describe()] if hasattr(self.data, "describe") else []
+        return "\n".join(lines + [self.buckets.describe()] * (self.buckets is not None))
 
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
             items = [self._draw(*draw) for draw in draws]
         later = [item for item in items if "numbers" in item]
         if later:
-            assert self.augment is not None
+            assert self.transform is not None
             originals = [item["original"] for item in later]
             numbers = torch.stack([item.pop("numbers") for item in later])
-            for item, image, cond in zip(later, *self.augment.augment(originals, numbers)):
+            for item, image, cond in zip(
+                later, *self.transform.augment.augment(originals, numbers)
+            ):
                 item["image"], item["aug_cond"] = image, cond
         return items
 
@@ -65,6 +73,8 @@ class TrainingData(Dataset[dict[str, Any]]):
         torch.default_generator.manual_seed(seed)
         skipped: list[str] = []
         while True:
+            if self.buckets is not None and self.transform is not None:
+                self.transform.size = self.buckets.size_of(index)
             try:
                 item = self.data[index]
                 images = self._image_of(item, index)
@@ -73,7 +83,7 @@ class TrainingData(Dataset[dict[str, Any]]):
                 if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
                     raise
                 skipped.append(str(error.filename or f"item {index} ({error})"))
-                index = (index + 1) % len(self)
+                index = self.buckets.after(index) if self.buckets else (index + 1) % len(self)
         out = {**images, "index": index}
         if self.num_classes:
             out["class"] = self._class_of(item, index)
@@ -126,6 +136,8 @@ def make_training_data(
     """
     model, section = config["model"], config["dataset"]
     h, w = model["input_size"]
+    sizes = [(int(h), int(w)) for h, w in section.get("buckets") or ()]
+    h, w = max([(h, w), *sizes], key=math.prod)
     pixels = model["input_channels"] * h * w
     memory.check(20 * pixels, f"an image of {h} x {w}", "make model.input_size smaller")
     transform = ImageTransform(
@@ -142,6 +154,8 @@ def make_training_data(
     if num_classes is None:
         num_classes = len(data.counts)  # type: ignore[attr-defined]
     keys = section["image_key"], section["class_key"]
-    made = TrainingData(data, num_classes, *keys, strict, transform.augment)
+    made = TrainingData(data, num_classes, *keys, strict, transform)
+    if sizes:
+        made.buckets = make_buckets(data, sizes)
     made[0, 0]  # a data set that gives something else is known before anything is written
     return made

@@ -46,9 +46,14 @@ class ImageTransform:
             )
         self.size, self.mode, self.background = size, PIL_MODES[channels], background
         self.random_crop, self.horizontal_flip = random_crop, horizontal_flip
-        self.draft = size if jpeg_draft else None
+        self.jpeg_draft = jpeg_draft
         self.later = later
         self.augment = KarrasAugmentationPipeline(augment_prob, disable_all=augment_prob == 0)
+
+    @property
+    def draft(self) -> tuple[int, int] | None:
+        """The size that a decoded JPEG has to cover, where it may be smaller than it is stored."""
+        return self.size if self.jpeg_draft else None
 
     def __call__(self, image: Image.Image) -> Any:
         image = self._fitted(image)

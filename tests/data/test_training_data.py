@@ -266,7 +266,7 @@ def test_batches_are_augmented_as_their_images_are_one_by_one():
         transforms.ImageTransform((10, 8), 3, 0.4, random_crop=True, later=later)
         for later in (False, True)
     )
-    together = training_data.TrainingData(Pictures(later), augment=later.augment)
+    together = training_data.TrainingData(Pictures(later), transform=later)
     alone = training_data.TrainingData(Pictures(alone))
     draws = [(i, 70 + i) for i in range(12)]
     for a, b in zip(together.__getitems__(draws), alone.__getitems__(draws), strict=True):

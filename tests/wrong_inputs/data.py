@@ -106,6 +106,10 @@ ROWS = [
         )
     ),
     dataset("unknown key 'random_crops' .did you mean 'random_crop'", random_crops=True),
+    dataset(r"dataset.buckets\[1\]: the model can't take this size: input_size \[8, 9\] does not",
+            type="imagefolder", location="x", buckets=[[8, 8], [8, 9]]),
+    dataset("dataset.buckets: .*got 3", type="imagefolder", location="x", buckets=3),
+    dataset("dataset: unknown key 'buckets'", buckets=[[8, 8]]),
     dataset("dataset.random_crop: .*got 0.5", random_crop=0.5),
     dataset("dataset.horizontal_flip: .*got 'x'", horizontal_flip="x"),
     dataset("dataset: unknown key 'jpeg_draft'", jpeg_draft=True),
