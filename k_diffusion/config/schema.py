@@ -137,13 +137,20 @@ class WebDataset(FilesDataset):
 
 
 class HuggingFaceDataset(Dataset):
-    """A data set of the Hugging Face hub, or a local folder of that library's."""
+    """A data set of the Hugging Face hub, or a local folder of that library's.
+
+    streaming: read it while it is fetched, and keep nothing; shuffle_window rows that follow each
+    other are then shuffled together. num_examples: its rows, where a streamed one doesn't say.
+    """
 
     type: Literal["huggingface"]
     location: str
     split: str = "train"
     image_key: int | str = "image"
     class_key: int | str = "label"
+    streaming: bool = False
+    shuffle_window: Positive = 1000
+    num_examples: Positive | None = None
 
 
 class CustomDataset(Dataset):

@@ -21,6 +21,7 @@ from ..common.text import need, unknown_name
 from .archives import tar_shards, zip_of_images
 from .idx import IDXFolder, has_idx
 from .scan import IMG_EXTENSIONS, Paths, SizedFiles, images_below, in_split
+from .streamed import StreamedRows, rows_of
 
 Transform = Callable[[Image.Image], Any]
 _INSTALL = '"k-diffusion[datasets]"'
@@ -278,22 +279,33 @@ def _torchvision(name: str, section: Mapping[str, Any], transform: Transform) ->
 class HuggingFace(Dataset[dict[str, Any]]):
     """A data set of that library: items are its rows, with the transformed image.
 
-    data: a `datasets.Dataset` with a column `image_key` of images.
+    data: a `datasets.Dataset`, or `StreamedRows`, with a column `image_key` of images.
     """
 
     def __init__(self, data: Any, image_key: str, transform: Transform):
         image_type = need("datasets", "the huggingface data set", _INSTALL).Image
-        columns = [k for k, v in data.features.items() if isinstance(v, image_type)]
+        streamed = isinstance(data, StreamedRows)
+        source = data.data if streamed else data
+        columns = [k for k, v in (source.features or {}).items() if isinstance(v, image_type)]
         if image_key not in columns:
             raise ValueError(
                 f"dataset.image_key: no column {image_key!r} of images; there are "
-                f"{', '.join(columns) or 'none'} among {', '.join(data.features)}"
+                f"{', '.join(columns) or 'none'} among {', '.join(source.features or ())}"
             )
         self.image_key, self.transform = image_key, transform
-        self.data, self.feature = data, data.features[image_key]
+        self.data, self.feature = data, source.features[image_key]
         # decoded here, where a corrupt one can be told from other errors
         for column in columns:
-            self.data = self.data.cast_column(column, image_type(decode=False))
+            source = source.cast_column(column, image_type(decode=False))
+        if streamed:
+            data.data = source
+        else:
+            self.data = source
+
+    @property
+    def window(self) -> int | None:
+        """How many rows of a streamed data set are shuffled together; None of another."""
+        return getattr(self.data, "window", None)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -322,7 +334,9 @@ def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path)
     # older versions ran a data set's own Python file without being asked to
     library.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     try:
-        if (location / "dataset_info.json").is_file():
+        if section.get("streaming"):
+            data = library.load_dataset(section["location"], split=split, streaming=True)
+        elif (location / "dataset_info.json").is_file():
             data = library.load_from_disk(str(location))
         elif (location / "dataset_dict.json").is_file():
             data = library.load_from_disk(str(location))[split]
@@ -336,6 +350,8 @@ def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path)
             f"dataset.location: the Hugging Face data set {section['location']} can't be loaded; "
             f"the library says: {said}"
         ) from error
+    if section.get("streaming"):
+        data = rows_of(data, split, section["shuffle_window"], section["num_examples"])
     return HuggingFace(data, section["image_key"], transform)
 
 

@@ -25,6 +25,7 @@ class Stream(Sampler[list[tuple[int, int]]]):
     """Endless batches of (index, seed), this process's share of the global stream from `start` on.
 
     Consecutive global batches of batch_size * processes samples; each process takes its slice.
+    window: samples are shuffled within so many that follow each other; None: all of an epoch.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Stream(Sampler[list[tuple[int, int]]]):
         start: int = 0,
         process: int = 0,
         processes: int = 1,
+        window: int | None = None,
     ):
         if length < batch_size * processes:
             raise ValueError(
@@ -44,6 +46,15 @@ class Stream(Sampler[list[tuple[int, int]]]):
             )
         self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
         self.process, self.processes = process, processes
+        self.window = window or length
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        """The order of an epoch: windows of consecutive samples one by one, each shuffled."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
+        starts = range(0, self.length, self.window)
+        sizes = [min(self.window, self.length - start) for start in starts]
+        shuffled = [torch.randperm(size, generator=generator) for size in sizes]
+        return torch.cat([start + order for start, order in zip(starts, shuffled)])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, torch.empty(0)
@@ -53,8 +64,7 @@ class Stream(Sampler[list[tuple[int, int]]]):
             for t in range(at, at + self.batch_size):
                 if t // self.length != epoch:
                     epoch = t // self.length
-                    generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
-                    order = torch.randperm(self.length, generator=generator)
+                    order = self._order(epoch)
                 batch.append((int(order[t % self.length]), derive_seed(self.seed, 1, t)))
             yield batch
             at += self.batch_size * self.processes
@@ -121,7 +131,7 @@ def make_stream(data: TrainingData, *args: Any, **kwargs: Any) -> Stream:
     """The stream over a data set, by its buckets if it has any; the rest is as of `Stream`."""
     if data.buckets is not None:
         return BucketStream(data.buckets.groups, *args, **kwargs)
-    return Stream(len(data), *args, **kwargs)
+    return Stream(len(data), *args, window=getattr(data.data, "window", None), **kwargs)
 
 
 # What is sent to the process group, by Ctrl-C say, is for the main process, which still needs data.
@@ -168,9 +178,12 @@ def _own_session(worker: int) -> None:
 def make_loader(
     data: TrainingData, stream: Stream, num_workers: int = 0, start_method: str = "spawn"
 ) -> DataLoader[dict[str, Any]]:
-    """A DataLoader over the stream. Small data sets held in memory are read without workers."""
+    """A DataLoader over the stream. Small data sets held in memory are read without workers, those
+    that are streamed by one, as each would fetch all rows."""
     if getattr(data.data, "in_memory", False):
         num_workers = 0
+    if getattr(data.data, "window", None):
+        num_workers = min(num_workers, 1)
     return _Loader(
         data,
         batch_sampler=stream,

@@ -11,6 +11,7 @@ from ..common import memory
 from ..common.images import CorruptImageError
 from .buckets import Buckets, make_buckets
 from .datasets import make_dataset
+from .streamed import StreamedRows
 from .transforms import ImageTransform, Unaugmented
 
 # Those of a config's `dataset` section that aren't of reading it.
@@ -83,11 +84,20 @@ class TrainingData(Dataset[dict[str, Any]]):
                 if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
                     raise
                 skipped.append(str(error.filename or f"item {index} ({error})"))
-                index = self.buckets.after(index) if self.buckets else (index + 1) % len(self)
+                index = self._after(index)
         out = {**images, "index": index}
         if self.num_classes:
             out["class"] = self._class_of(item, index)
         return {**out, "skipped": "\n".join(skipped)}
+
+    def _after(self, index: int) -> int:
+        """The image that stands in for a corrupt one."""
+        if self.buckets is not None:
+            return self.buckets.after(index)
+        streamed = getattr(self.data, "data", None)
+        if isinstance(streamed, StreamedRows):
+            return streamed.after(index)
+        return (index + 1) % len(self)
 
     def _image_of(self, item: Any, index: int) -> dict[str, torch.Tensor]:
         try:

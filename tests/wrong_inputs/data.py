@@ -136,5 +136,8 @@ ROWS = [
     dataset("Hugging Face data set hf_json can't be loaded", type="huggingface",
             location="hf_json"),
     dataset("dataset.location: is required", type="huggingface"),
+    dataset("Hugging Face data set hf_empty can't be loaded", type="huggingface",
+            location="hf_empty", streaming=True),
+    dataset("dataset.shuffle_window: .*got 0", type="huggingface", location="x", shuffle_window=0),
     dataset("dataset.split: .*got 'most'", type="mnist", location="x", split="most"),
 ]  # fmt: skip
