@@ -131,7 +131,8 @@ def make_stream(data: TrainingData, *args: Any, **kwargs: Any) -> Stream:
     """The stream over a data set, by its buckets if it has any; the rest is as of `Stream`."""
     if data.buckets is not None:
         return BucketStream(data.buckets.groups, *args, **kwargs)
-    return Stream(len(data), *args, window=getattr(data.data, "window", None), **kwargs)
+    kwargs["window"] = getattr(data.data, "window", None)
+    return Stream(len(data), *args, **kwargs)
 
 
 # What is sent to the process group, by Ctrl-C say, is for the main process, which still needs data.

@@ -16,8 +16,6 @@ from .transforms import ImageTransform, Unaugmented
 
 # Those of a config's `dataset` section that aren't of reading it.
 TRANSFORM_KEYS = ("random_crop", "horizontal_flip", "jpeg_draft")
-# Those that real images to compare with are read without.
-TRAINING_KEYS = (*TRANSFORM_KEYS, "buckets")
 _MAX_CORRUPT_IN_A_ROW = 1000
 
 
@@ -51,7 +49,9 @@ class TrainingData(Dataset[dict[str, Any]]):
     def describe(self) -> str:
         """What the data set has to say of itself beyond its size, such as images by class."""
         lines = [self.data.describe()] if hasattr(self.data, "describe") else []
-        return "\n".join(lines + [self.buckets.describe()] * (self.buckets is not None))
+        if self.buckets is not None:
+            lines.append(self.buckets.describe())
+        return "\n".join(lines)
 
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
@@ -135,6 +135,11 @@ class TrainingData(Dataset[dict[str, Any]]):
                 f"{self.num_classes - 1}; dataset.num_classes must be the number of classes"
             )
         return label
+
+
+def as_stored(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's `dataset` section for images to compare with: of one size, cropped centrally."""
+    return {k: v for k, v in section.items() if k not in (*TRANSFORM_KEYS, "buckets")}
 
 
 def make_training_data(

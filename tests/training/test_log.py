@@ -118,7 +118,9 @@ def test_a_plain_log_has_a_line_a_minute(folder, capsys, monkeypatch):
     assert text.err == ""
     lines = text.out.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"step {step}" for step in (1, 70, 130, 185)]
-    assert lines[1] == "step 70, epoch 0, 70 s, 4 images/s (0% waiting for data), 02:10 left: loss 2, on average 2"
+    assert lines[1] == (
+        "step 70, epoch 0, 70 s, 4 images/s (0% waiting for data), 02:10 left: loss 2, on average 2"
+    )
 
 
 def test_what_is_measured_joins_the_row_of_its_step(folder):
