@@ -114,8 +114,8 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         return
     evaluator = evaluation.make_evaluator(accelerator, args, config, begin, end)
     validator = validation.make_validation(accelerator, args, config, encode)
-    shares = stream.Stream(
-        len(train_data),
+    shares = stream.make_stream(
+        train_data,
         args.batch_size,
         state.seed,
         start=state.samples,

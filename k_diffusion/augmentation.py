@@ -5,7 +5,7 @@ at sampling time the augmentation conditioning is zero.
 """
 
 import math
-from functools import reduce
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,32 @@ from PIL import Image
 from scipy import ndimage
 from torch import nn
 
+from .common import splines
 from .common.images import from_pil_image
 
 COND_DIM = 9
+
+
+def _coin(x: torch.Tensor) -> None:
+    x.random_(2)
+
+
+# The random numbers of an image, in the order in which they are drawn. "..._on" switches on.
+_DRAWS: dict[str, Callable[[torch.Tensor], object]] = {
+    "flip_x": _coin,
+    "flip_y_on": torch.Tensor.uniform_,
+    "flip_y": _coin,
+    "scale_on": torch.Tensor.uniform_,
+    "scale": torch.Tensor.normal_,
+    "theta_on": torch.Tensor.uniform_,
+    "theta": torch.Tensor.uniform_,
+    "aniso_on": torch.Tensor.uniform_,
+    "aniso_theta": torch.Tensor.uniform_,
+    "aniso": torch.Tensor.normal_,
+    "shift_on": torch.Tensor.uniform_,
+    "shift_x": torch.Tensor.normal_,
+    "shift_y": torch.Tensor.normal_,
+}
 
 
 def translate2d(tx: float | torch.Tensor, ty: float | torch.Tensor) -> torch.Tensor:
@@ -56,6 +79,11 @@ def warp(image: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.stack(channels))
 
 
+def warp_one_by_one(images: torch.Tensor, matrices: torch.Tensor) -> list[torch.Tensor]:
+    """What `splines.warp` computes together. images: (n, c, h, w). matrices: (n, 3, 3)."""
+    return [warp(image, matrix) for image, matrix in zip(images, matrices)]
+
+
 class KarrasAugmentationPipeline:
     """Flips, scaling, rotation, anisotropic scaling and translation of training images.
 
@@ -87,53 +115,75 @@ class KarrasAugmentationPipeline:
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         original = from_pil_image(image)
-        h, w = original.shape[1:]
+        (augmented,), (cond,) = self.augment([original], self.draw()[None], warp_one_by_one)
+        return augmented, original, cond
 
-        def switch() -> torch.Tensor:
-            return (torch.rand(()) < self.a_prob).float()
+    @staticmethod
+    def draw() -> torch.Tensor:
+        """The random numbers of one image: (13,). Also those are drawn that aren't used."""
+        out = torch.empty(len(_DRAWS))
+        for number, fill in zip(out.unbind(), _DRAWS.values()):
+            fill(number)
+        return out
 
-        def angle() -> torch.Tensor:
-            return torch.rand(()) * 2 * math.pi - math.pi
+    def augment(
+        self,
+        originals: Sequence[torch.Tensor],
+        numbers: torch.Tensor,
+        warp_all: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]] = splines.warp,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """The augmented images, each (c, h, w), and their conditioning vectors, (n, 9).
 
-        # Every number is drawn, also where it is switched off: seeds depend on it.
-        flip_x = torch.randint(2, ()).float()
-        flip_y = switch() * torch.randint(2, ())
-        scale = switch() * torch.randn(())
-        theta = switch() * angle()
-        on = switch()
-        aniso_theta, aniso = on * angle(), on * torch.randn(())
-        on = switch()
-        shift_x, shift_y = on * torch.randn(()), on * torch.randn(())
-
+        originals: n images (c, h, w) of one size. numbers: (n, 13), of `draw`, on which alone it
+        depends what is done to an image. warp_all: warps some together, as `splines.warp` does.
+        """
         if self.disable_all:
-            return original, original, torch.zeros(COND_DIM)
-        cond = torch.stack(
-            [
-                flip_x,
-                flip_y,
-                scale,
-                theta.cos() - 1,
-                theta.sin(),
-                aniso * aniso_theta.cos(),
-                aniso * aniso_theta.sin(),
-                shift_x,
-                shift_y,
-            ]
-        )
-        augmented = original
-        if cond[2:].any():
-            s, a = self.a_scale**scale, self.a_aniso**aniso
-            matrices = [
-                scale2d(s, s),
-                rotate2d(-theta),
-                rotate2d(aniso_theta),
-                scale2d(a, 1 / a),
-                rotate2d(-aniso_theta),
-                translate2d(self.a_trans * w * shift_x, self.a_trans * h * shift_y),
-            ]
-            augmented = warp(augmented, reduce(torch.matmul, matrices))
-        flips = [dim for dim, flip in ((2, flip_x), (1, flip_y)) if flip]
-        return augmented.flip(flips), original, cond
+            return list(originals), torch.zeros(len(numbers), COND_DIM)
+        cond, matrices = self._plan(numbers, *originals[0].shape[1:])
+        augmented = list(originals)
+        turned = cond[:, 2:].any(1).nonzero().flatten().tolist()
+        if turned:
+            warped = warp_all(torch.stack([originals[i] for i in turned]), matrices[turned])
+            for i, image in zip(turned, warped):
+                augmented[i] = image
+        for i, (flip_x, flip_y) in enumerate(cond[:, :2].tolist()):
+            if flip_x or flip_y:
+                augmented[i] = augmented[i].flip([1] * bool(flip_y) + [2] * bool(flip_x))
+        return augmented, cond
+
+    def _plan(self, numbers: torch.Tensor, h: int, w: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Conditioning vectors, (n, 9), and matrices, (n, 3, 3), but for the flips."""
+        columns = dict(zip(_DRAWS, numbers.unbind(1)))
+
+        def switched(switch: str, *names: str) -> list[torch.Tensor]:
+            on = (columns[switch] < self.a_prob).float()
+            return [on * columns[name] for name in names]
+
+        for name in "theta", "aniso_theta":
+            columns[name] = columns[name] * 2 * math.pi - math.pi
+        (flip_y,) = switched("flip_y_on", "flip_y")
+        (scale,), (theta,) = switched("scale_on", "scale"), switched("theta_on", "theta")
+        aniso_theta, aniso = switched("aniso_on", "aniso_theta", "aniso")
+        shift_x, shift_y = switched("shift_on", "shift_x", "shift_y")
+        turn, tilt = (theta.cos() - 1, theta.sin()), (aniso_theta.cos(), aniso_theta.sin())
+        shifts = [shift_x, shift_y]
+        along = [aniso * part for part in tilt]
+        cond = torch.stack([columns["flip_x"], flip_y, scale, *turn, *along, *shifts], 1)
+        # scaled, turned and stretched, after it was shifted
+        s, a = self.a_scale ** scale.double(), self.a_aniso ** aniso.double()
+        axis = _rotations(aniso_theta)
+        stretch = axis @ torch.stack([a, 1 / a], 1).diag_embed() @ axis.mT
+        linear = s[:, None, None] * (_rotations(-theta) @ stretch)
+        pixels = self.a_trans * torch.tensor([w, h]) * torch.stack(shifts, 1).double()
+        matrices = torch.eye(3, dtype=torch.float64).repeat(len(numbers), 1, 1)
+        matrices[:, :2, :2], matrices[:, :2, 2:] = linear, linear @ pixels[:, :, None]
+        return cond, matrices
+
+
+def _rotations(theta: torch.Tensor) -> torch.Tensor:
+    """As the upper part of rotate2d: (n, 2, 2), in float64. theta: (n,)."""
+    c, s = theta.double().cos(), theta.double().sin()
+    return torch.stack([c, -s, s, c], 1).view(-1, 2, 2)
 
 
 class KarrasAugmentWrapper(nn.Module):

@@ -131,10 +131,11 @@ def test_x_flips_alone_at_probability_zero():
 
 def test_conditioning_statistics():
     """Probabilities and distributions of arXiv:2206.00364, appendix F.2."""
-    image, n, p = Image.new("L", (4, 4)), 4000, 0.4
+    n, p = 4000, 0.4
     torch.manual_seed(0)
     pipeline = KarrasAugmentationPipeline(p)
-    cond = torch.stack([pipeline(image)[2] for _ in range(n)])
+    numbers = torch.stack([pipeline.draw() for _ in range(n)])
+    cond = pipeline.augment([torch.zeros(1, 2, 2)] * n, numbers)[1]
     on = (cond != 0).float().mean(0)
     assert on.tolist() == pytest.approx([1 / 2, p / 2] + [p] * 7, abs=4 * 0.5 / math.sqrt(n))
     for column in (2, 7, 8):  # standard normal where on
@@ -193,6 +194,29 @@ def test_flipped_pixels_are_exact_at_any_size():
         turned = warp(original, rotate2d(-theta))
         dims = [dim for dim, flip in ((2, cond[0]), (1, cond[1])) if flip]
         torch.testing.assert_close(augmented, turned.flip(dims), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, (28, 28)), (3, (20, 33))])
+def test_many_images_are_augmented_as_one_by_one(channels, size):
+    pictures = [to_pil_image(noise(channels, *size, seed)) for seed in range(24)]
+    pipeline = KarrasAugmentationPipeline(0.3)
+    alone, originals, numbers = [], [], []
+    for seed, picture in enumerate(pictures):
+        torch.manual_seed(seed)
+        alone.append(pipeline(picture))
+        after = torch.rand(())
+        torch.manual_seed(seed)
+        originals.append(from_pil_image(picture))
+        numbers.append(pipeline.draw())
+        assert torch.rand(()) == after
+    augmented, conds = pipeline.augment(originals, torch.stack(numbers))
+    moved = sum(bool(cond[2:].any()) for cond in conds)
+    assert 10 < moved < 24
+    for (image, _, cond), together, plan in zip(alone, augmented, conds, strict=True):
+        assert torch.equal(cond, plan)
+        torch.testing.assert_close(together, image, rtol=0, atol=2e-6)
+        if not cond[2:].any():
+            assert torch.equal(together, image)
 
 
 def test_probability_out_of_range_is_an_error():

@@ -21,6 +21,16 @@ from tqdm.auto import tqdm
 PathLike = str | os.PathLike[str]
 
 
+def cache_folder() -> Path:
+    """Where downloads, and what took long to find, are kept.
+
+    It is $K_DIFFUSION_CACHE, or k-diffusion in the user's cache folder.
+    """
+    if own := os.environ.get("K_DIFFUSION_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k-diffusion"
+
+
 class DiskFullError(OSError):
     """A file that the disk, the quota or the limit on a file's size has no space for."""
 

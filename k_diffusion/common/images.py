@@ -1,14 +1,16 @@
 """Images: between PIL and tensors in [-1, 1], from files, and as grids."""
 
+import io
 import math
 import os
 import warnings
 from collections.abc import Sequence
+from typing import IO
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from .files import PathLike, printable
 
@@ -104,11 +106,14 @@ def upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def open_image(path: PathLike, mode: str | None = "RGB") -> Image.Image:
+def open_image(
+    path: PathLike, mode: str | None = "RGB", draft: tuple[int, int] | None = None
+) -> Image.Image:
     """A decoded image, upright, in PIL mode `mode` (None: as stored), over white where that has no
     alpha.
 
-    Raises `CorruptImageError`, also for one too large to be an image (PIL's MAX_IMAGE_PIXELS).
+    draft: the size (h, w) that a JPEG has to cover, for which it may be decoded smaller. Raises
+    `CorruptImageError`, also for one too large to be an image (PIL's MAX_IMAGE_PIXELS).
     """
     name = printable(path)
     try:
@@ -117,11 +122,45 @@ def open_image(path: PathLike, mode: str | None = "RGB") -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image.load()
-                turned = upright(image)
-                return turned.copy() if mode is None else convert_mode(turned, mode)
+                return _decoded(image, mode, draft)
     except Exception as err:  # PIL's decoders raise many kinds
         raise unreadable(name, err) from err
+
+
+def image_size(file: PathLike | IO[bytes]) -> tuple[int, int]:
+    """The size (h, w) of an image, upright, from its header alone. Raises OSError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                w, h = image.size
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                return (w, h) if turned else (h, w)
+    except Exception as err:  # PIL's decoders raise many kinds
+        raise OSError(str(err)) from err
+
+
+def decode_image(
+    content: bytes, name: str, mode: str | None, draft: tuple[int, int] | None = None
+) -> Image.Image:
+    """As `open_image`, of a file's content; `name` is what errors call it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as image:
+                return _decoded(image, mode, draft)
+    except Exception as err:  # PIL's decoders raise many kinds
+        raise unreadable(name, err) from err
+
+
+def _decoded(image: Image.Image, mode: str | None, draft: tuple[int, int] | None) -> Image.Image:
+    if draft is not None:
+        h, w = draft
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+        image.draft(None, (h, w) if on_its_side else (w, h))
+    image.load()
+    turned = upright(image)
+    return turned.copy() if mode is None else convert_mode(turned, mode)
 
 
 def unreadable(name: str, cause: Exception) -> CorruptImageError:

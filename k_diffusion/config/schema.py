@@ -6,7 +6,7 @@ files; it is shipped beside this file as schema.json.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from .base import (
     Colour,
@@ -17,6 +17,7 @@ from .base import (
     Probability,
     Rate,
     Section,
+    Size,
     fail,
     is_strict,
     keep_unknown,
@@ -33,7 +34,8 @@ class Dataset(Section):
     cond_dropout_rate: how often training replaces a class by "no class". image_key, class_key:
     where an item of the data set holds its image and class. caption_key: where it holds its
     caption; of images in files, the ending of the text file beside each. background: the colour
-    that shows through transparent images.
+    that shows through transparent images. random_crop: crop anywhere, not around the centre.
+    horizontal_flip: mirror every other image.
     """
 
     num_classes: Count = 0
@@ -42,6 +44,8 @@ class Dataset(Section):
     class_key: int | str = 1
     caption_key: int | str = 2
     background: Colour = "white"
+    random_crop: bool = False
+    horizontal_flip: bool = False
 
 
 class NoDataset(Dataset):
@@ -73,6 +77,18 @@ class LocatedDataset(Dataset):
         return self
 
 
+class FilesDataset(LocatedDataset):
+    """What data sets of image files have. jpeg_draft: decode JPEGs of twice the size and more at a
+    half, a quarter or an eighth of it, which is faster and changes their pixels a little. buckets:
+    sizes [height, width]; each image is trained on at the one of the nearest aspect ratio.
+    """
+
+    caption_key: int | str = "txt"
+    jpeg_draft: bool = False
+    buckets: Annotated[list[Size], Field(min_length=1)] | None = None
+    split: Literal["all", "train", "test"] = "all"
+
+
 class BenchmarkDataset(LocatedDataset):
     """Downloaded to `location` where it is missing. mnist and fashion-mnist may be IDX files there.
 
@@ -83,28 +99,53 @@ class BenchmarkDataset(LocatedDataset):
     split: Literal["train", "test"] = "train"
 
 
-class ImageFolderDataset(LocatedDataset):
+class ImageFolderDataset(FilesDataset):
     """All images below a folder. split test: every fifth of them, by path. train: the others."""
 
     type: Literal["imagefolder"]
-    caption_key: int | str = "txt"
-    split: Literal["all", "train", "test"] = "all"
 
 
-class ImageFolderClassDataset(LocatedDataset):
+class ImageFolderClassDataset(FilesDataset):
     """One subfolder for each class. num_classes null: as many as have images.
 
     split test: every fifth image of each class, by path. train: the others.
     """
 
     type: Literal["imagefolder-class"]
-    caption_key: int | str = "txt"
     num_classes: Count | None = None  # type: ignore[assignment]
-    split: Literal["all", "train", "test"] = "all"
+
+
+class ZipDataset(FilesDataset):
+    """A zip file of images as EDM's dataset_tool.py packs them, with classes in its dataset.json.
+
+    num_classes null: as many as that has. split test: every fifth image of each class.
+    """
+
+    type: Literal["zip"]
+    num_classes: Count | None = None  # type: ignore[assignment]
+    image_key: str = "image"
+    class_key: str = "class"
+
+
+class WebDataset(FilesDataset):
+    """Tar shards of WebDataset: a file, a folder, or a pattern such as train-{0000..0099}.tar.
+
+    num_classes null: as many as class ids have. image_key: the ending of a sample's image, `image`
+    for any image. class_key: that of its class id. split test: every fifth image of each class.
+    """
+
+    type: Literal["webdataset"]
+    num_classes: Count | None = None  # type: ignore[assignment]
+    image_key: str = "image"
+    class_key: str = "cls"
 
 
 class HuggingFaceDataset(Dataset):
-    """A data set of the Hugging Face hub, or a local folder of that library's."""
+    """A data set of the Hugging Face hub, or a local folder of that library's.
+
+    streaming: read it while it is fetched, and keep nothing; shuffle_window rows that follow each
+    other are then shuffled together. num_examples: its rows, where a streamed one doesn't say.
+    """
 
     type: Literal["huggingface"]
     location: str
@@ -112,6 +153,9 @@ class HuggingFaceDataset(Dataset):
     image_key: int | str = "image"
     class_key: int | str = "label"
     caption_key: int | str = "text"
+    streaming: bool = False
+    shuffle_window: Positive = 1000
+    num_examples: Positive | None = None
 
 
 class CustomDataset(Dataset):
@@ -135,6 +179,8 @@ AnyDataset = Annotated[
     | BenchmarkDataset
     | ImageFolderDataset
     | ImageFolderClassDataset
+    | ZipDataset
+    | WebDataset
     | HuggingFaceDataset
     | CustomDataset,
     Field(discriminator="type"),
@@ -317,6 +363,18 @@ class Config(Section):
                     f"{factor} must divide model.input_size {model.input_size}",
                     "image_condition.factor",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _bucket_sizes(self, info: ValidationInfo) -> "Config":
+        for i, size in enumerate(getattr(self.dataset, "buckets", None) or ()):
+            model = self.model.model_dump(warnings="none", exclude_unset=True)
+            model["input_size"] = size
+            try:
+                type(self.model).model_validate(model, context=info.context)
+            except ValidationError as error:
+                said = f"the model can't take this size: {error.errors()[0]['msg']}"
+                raise fail(said, f"dataset.buckets[{i}]") from None
         return self
 
 

@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,10 @@ from torch.utils.data import Dataset
 from ..common.files import PathLike, printable
 from ..common.images import CorruptImageError, convert_mode, open_image, unreadable, upright
 from ..common.text import need, unknown_name
+from .archives import tar_shards, zip_of_images
 from .idx import IDXFolder, has_idx
+from .scan import IMG_EXTENSIONS, Paths, SizedFiles, images_below, in_split
+from .streamed import StreamedRows, rows_of
 
 Transform = Callable[[Image.Image], Any]
 _INSTALL = '"k-diffusion[datasets]"'
@@ -56,14 +59,14 @@ def _image_folder(root: PathLike) -> Path:
 
 def _read(path: Path, transform: Transform | None, mode: str | None) -> Any:
     """An image file, transformed. Raises `CorruptImageError` with its path."""
-    image = open_image(path, mode)
+    image = open_image(path, mode, getattr(transform, "draft", None))
     try:
         return image if transform is None else transform(image)
     except CorruptImageError as error:
         raise unreadable(printable(path), error) from error
 
 
-class FolderOfImages(Dataset[tuple[Any]]):
+class FolderOfImages(SizedFiles, Dataset[tuple[Any]]):
     """The images in a folder and its subfolders, sorted by path; items are 1-tuples.
 
     transform: a function of the PIL image (default: none). mode: the PIL mode images are converted
@@ -72,9 +75,7 @@ class FolderOfImages(Dataset[tuple[Any]]):
     image can't be read.
     """
 
-    IMG_EXTENSIONS = frozenset(
-        (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-    )
+    IMG_EXTENSIONS = IMG_EXTENSIONS
 
     def __init__(
         self,
@@ -85,9 +86,11 @@ class FolderOfImages(Dataset[tuple[Any]]):
         self.root = _image_folder(root)
         self.transform = transform
         self.mode = mode
-        self.paths = sorted(
-            path for path in self.root.rglob("*") if path.suffix.lower() in self.IMG_EXTENSIONS
-        )
+        found = images_below(self.root, self.IMG_EXTENSIONS)
+        names = [os.path.join(folder, name) for folder, images in found.items() for name in images]
+        # as paths compare: part by part
+        names.sort(key=lambda name: os.path.normcase(name).replace(os.sep, "\0"))
+        self.paths = Paths(self.root, names)
         if not self.paths:
             extensions = " ".join(sorted(self.IMG_EXTENSIONS))
             raise ValueError(f"no images below {self.root}; it needs files ending in {extensions}")
@@ -100,25 +103,6 @@ class FolderOfImages(Dataset[tuple[Any]]):
 
     def __getitem__(self, key: int) -> tuple[Any]:
         return (_read(self.paths[key], self.transform, self.mode),)
-
-
-def in_split(classes: Sequence[int], split: str) -> list[int]:
-    """The indices of a data set's split: "test" is every fifth item of each class, "train" the
-    others, "all" both.
-
-    Raises ValueError for another split.
-    """
-    splits = {"all": (True, True), "train": (True, False), "test": (False, True)}
-    if split not in splits:
-        raise unknown_name("dataset.split", split, splits)
-    train, test = splits[split]
-    seen: Counter[int] = Counter()
-    kept = []
-    for i, label in enumerate(classes):
-        seen[label] += 1
-        if train if seen[label] % 5 else test:
-            kept.append(i)
-    return kept
 
 
 class Digits(Dataset[tuple[Any, int]]):
@@ -209,12 +193,11 @@ def _errors_of(file: Path, where: str = "") -> Iterator[None]:
 
 def _imagefolder(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
     data = FolderOfImages(section["location"], transform, mode=None)
-    kept = in_split([0] * len(data), section.get("split", "all"))
-    data.paths = [data.paths[i] for i in kept]
+    data.paths = data.paths.take(in_split([0] * len(data), section.get("split", "all")))
     return data
 
 
-class FolderOfClasses(Dataset[tuple[Any, int]]):
+class FolderOfClasses(SizedFiles, Dataset[tuple[Any, int]]):
     """The images of a folder with one subfolder for each class: items (image, class id).
 
     Class ids count the subfolders that have images, in the order of their names; `counts` maps
@@ -226,16 +209,20 @@ class FolderOfClasses(Dataset[tuple[Any, int]]):
 
     def __init__(self, root: PathLike, transform: Transform | None = None, split: str = "all"):
         self.root, self.transform = _image_folder(root), transform
-        folders = sorted(path for path in self.root.iterdir() if path.is_dir())
-        images = {folder.name: _images_below(folder) for folder in folders}
-        self.empty = [name for name, paths in images.items() if not paths]
-        images = {name: paths for name, paths in images.items() if paths}
+        images: dict[str, list[str]] = {}
+        for parent, names in images_below(self.root, FolderOfImages.IMG_EXTENSIONS, True).items():
+            if parent:  # a class, or below it
+                found = images.setdefault(Path(parent).parts[0], [])
+                found += [os.path.join(parent, name) for name in names]
+        self.empty = [name for name, paths in sorted(images.items()) if not paths]
+        images = {name: paths for name, paths in sorted(images.items()) if paths}
         if not images:
             raise ValueError(f"{self.root} needs one subfolder with images for each class")
         paths = [path for paths in images.values() for path in paths]
         classes = [i for i, paths in enumerate(images.values()) for _ in paths]
         kept = in_split(classes, split)
-        self.paths, self.classes = [paths[i] for i in kept], [classes[i] for i in kept]
+        self.paths = Paths(self.root, paths).take(kept)
+        self.classes = [classes[i] for i in kept]
         counts = Counter(self.classes)
         self.counts = {name: counts[i] for i, name in enumerate(images)}
 
@@ -252,16 +239,6 @@ class FolderOfClasses(Dataset[tuple[Any, int]]):
         if self.empty:
             text += f"\nskipped without images: {', '.join(self.empty)}"
         return text
-
-
-def _images_below(folder: Path) -> list[Path]:
-    # links to folders are followed, a folder's own images come before those of its subfolders
-    return [
-        Path(parent, name)
-        for parent, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
-        if Path(name).suffix.lower() in FolderOfImages.IMG_EXTENSIONS
-    ]
 
 
 def _imagefolder_class(
@@ -302,22 +279,33 @@ def _torchvision(name: str, section: Mapping[str, Any], transform: Transform) ->
 class HuggingFace(Dataset[dict[str, Any]]):
     """A data set of that library: items are its rows, with the transformed image.
 
-    data: a `datasets.Dataset` with a column `image_key` of images.
+    data: a `datasets.Dataset`, or `StreamedRows`, with a column `image_key` of images.
     """
 
     def __init__(self, data: Any, image_key: str, transform: Transform):
         image_type = need("datasets", "the huggingface data set", _INSTALL).Image
-        columns = [k for k, v in data.features.items() if isinstance(v, image_type)]
+        streamed = isinstance(data, StreamedRows)
+        source = data.data if streamed else data
+        columns = [k for k, v in (source.features or {}).items() if isinstance(v, image_type)]
         if image_key not in columns:
             raise ValueError(
                 f"dataset.image_key: no column {image_key!r} of images; there are "
-                f"{', '.join(columns) or 'none'} among {', '.join(data.features)}"
+                f"{', '.join(columns) or 'none'} among {', '.join(source.features or ())}"
             )
         self.image_key, self.transform = image_key, transform
-        self.data, self.feature = data, data.features[image_key]
+        self.data, self.feature = data, source.features[image_key]
         # decoded here, where a corrupt one can be told from other errors
         for column in columns:
-            self.data = self.data.cast_column(column, image_type(decode=False))
+            source = source.cast_column(column, image_type(decode=False))
+        if streamed:
+            data.data = source
+        else:
+            self.data = source
+
+    @property
+    def window(self) -> int | None:
+        """How many rows of a streamed data set are shuffled together; None of another."""
+        return getattr(self.data, "window", None)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -346,7 +334,9 @@ def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path)
     # older versions ran a data set's own Python file without being asked to
     library.config.HF_DATASETS_TRUST_REMOTE_CODE = False
     try:
-        if (location / "dataset_info.json").is_file():
+        if section.get("streaming"):
+            data = library.load_dataset(section["location"], split=split, streaming=True)
+        elif (location / "dataset_info.json").is_file():
             data = library.load_from_disk(str(location))
         elif (location / "dataset_dict.json").is_file():
             data = library.load_from_disk(str(location))[split]
@@ -360,6 +350,8 @@ def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path)
             f"dataset.location: the Hugging Face data set {section['location']} can't be loaded; "
             f"the library says: {said}"
         ) from error
+    if section.get("streaming"):
+        data = rows_of(data, split, section["shuffle_window"], section["num_examples"])
     return HuggingFace(data, section["image_key"], transform)
 
 
@@ -375,6 +367,8 @@ DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]
     "cifar10": lambda section, transform, folder: _torchvision("CIFAR10", section, transform),
     "mnist": lambda section, transform, folder: _mnist("MNIST", section, transform),
     "fashion-mnist": lambda section, transform, folder: _mnist("FashionMNIST", section, transform),
+    "zip": zip_of_images,
+    "webdataset": tar_shards,
     "huggingface": _huggingface,
     "custom": _custom,
 }

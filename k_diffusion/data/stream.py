@@ -8,10 +8,12 @@ position t goes on as if it had never stopped, whatever the number of workers.
 import os
 import re
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
@@ -23,6 +25,7 @@ class Stream(Sampler[list[tuple[int, int]]]):
     """Endless batches of (index, seed), this process's share of the global stream from `start` on.
 
     Consecutive global batches of batch_size * processes samples; each process takes its slice.
+    window: samples are shuffled within so many that follow each other; None: all of an epoch.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Stream(Sampler[list[tuple[int, int]]]):
         start: int = 0,
         process: int = 0,
         processes: int = 1,
+        window: int | None = None,
     ):
         if length < batch_size * processes:
             raise ValueError(
@@ -42,6 +46,15 @@ class Stream(Sampler[list[tuple[int, int]]]):
             )
         self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
         self.process, self.processes = process, processes
+        self.window = window or length
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        """The order of an epoch: windows of consecutive samples one by one, each shuffled."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
+        starts = range(0, self.length, self.window)
+        sizes = [min(self.window, self.length - start) for start in starts]
+        shuffled = [torch.randperm(size, generator=generator) for size in sizes]
+        return torch.cat([start + order for start, order in zip(starts, shuffled)])
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, torch.empty(0)
@@ -51,11 +64,75 @@ class Stream(Sampler[list[tuple[int, int]]]):
             for t in range(at, at + self.batch_size):
                 if t // self.length != epoch:
                     epoch = t // self.length
-                    generator = torch.Generator().manual_seed(derive_seed(self.seed, 0, epoch))
-                    order = torch.randperm(self.length, generator=generator)
+                    order = self._order(epoch)
                 batch.append((int(order[t % self.length]), derive_seed(self.seed, 1, t)))
             yield batch
             at += self.batch_size * self.processes
+
+
+class BucketStream(Stream):
+    """As `Stream`, with all images of a global batch from one of several groups of indices.
+
+    Each group goes through permutations of its own; which group a batch is of is shuffled by epoch,
+    and each group has as many batches as fit its images. Batch j is again a function of (seed, j).
+    """
+
+    def __init__(self, groups: Sequence[np.ndarray], batch_size: int, *args: Any, **kwargs: Any):
+        super().__init__(sum(map(len, groups)), batch_size, *args, **kwargs)
+        self.groups = groups
+
+    def _before(self, epoch: int) -> list[int]:
+        """How many batches of each group come before an epoch."""
+        together = self.batch_size * self.processes
+        return [epoch * len(group) // together for group in self.groups]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        together = self.batch_size * self.processes
+        at = self.start // together
+        epoch = at * together // self.length
+        while sum(self._before(epoch + 1)) <= at:
+            epoch += 1
+        skip = at - sum(self._before(epoch))
+        orders: dict[tuple[int, int], torch.Tensor] = {}
+        while True:
+            done, then = self._before(epoch), self._before(epoch + 1)
+            turns = torch.tensor(
+                [i for i, (a, b) in enumerate(zip(done, then)) for _ in range(b - a)]
+            )
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, 3, epoch))
+            for group in turns[torch.randperm(len(turns), generator=generator)].tolist():
+                first = done[group] * together + self.process * self.batch_size
+                done[group] += 1
+                if skip:
+                    skip -= 1
+                    continue
+                t = at * together + self.process * self.batch_size
+                yield [
+                    (self._index(group, first + i, orders), derive_seed(self.seed, 1, t + i))
+                    for i in range(self.batch_size)
+                ]
+                at += 1
+            epoch += 1
+
+    def _index(self, group: int, at: int, orders: dict[tuple[int, int], torch.Tensor]) -> int:
+        """Of a group's endless permutations, kept in orders, the image at a place."""
+        images = self.groups[group]
+        key = group, at // len(images)
+        if key not in orders:
+            for old in [old for old in orders if old[0] == group and old[1] < key[1] - 1]:
+                del orders[old]
+            seed = derive_seed(self.seed, 4, key[1], group + 1)
+            generator = torch.Generator().manual_seed(seed)
+            orders[key] = torch.randperm(len(images), generator=generator)
+        return int(images[orders[key][at % len(images)]])
+
+
+def make_stream(data: TrainingData, *args: Any, **kwargs: Any) -> Stream:
+    """The stream over a data set, by its buckets if it has any; the rest is as of `Stream`."""
+    if data.buckets is not None:
+        return BucketStream(data.buckets.groups, *args, **kwargs)
+    kwargs["window"] = getattr(data.data, "window", None)
+    return Stream(len(data), *args, **kwargs)
 
 
 # What is sent to the process group, by Ctrl-C say, is for the main process, which still needs data.
@@ -102,9 +179,12 @@ def _own_session(worker: int) -> None:
 def make_loader(
     data: TrainingData, stream: Stream, num_workers: int = 0, start_method: str = "spawn"
 ) -> DataLoader[dict[str, Any]]:
-    """A DataLoader over the stream. Small data sets held in memory are read without workers."""
+    """A DataLoader over the stream. Small data sets held in memory are read without workers, those
+    that are streamed by one, as each would fetch all rows."""
     if getattr(data.data, "in_memory", False):
         num_workers = 0
+    if getattr(data.data, "window", None):
+        num_workers = min(num_workers, 1)
     return _Loader(
         data,
         batch_sampler=stream,
@@ -117,13 +197,15 @@ def make_loader(
 
 
 def checked(
-    batches: Iterable[dict[str, Any]], report: Callable[[dict[str, Any]], object]
+    batches: Iterable[dict[str, Any]], report: Callable[[dict[str, Any], float], object]
 ) -> Iterator[dict[str, Any]]:
-    """The batches, each first shown to `report`, which tells of corrupt images."""
+    """The batches, each first shown to `report`, with the seconds that it was waited for."""
     try:
+        started = time.monotonic()
         for batch in batches:
-            report(batch)
+            report(batch, time.monotonic() - started)
             yield batch
+            started = time.monotonic()
     except (ValueError, OSError) as error:
         # a worker's error has its traceback as text; what it says comes last
         said = re.findall(r"^[\w.]+Error: (.*)", str(error), re.MULTILINE)

@@ -1,5 +1,6 @@
 """A data set as training sees it: items drawn by (index, seed)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,10 +9,14 @@ from torch.utils.data import Dataset
 
 from ..common import memory
 from ..common.images import CorruptImageError
+from .buckets import Buckets, make_buckets
 from .captions import PairedImages, caption_of
 from .datasets import make_dataset
-from .transforms import ImageTransform
+from .streamed import StreamedRows
+from .transforms import ImageTransform, Unaugmented
 
+# Those of a config's `dataset` section that aren't of reading it.
+TRANSFORM_KEYS = ("random_crop", "horizontal_flip", "jpeg_draft")
 _MAX_CORRUPT_IN_A_ROW = 1000
 
 
@@ -21,6 +26,8 @@ class TrainingData(Dataset[dict[str, Any]]):
     Of an item: `image`, `original`, `aug_cond`, `index`, with classes also `class`, and `skipped`,
     the paths of corrupt images that the next image stood in for (an error with strict=True). With
     a caption_key also `caption`, and with paired images `paired_image` and `paired_original`.
+    transform: what the data set applies to its images; it augments a batch's together. buckets:
+    the sizes that it gives them, where they are several.
     """
 
     def __init__(
@@ -32,8 +39,10 @@ class TrainingData(Dataset[dict[str, Any]]):
         strict: bool = False,
         caption_key: int | str | None = None,
         paired: PairedImages | None = None,
+        transform: ImageTransform | None = None,
+        buckets: Buckets | None = None,
     ):
-        self.data = data
+        self.data, self.transform, self.buckets = data, transform, buckets
         self.caption_key, self.paired = caption_key, paired
         self.num_classes = num_classes
         self.image_key, self.class_key = image_key, class_key
@@ -44,11 +53,24 @@ class TrainingData(Dataset[dict[str, Any]]):
 
     def describe(self) -> str:
         """What the data set has to say of itself beyond its size, such as images by class."""
-        return self.data.describe() if hasattr(self.data, "describe") else ""
+        lines = [self.data.describe()] if hasattr(self.data, "describe") else []
+        if self.buckets is not None:
+            lines.append(self.buckets.describe())
+        return "\n".join(lines)
 
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
         with torch.random.fork_rng(devices=[]):
-            return [self._draw(*draw) for draw in draws]
+            items = [self._draw(*draw) for draw in draws]
+        later = [item for item in items if "numbers" in item]
+        if later:
+            assert self.transform is not None
+            originals = [item["original"] for item in later]
+            numbers = torch.stack([item.pop("numbers") for item in later])
+            for item, image, cond in zip(
+                later, *self.transform.augment.augment(originals, numbers)
+            ):
+                item["image"], item["aug_cond"] = image, cond
+        return items
 
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
         return self.__getitems__([draw])[0]
@@ -57,27 +79,50 @@ class TrainingData(Dataset[dict[str, Any]]):
         skipped: list[str] = []
         while True:
             torch.default_generator.manual_seed(seed)
+            self._choose_size(index)
             try:
                 item = self.data[index]
-                image, original, aug_cond = self._image_of(item, index)
+                images = self._image_of(item, index)
                 paired = self._paired(index, seed)
                 break
             except CorruptImageError as error:
                 if self.strict or len(skipped) == min(len(self), _MAX_CORRUPT_IN_A_ROW) - 1:
                     raise
                 skipped.append(str(error.filename or f"item {index} ({error})"))
-                index = (index + 1) % len(self)
-        out = {"image": image, "original": original, "aug_cond": aug_cond, "index": index}
+                index = self._after(index)
+        out = {**images, "index": index}
         if self.num_classes:
             out["class"] = self._class_of(item, index)
         if self.caption_key is not None:
             out["caption"] = caption_of(self.data, item, index, self.caption_key)
         return {**out, **paired, "skipped": "\n".join(skipped)}
 
-    def _image_of(self, item: Any, index: int) -> Any:
+    def _choose_size(self, index: int) -> None:
+        """The size of the bucket that the image is in, for it and its partner."""
+        if self.buckets is None:
+            return
+        for of in (self.transform, self.paired and self.paired.transform):
+            if of is not None:
+                of.size = self.buckets.size_of(index)
+
+    def _after(self, index: int) -> int:
+        """The image that stands in for a corrupt one."""
+        if self.buckets is not None:
+            return self.buckets.after(index)
+        streamed = getattr(self.data, "data", None)
+        if isinstance(streamed, StreamedRows):
+            return streamed.after(index)
+        return (index + 1) % len(self)
+
+    def _image_of(self, item: Any, index: int) -> dict[str, torch.Tensor]:
         try:
-            image, original, aug_cond = item[self.image_key]
-            made = {getattr(x, "dtype", None) for x in (image, original, aug_cond)}
+            found = item[self.image_key]
+            if isinstance(found, Unaugmented):
+                images = found._asdict()
+            else:
+                image, original, aug_cond = found
+                images = {"image": image, "original": original, "aug_cond": aug_cond}
+            made = {getattr(x, "dtype", None) for x in images.values()}
         except (KeyError, IndexError, TypeError, ValueError):
             made = set()
         if made != {torch.float32}:
@@ -85,11 +130,11 @@ class TrainingData(Dataset[dict[str, Any]]):
                 f"item {index} of the data set has no image that `transform` was applied to at "
                 f"{self.image_key!r} (dataset.image_key)"
             )
-        if not torch.isfinite(image).all():
+        if not torch.isfinite(next(iter(images.values()))).all():
             error = CorruptImageError(f"item {index} of the data set is NaN or infinite somewhere")
             error.filename = f"item {index}, which is NaN or infinite somewhere"
             raise error
-        return image, original, aug_cond
+        return images
 
     def _paired(self, index: int, seed: int) -> dict[str, torch.Tensor]:
         """The paired image, augmented by the random numbers that augmented the image."""
@@ -115,6 +160,11 @@ class TrainingData(Dataset[dict[str, Any]]):
         return label
 
 
+def as_stored(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's `dataset` section for images to compare with: of one size, cropped centrally."""
+    return {k: v for k, v in section.items() if k not in (*TRANSFORM_KEYS, "buckets")}
+
+
 def make_training_data(
     config: Mapping[str, Any], folder: Any = ".", strict: bool = False
 ) -> TrainingData:
@@ -124,13 +174,21 @@ def make_training_data(
     """
     model, section = config["model"], config["dataset"]
     h, w = model["input_size"]
+    sizes = [(int(h), int(w)) for h, w in section.get("buckets") or ()]
+    h, w = max([(h, w), *sizes], key=math.prod)
     pixels = model["input_channels"] * h * w
     memory.check(20 * pixels, f"an image of {h} x {w}", "make model.input_size smaller")
 
-    def transform(channels: int) -> ImageTransform:
-        return ImageTransform((h, w), channels, model["augment_prob"], section["background"])
+    def transform(channels: int, later: bool = False) -> ImageTransform:
+        own = {key: section.get(key, False) for key in TRANSFORM_KEYS}
+        probability = model["augment_prob"]
+        return ImageTransform(
+            (h, w), channels, probability, section["background"], **own, later=later
+        )
 
-    data = make_dataset(section, transform(model["input_channels"]), folder)
+    # a custom data set may do something with what its transform returns
+    own = transform(model["input_channels"], later=section["type"] != "custom")
+    data = make_dataset(section, own, folder)
     num_classes = section["num_classes"]
     if num_classes is None:
         num_classes = len(data.counts)  # type: ignore[attr-defined]
@@ -142,6 +200,8 @@ def make_training_data(
     if condition.get("type") == "paired":
         of = transform(condition["channels"])
         more["paired"] = PairedImages(data, condition["location"], of)
-    made = TrainingData(data, num_classes, *keys, strict, **more)
+    made = TrainingData(data, num_classes, *keys, strict, **more, transform=own)
+    if sizes:
+        made.buckets = make_buckets(data, sizes)
     made[0, 0]  # a data set that gives something else is known before anything is written
     return made

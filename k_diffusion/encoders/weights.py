@@ -1,16 +1,8 @@
 """Weights of encoders: from a given path, a cache folder, or a download."""
 
-import os
 from pathlib import Path
 
-from ..common.files import PathLike, download_file, sha256
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: $K_DIFFUSION_CACHE, or k-diffusion in the user's cache folder."""
-    if own := os.environ.get("K_DIFFUSION_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k-diffusion"
+from ..common.files import PathLike, cache_folder, download_file, sha256
 
 
 def given_file(path: PathLike, what: str, digest: str | None = None) -> Path:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from ..common.images import CorruptImageError
 from ..data.datasets import FolderOfImages
-from ..data.training_data import TrainingData, make_training_data
+from ..data.training_data import TrainingData, as_stored, make_training_data
 from ..distributed import broadcast, share
 from .extraction import Eye, look_at
 from .references import ReferenceKey, find_statistics, keep_statistics
@@ -53,6 +53,7 @@ class RealImages(Dataset[dict[str, Any]]):
     def __init__(
         self, section: Mapping[str, Any], size: tuple[int, int], channels: int, folder: Any = "."
     ):
+        section = as_stored(section)
         model = {"input_size": size, "input_channels": channels, "augment_prob": 0.0}
         config = {"model": model, "dataset": dict(section)}
         self.section, self.size, self.channels = dict(section), size, channels

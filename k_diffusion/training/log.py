@@ -27,16 +27,20 @@ _LINE_SECONDS = 60.0
 
 
 class Progress(NamedTuple):
-    """How far a run is: the time in seconds, steps done, images seen."""
+    """How far a run is: the time in seconds, steps done, images seen, seconds waited for them."""
 
     time: float
     step: int
     samples: int
+    waited: float = 0.0
 
     def since(self, before: "Progress", end_step: int | None) -> str:
-        """Images a second since another moment, and at that rate the time that is left."""
+        """Images a second since another moment, the share of the time in which the loop waited for
+        data, and at that rate the time that is left."""
         seconds = max(self.time - before.time, 1e-9)
+        waited = (self.waited - before.waited) / seconds
         rate = f"{(self.samples - before.samples) / seconds:.3g} images/s"
+        rate += f" ({min(waited, 1):.0%} waiting for data)"
         if end_step is None or self.step == before.step:
             return rate
         left = (end_step - self.step) * seconds / (self.step - before.step)
@@ -86,6 +90,7 @@ class Log:
         self.end_step = end_step
         now = time.monotonic()
         self.started = now - state.elapsed
+        self.waited = 0.0  # seconds, for data
         self.last = Progress(now, state.step, state.samples)
         self.failed: set[str] = set()  # what was said to
         main = accelerator.is_main_process
@@ -138,8 +143,12 @@ class Log:
             self.csv = None
             raise
 
-    def skip(self, batch: dict[str, Any]) -> None:
-        """Report a batch's corrupt images, each file once. Notes what the step is of."""
+    def skip(self, batch: dict[str, Any], waited: float = 0.0) -> None:
+        """Report a batch's corrupt images, each file once. Notes what the step is of.
+
+        waited: the seconds that the loop stood still for the batch.
+        """
+        self.waited += waited
         self.items += batch["index"].tolist()
         for path in "\n".join(batch["skipped"]).split("\n"):
             if path and path not in self.skipped:
@@ -278,7 +287,7 @@ class Log:
 
     def show(self, state: TrainState, loss: float) -> None:
         """Show the progress in the bar, or as a line where there's no terminal."""
-        now = Progress(self.started + state.elapsed, state.step, state.samples)
+        now = Progress(self.started + state.elapsed, state.step, state.samples, self.waited)
         speed = now.since(self.last, self.end_step)
         due = not (self.bar.disable and self.said and now.time < self.last.time + _LINE_SECONDS)
         if due:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..common.seeds import derive_seed
 from ..conditions import Encode, of_batch
-from ..data.training_data import make_training_data
+from ..data.training_data import as_stored, make_training_data
 from ..densities import enable_stratified
 from ..distributed import any_process
 from .noise_levels import Density
@@ -59,7 +59,7 @@ class Validation:
         held_out = {
             **config,
             "model": {**config["model"], "augment_prob": 0.0},
-            "dataset": {**config["dataset"], "split": "test"},
+            "dataset": {**as_stored(config["dataset"]), "split": "test"},
         }
         data = make_training_data(held_out, args.config.parent, strict=True)
         processes = accelerator.num_processes

@@ -289,6 +289,7 @@ def test_masks_that_are_kept_count_as_memory():
         ("train_step", "profile", ["--profile"], 1),
         ("sample", "sample", ["--steps", "2"], 1),
         ("fid", "fid", [], 1),
+        ("data", "data", ["--rounds", "1"], 1),
     ],
 )
 def test_scripts_run(script, name, options, sections, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import pickle
 import struct
 import sys
@@ -13,6 +14,7 @@ from runs import tiny_config
 from k_diffusion import utils
 from k_diffusion.config import load_config, make_model
 from k_diffusion.data import datasets, stream, training_data, transforms
+from k_diffusion.evaluation import reals
 
 
 def section(kind, location="x", **more):
@@ -434,6 +436,27 @@ def test_files_and_columns_show_white(tmp_path):
     rows = {"image": [transparent("RGBA")]}
     (image,) = utils.hf_datasets_augs_helper(rows, lambda x: x, "image")["image"]
     assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_crops_and_flips_of_a_config_are_the_trainings_alone(tmp_path):
+    save_images(tmp_path, images(1, size=(8, 24)))
+    made = {"type": "imagefolder", "location": str(tmp_path)}
+    model = tiny_config(model={"input_channels": 3})["model"]
+
+    def drawn(**keys):
+        config = load_config({"model": model, "dataset": {**made, **keys}})
+        data = training_data.make_training_data(config)
+        return [data[0, seed]["original"] for seed in range(20)], config["dataset"]
+
+    (plain, *others), _ = drawn()
+    assert all(torch.equal(plain, other) for other in others)
+    flipped, _ = drawn(horizontal_flip=True)
+    flips = [torch.equal(x, plain.flip(2)) for x in flipped]
+    assert flips == [not torch.equal(x, plain) for x in flipped]
+    assert 2 < sum(flips) < 18
+    cropped, kept = drawn(random_crop=True)
+    assert not any(torch.equal(x, y) for x, y in itertools.pairwise(cropped))
+    assert torch.equal(reals.RealImages(kept, (8, 8), 3)[0]["image"], plain)
 
 
 def test_the_background_of_a_config(tmp_path):

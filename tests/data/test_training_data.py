@@ -8,7 +8,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from k_diffusion import utils
-from k_diffusion.data import stream, training_data, transforms
+from k_diffusion.common import images
+from k_diffusion.data import datasets, stream, training_data, transforms
 
 # ------------------------------------------------------------------------- the stream
 
@@ -99,6 +100,59 @@ def test_other_sizes_are_scaled_to_cover_and_cropped_around_the_centre():
     assert columns[0] == pytest.approx(-1 + 2 * 1 / 11, abs=0.05)
     assert rows[0] == pytest.approx(-1 + 2 * 3 / 15, abs=0.05)
     assert torch.allclose(rows, -rows.flip(0), atol=0.02)
+
+
+def test_crops_anywhere_and_flips_of_every_other_image():
+    columns = Image.fromarray(np.asarray(gradient(8, 40))[..., 1])
+    where = {"crop": [], "flip": []}
+    plain = transforms.ImageTransform((8, 8), 1)(columns)[1]
+    for seed in range(60):
+        torch.manual_seed(seed)
+        cropped = transforms.ImageTransform((8, 8), 1, random_crop=True)(columns)[1]
+        torch.testing.assert_close(
+            cropped - cropped.mean(), plain - plain.mean(), rtol=0, atol=0.02
+        )
+        where["crop"].append(cropped.mean().item())
+        torch.manual_seed(seed)
+        flipped = transforms.ImageTransform((8, 8), 1, horizontal_flip=True)(columns)[1]
+        mirrored = torch.equal(flipped, plain.flip(2))
+        assert mirrored or torch.equal(flipped, plain)
+        where["flip"].append(mirrored)
+    middles = np.array(where["crop"])  # from that of the first to that of the last eight columns
+    assert middles.min() < -0.7
+    assert middles.max() > 0.7
+    assert abs(middles.mean()) < 4 * 0.9 / np.sqrt(3 * 60)
+    assert 14 < sum(where["flip"]) < 46
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_jpegs_twice_as_large_as_needed_are_decoded_smaller(tmp_path, turned):
+    y, x = np.mgrid[:96, :160]
+    pixels = 128 + 60 * np.sin(x / 25) + 60 * np.cos(y / 19 + x / 60)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    if turned:
+        picture = picture.transpose(Image.Transpose.ROTATE_90)
+    picture.save(tmp_path / "0.jpg", quality=95, exif=exif)
+    picture.save(tmp_path / "1.png", exif=exif)
+    sizes = {}
+    for size in (96, 160), (48, 80), (47, 81), (40, 60), (24, 40), (12, 20), (5, 5):
+        decoded = [images.open_image(tmp_path / name, None, size) for name in ("0.jpg", "1.png")]
+        sizes[size] = decoded[0].size
+        assert decoded[1].size == (160, 96)
+        draft, exact = (
+            datasets.FolderOfImages(
+                tmp_path, transforms.ImageTransform(size, 1, jpeg_draft=on), mode=None
+            )[0][0][0]
+            for on in (True, False)
+        )
+        assert (draft - exact).abs().max() < 0.03
+        assert torch.equal(draft, exact) == (decoded[0].size == (160, 96))
+    assert sizes == {
+        (96, 160): (160, 96), (48, 80): (80, 48), (47, 81): (160, 96), (40, 60): (80, 48),
+        (24, 40): (40, 24), (12, 20): (20, 12), (5, 5): (20, 12),
+    }  # fmt: skip
 
 
 def test_channels_that_no_image_has():
@@ -192,6 +246,37 @@ def test_images_that_the_transform_was_not_applied_to():
         training_data.TrainingData(Raw())[2, 0]
 
 
+class Pictures(Dataset):
+    """Pictures, some of which can't be read, as a transform leaves them."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise utils.CorruptImageError("no")
+        return (self.transform(gradient(9, 12 + index)),)
+
+
+def test_batches_are_augmented_as_their_images_are_one_by_one():
+    alone, later = (
+        transforms.ImageTransform((10, 8), 3, 0.4, random_crop=True, later=later)
+        for later in (False, True)
+    )
+    together = training_data.TrainingData(Pictures(later), transform=later)
+    alone = training_data.TrainingData(Pictures(alone))
+    draws = [(i, 70 + i) for i in range(12)]
+    for a, b in zip(together.__getitems__(draws), alone.__getitems__(draws), strict=True):
+        assert a.keys() == b.keys()
+        assert (a["index"], a["skipped"]) == (b["index"], b["skipped"])
+        assert torch.equal(a["aug_cond"], b["aug_cond"])
+        assert torch.equal(a["original"], b["original"])
+        torch.testing.assert_close(a["image"], b["image"], rtol=0, atol=2e-6)
+
+
 # ------------------------------------------------------------------------- loading
 
 
@@ -232,12 +317,21 @@ def test_errors_of_workers_are_sentences(num_workers):
     training = training_data.TrainingData(Folder(label=lambda i: 7), num_classes=3)
     loader = stream.make_loader(training, stream.Stream(10, 10, 1), num_workers, "fork")
     with pytest.raises(ValueError, match=r"^item \d of the data set has class 7, outside of 0"):
-        next(stream.checked(loader, lambda batch: None))
+        next(stream.checked(loader, lambda *seen: None))
 
 
-def test_each_batch_is_reported():
-    seen = []
-    assert list(stream.checked([{"a": 1}, {"a": 2}], seen.append)) == seen == [{"a": 1}, {"a": 2}]
+def test_each_batch_is_reported_with_the_time_it_was_waited_for(monkeypatch):
+    now, seen = [0.0], []
+    monkeypatch.setattr(stream.time, "monotonic", lambda: now[0])
+
+    def batches():
+        for i in 1, 2:
+            now[0] += i
+            yield {"a": i}
+
+    for _ in stream.checked(batches(), lambda *batch: seen.append(batch)):
+        now[0] += 100  # a step
+    assert seen == [({"a": 1}, 1.0), ({"a": 2}, 2.0)]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +346,7 @@ def test_a_killed_worker_is_a_sentence(said):
         yield {"a": 1}
         raise RuntimeError(said)
 
-    stream_of_batches = stream.checked(batches(), lambda batch: None)
+    stream_of_batches = stream.checked(batches(), lambda *seen: None)
     next(stream_of_batches)
     with pytest.raises(OSError, match=r"a loading process was killed.*smaller --num-workers"):
         next(stream_of_batches)
@@ -264,4 +358,4 @@ def test_other_errors_of_batches_stay_as_they_are():
         yield
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        next(stream.checked(batches(), lambda batch: None))
+        next(stream.checked(batches(), lambda *seen: None))

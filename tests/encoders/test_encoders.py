@@ -271,12 +271,12 @@ def test_without_a_network_the_error_has_the_three_ways(inception_file, tmp_path
 def test_the_cache_folder(monkeypatch):
     monkeypatch.delenv("K_DIFFUSION_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert str(weights.cache_folder()) == "/somewhere/k-diffusion"
+    assert str(files.cache_folder()) == "/somewhere/k-diffusion"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
-    assert str(weights.cache_folder()) == "/home/me/.cache/k-diffusion"
+    assert str(files.cache_folder()) == "/home/me/.cache/k-diffusion"
     monkeypatch.setenv("K_DIFFUSION_CACHE", "/own")
-    assert str(weights.cache_folder()) == "/own"
+    assert str(files.cache_folder()) == "/own"
 
 
 # ------------------------------------------------------------------------------------------ dinov2

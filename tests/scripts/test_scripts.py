@@ -124,7 +124,9 @@ def test_what_a_run_says_without_a_terminal(trained):
         "wrote runs/a_demo_00000004.png",
     ):
         assert line in text
-    line = r"^step 7, epoch 0, \d+ s, [\d.]+ images/s, 00:\d\d left: loss "
+    line = (
+        r"^step 7, epoch 0, \d+ s, [\d.]+ images/s \(\d+% waiting for data\), 00:\d\d left: loss "
+    )
     assert re.search(line, text, re.M)
     assert len(re.findall(r"^step \d", text, re.M)) == 2  # the first, and the last
     assert "\r" not in text

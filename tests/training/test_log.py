@@ -118,7 +118,9 @@ def test_a_plain_log_has_a_line_a_minute(folder, capsys, monkeypatch):
     assert text.err == ""
     lines = text.out.splitlines()
     assert [line.split(",")[0] for line in lines] == [f"step {step}" for step in (1, 70, 130, 185)]
-    assert lines[1] == "step 70, epoch 0, 70 s, 4 images/s, 02:10 left: loss 2, on average 2"
+    assert lines[1] == (
+        "step 70, epoch 0, 70 s, 4 images/s (0% waiting for data), 02:10 left: loss 2, on average 2"
+    )
 
 
 def test_what_is_measured_joins_the_row_of_its_step(folder):
@@ -157,10 +159,11 @@ def test_a_page_that_fails_ends_no_run(folder, capsys):
 
 
 def test_the_rate_and_the_time_that_is_left():
-    before, now = log.Progress(100.0, 10, 640), log.Progress(120.0, 20, 1280)
-    assert now.since(before, 50) == "32 images/s, 01:00 left"
-    assert now.since(before, None) == "32 images/s"
-    assert now.since(before, 20 + 1800) == "32 images/s, 1:00:00 left"
+    before, now = log.Progress(100.0, 10, 640, 1.0), log.Progress(120.0, 20, 1280, 3.0)
+    rate = "32 images/s (10% waiting for data)"
+    assert now.since(before, 50) == f"{rate}, 01:00 left"
+    assert now.since(before, None) == rate
+    assert now.since(before, 20 + 1800) == f"{rate}, 1:00:00 left"
 
 
 def test_a_resumed_run_says_at_once_that_it_runs(folder, capsys):

@@ -105,6 +105,30 @@ ROWS = [
             dataset("dataset.location: .*got 3", type=kind, location=3),
         )
     ),
+    dataset("unknown key 'random_crops' .did you mean 'random_crop'", random_crops=True),
+    dataset(r"dataset.buckets\[1\]: the model can't take this size: input_size \[8, 9\] does not",
+            type="imagefolder", location="x", buckets=[[8, 8], [8, 9]]),
+    dataset("dataset.buckets: .*got 3", type="imagefolder", location="x", buckets=3),
+    dataset("dataset: unknown key 'buckets'", buckets=[[8, 8]]),
+    dataset("dataset.random_crop: .*got 0.5", random_crop=0.5),
+    dataset("dataset.horizontal_flip: .*got 'x'", horizontal_flip="x"),
+    dataset("dataset: unknown key 'jpeg_draft'", jpeg_draft=True),
+    *(
+        row
+        for kind in ("zip", "webdataset")
+        for row in (
+            dataset("dataset.location: is required", type=kind),
+            dataset("dataset.location: no (archive|tar file) at gone", type=kind, location="gone"),
+            dataset("tiny.json can't be read as an? .*file .*; fetch", type=kind,
+                    location="tiny.json"),
+            dataset("dataset.split: .*got 'valid'", type=kind, location="x", split="valid"),
+        )
+    ),
+    dataset("no archive at no_images", type="zip", location="no_images"),
+    dataset("no tar file at no_images", type="webdataset", location="no_images"),
+    dataset("read at their places in files, and s3://a/b.tar is none", type="webdataset",
+            location="s3://a/b.tar"),
+    dataset("no tar file at a-0.tar, a-1.tar", type="webdataset", location="a-{0..1}.tar"),
     dataset("mnist is not at tiny.json", type="mnist", location="tiny.json"),
     dataset("cifar10 is not at tiny.json", type="cifar10", location="tiny.json"),
     dataset("Hugging Face data set hf_empty can't be loaded", type="huggingface",
@@ -112,5 +136,8 @@ ROWS = [
     dataset("Hugging Face data set hf_json can't be loaded", type="huggingface",
             location="hf_json"),
     dataset("dataset.location: is required", type="huggingface"),
+    dataset("Hugging Face data set hf_empty can't be loaded", type="huggingface",
+            location="hf_empty", streaming=True),
+    dataset("dataset.shuffle_window: .*got 0", type="huggingface", location="x", shuffle_window=0),
     dataset("dataset.split: .*got 'most'", type="mnist", location="x", split="most"),
 ]  # fmt: skip

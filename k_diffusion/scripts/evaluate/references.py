@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ...common.files import sha256
+from ...common.files import cache_folder, sha256
 from ...distributed import share
-from ...encoders.weights import cache_folder
 from ...evaluation.extraction import Eye, look_at
 from ...evaluation.images import SampleImages
 from ...evaluation.intervals import Estimate
