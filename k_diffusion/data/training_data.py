@@ -101,9 +101,11 @@ class TrainingData(Dataset[dict[str, Any]]):
         """The size of the bucket that the image is in, for it and its partner."""
         if self.buckets is None:
             return
-        for of in (self.transform, self.paired and self.paired.transform):
-            if of is not None:
-                of.size = self.buckets.size_of(index)
+        size = self.buckets.size_of(index)
+        if self.transform is not None:
+            self.transform.size = size
+        if self.paired is not None:
+            self.paired.transform.size = size
 
     def _after(self, index: int) -> int:
         """The image that stands in for a corrupt one."""
