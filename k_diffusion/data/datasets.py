@@ -19,6 +19,7 @@ from ..common.files import PathLike, printable
 from ..common.images import CorruptImageError, convert_mode, open_image, unreadable, upright
 from ..common.text import need, unknown_name
 from .idx import IDXFolder, has_idx
+from .latents import Latents
 
 Transform = Callable[[Image.Image], Any]
 _INSTALL = '"k-diffusion[datasets]"'
@@ -375,6 +376,9 @@ DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]
     "cifar10": lambda section, transform, folder: _torchvision("CIFAR10", section, transform),
     "mnist": lambda section, transform, folder: _mnist("MNIST", section, transform),
     "fashion-mnist": lambda section, transform, folder: _mnist("FashionMNIST", section, transform),
+    "latents": lambda section, transform, folder: Latents(
+        section["location"], transform, section["flip_prob"]
+    ),
     "huggingface": _huggingface,
     "custom": _custom,
 }

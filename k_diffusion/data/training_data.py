@@ -10,6 +10,7 @@ from ..common import memory
 from ..common.images import CorruptImageError
 from .captions import PairedImages, caption_of
 from .datasets import make_dataset
+from .latents import LatentTransform
 from .transforms import ImageTransform
 
 _MAX_CORRUPT_IN_A_ROW = 1000
@@ -18,9 +19,10 @@ _MAX_CORRUPT_IN_A_ROW = 1000
 class TrainingData(Dataset[dict[str, Any]]):
     """A data set whose items are drawn by (index, seed) and come as dicts.
 
-    Of an item: `image`, `original`, `aug_cond`, `index`, with classes also `class`, and `skipped`,
-    the paths of corrupt images that the next image stood in for (an error with strict=True). With
-    a caption_key also `caption`, and with paired images `paired_image` and `paired_original`.
+    Of an item: `image`, `original`, `aug_cond`, `index`, `seed`, with classes also `class`, and
+    `skipped`, the paths of corrupt images that the next image stood in for (an error with
+    strict=True). With a caption_key also `caption`, and with paired images `paired_image` and
+    `paired_original`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class TrainingData(Dataset[dict[str, Any]]):
                 skipped.append(str(error.filename or f"item {index} ({error})"))
                 index = (index + 1) % len(self)
         out = {"image": image, "original": original, "aug_cond": aug_cond, "index": index}
+        out["seed"] = seed
         if self.num_classes:
             out["class"] = self._class_of(item, index)
         if self.caption_key is not None:
@@ -116,24 +119,34 @@ class TrainingData(Dataset[dict[str, Any]]):
 
 
 def make_training_data(
-    config: Mapping[str, Any], folder: Any = ".", strict: bool = False
+    config: Mapping[str, Any],
+    folder: Any = ".",
+    strict: bool = False,
+    shape: Sequence[int] | None = None,
 ) -> TrainingData:
     """The training data of a config; `folder` holds a custom data set's file.
 
-    Its num_classes are the config's or, where that has none, those of the subfolders.
+    shape: (c, h, w) of the images, where they aren't the model's, which is of their latents. Its
+    num_classes are the config's or, where that has none, those of the subfolders or latents.
     """
     model, section = config["model"], config["dataset"]
-    h, w = model["input_size"]
-    pixels = model["input_channels"] * h * w
-    memory.check(20 * pixels, f"an image of {h} x {w}", "make model.input_size smaller")
+    c, h, w = shape or (model["input_channels"], *model["input_size"])
+    memory.check(20 * c * h * w, f"an image of {h} x {w}", "make model.input_size smaller")
 
     def transform(channels: int) -> ImageTransform:
         return ImageTransform((h, w), channels, model["augment_prob"], section["background"])
 
-    data = make_dataset(section, transform(model["input_channels"]), folder)
+    own: Any
+    if section["type"] == "latents":
+        known = config["autoencoder"]
+        own = LatentTransform(known["mean"], known["std"], model["sigma_data"], c)
+    else:
+        own = transform(c)
+    data = make_dataset(section, own, folder)
     num_classes = section["num_classes"]
     if num_classes is None:
-        num_classes = len(data.counts)  # type: ignore[attr-defined]
+        found: Any = data
+        num_classes = found.num_classes if hasattr(data, "num_classes") else len(found.counts)
     keys = section["image_key"], section["class_key"]
     more: dict[str, Any] = {}
     if config.get("text"):
