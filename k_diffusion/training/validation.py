@@ -78,7 +78,7 @@ class Validation:
         self.n = n
         self.places = range(accelerator.process_index, self.batches_of_all, processes)
         collate = torch.utils.data.default_collate
-        self.batches = []
+        self.batches: list[dict[str, Any]] = []
         for j in self.places:
             # data sets are often sorted by class
             indices = [(j * batch + i) * len(data) // n for i in range(batch)]
