@@ -67,8 +67,8 @@ def make_guidance(
         prints = [x and x.fingerprint for x in map(find_autoencoder, (weak, denoiser))]
         if prints[0] != prints[1]:
             raise ValueError(
-                f"{args.autoguidance} has the autoencoder {prints[0]}, but the model it is to guide "
-                f"{prints[1]}; both must be of one kind of latents"
+                f"{args.autoguidance} has the autoencoder {prints[0]}, but the model it is to "
+                f"guide {prints[1]}; both must be of one kind of latents"
             )
         scale = 2.0 if args.autoguidance_scale is None else args.autoguidance_scale
         denoiser = guidance.AutoguidedDenoiser(denoiser, weak.to(device), scale)
