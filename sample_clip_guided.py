@@ -18,6 +18,7 @@ import k_diffusion as K
 from k_diffusion.common import options
 from k_diffusion.common.images import from_pil_image, open_image
 from k_diffusion.encoders import clip
+from k_diffusion.encoders.autoencoder import find_autoencoder
 from k_diffusion.scripts import sample
 
 
@@ -85,6 +86,11 @@ def main() -> None:
         encoder = clip.load_clip(args.clip_model, device, weights)
         loss = clip.prompt_loss(encoder, **prompts, shift=1 / 14 if args.shifts else 0.0)
         scale = args.clip_guidance_scale
+        autoencoder = find_autoencoder(denoiser)
+        if autoencoder is not None:  # CLIP sees images, and latents have no range to stay in
+            return K.guidance.GradientGuidedDenoiser(
+                denoiser, lambda x: loss(autoencoder.decode(x)), scale
+            )
         guided = K.guidance.GradientGuidedDenoiser(denoiser, loss, scale)
         return K.guidance.ThresholdedDenoiser(guided) if args.threshold else guided
 

@@ -11,7 +11,6 @@ import math
 import sys
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +24,9 @@ from k_diffusion.training import (
     demo,
     dry_run,
     evaluation,
+    latent,
     log,
+    loop,
     noise_scale,
     optim,
     page,
@@ -33,7 +34,6 @@ from k_diffusion.training import (
     resume,
     run_files,
     run_lock,
-    saving,
     setup,
     sharding,
     signals,
@@ -69,7 +69,10 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
     # build
     torch.manual_seed(seed)
     with accelerator.local_main_process_first():  # one process downloads
-        train_data = training_data.make_training_data(config, args.config.parent, args.strict_data)
+        coder = latent.prepare(config, args.config.parent, accelerator.device)
+        shape = latent.data_shape(config, coder)
+        strict = args.strict_data
+        train_data = training_data.make_training_data(config, args.config.parent, strict, shape)
         encode = conditions.make_training_encoder(config, accelerator.device)
     config["dataset"]["num_classes"] = train_data.num_classes
     given = conditions.of_data(train_data, config, encode, accelerator.device)
@@ -96,6 +99,8 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
     state.noise_scale = noise_scale.make_noise_scale(args, accelerator, inner)
     wrap = K.config.make_denoiser_wrapper(config)
     denoiser, denoiser_ema = wrap(prepared), wrap(state.model_ema)
+    if coder is not None:  # demos and evaluations decode by it
+        denoiser_ema.autoencoder = coder
     density = K.config.make_sample_density(config["model"])
 
     # resume
@@ -112,8 +117,8 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         accelerator.print(f"step {state.step} is done; pass a larger --end-step to continue")
         accelerator.end_training()
         return
-    evaluator = evaluation.make_evaluator(accelerator, args, config, begin, end)
-    validator = validation.make_validation(accelerator, args, config, encode)
+    evaluator = evaluation.make_evaluator(accelerator, args, config, begin, end, coder)
+    validator = validation.make_validation(accelerator, args, config, encode, coder)
     shares = stream.make_stream(
         train_data,
         args.batch_size,
@@ -134,6 +139,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         stream.make_loader(train_data, shares, args.num_workers, args.start_method), logger.skip
     )
     batches = conditions.conditioned(batches, config, encode, accelerator.device)
+    batches = latent.batches_of_latents(batches, coder, config)
 
     def make_demo() -> None:
         rest = config, args.sample_n, state.demo_gen, stop.asked, given
@@ -142,81 +148,41 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
 
     def evaluate() -> bool:
         if evaluator is not None:
-            save()  # what follows takes long
+            loop.save(state, logger, saver, stop)  # what follows takes long
             with suppress(generation.SamplingStopped):
                 found = evaluator.evaluate(denoiser_ema, state, logger.say, stop.asked, given)
                 logger.evaluated(state, found)
                 return True
         return False
 
-    def saved(path: Path) -> None:
-        logger.say(f"saved {path}")
-        if args.wandb_save_model:
-            logger.attempt("wandb", lambda: setup.save_to_wandb(path))
+    def take_step() -> tuple[torch.Tensor, torch.Tensor]:
+        return step.train_step(
+            accelerator,
+            denoiser,
+            opt,
+            state,
+            batches,
+            density,
+            accumulate=args.grad_accum_steps,
+            checkpointing=args.checkpointing,
+        )
 
-    saver = saving.Saver(
-        accelerator,
-        args.name,
-        state,
-        saved,
-        logger.say,
-        every=args.save_every,
-        minutes=args.save_minutes,
-        keep=args.keep,
-    )
+    def then() -> None:
+        if state.step % args.demo_every == 0 or state.step == end:
+            make_demo()
+        if args.evaluate_every and state.step % args.evaluate_every == 0:
+            evaluate()
+        if validator and (state.step % args.validate_every == 0 or state.step == end):
+            logger.evaluated(state, {"val_loss": validator.loss(denoiser_ema, density)})
 
-    def save(together: bool = True) -> None:
-        logger.read(state, together)  # a lost run is an error here, and nothing to save
-        with stop.saving():
-            saver.save(state)
-
+    saver = loop.make_saver(args, accelerator, state, logger)
     with signals.StopSignal() as stop, saver:
         stopped = args.evaluate_only and not evaluate()
         while stopped and not stop.agreed(accelerator):
             pass  # until all know the signal
         if args.evaluate_only:
             end = state.step
-        try:
-            while state.step < end and not stop.agreed(accelerator):
-                loss, norm = step.train_step(
-                    accelerator,
-                    denoiser,
-                    opt,
-                    state,
-                    batches,
-                    density,
-                    accumulate=args.grad_accum_steps,
-                    checkpointing=args.checkpointing,
-                )
-                logger.step(state, loss, norm)
-                if saver.due(state) or state.step == end or stop.save_agreed:
-                    save()
-                if state.step % args.demo_every == 0 or state.step == end:
-                    make_demo()
-                if args.evaluate_every and state.step % args.evaluate_every == 0:
-                    evaluate()
-                if validator and (state.step % args.validate_every == 0 or state.step == end):
-                    logger.evaluated(state, {"val_loss": validator.loss(denoiser_ema, density)})
-            if begin < state.step < end:
-                save()
-        except log.NonFiniteLoss as error:  # of all processes
-            saver.finish()
-            logger.update_page("stopped: too many steps were skipped")
-            distributed.end_together(accelerator, error)
-        except Exception as error:  # of the data, say: what was learned is kept
-            logger.update_page(f"stopped by an error ({type(error).__name__})")
-            if state.whole and not distributed.sharded(accelerator):  # whose shards all must send
-                # the main process may wait for this one on its device, and never come to save
-                saver.main = saver.main or not options.lost_peer(error)
-                save(together=False)
-                logger.say(f"stopped by an error ({type(error).__name__}) at step {state.step}")
-            raise
-        with stop.saving():
-            saver.finish()
-        logger.write(state)
-        logger.plot()
-        accelerator.wait_for_everyone()  # torchrun kills those that still save when one has left
-        logger.close("stopped" if state.step < end else "finished")
+        loop.run(accelerator, state, logger, saver, stop, end, take_step, then)
     if stopped or state.step < end:
         sys.exit(stop.exit_code)
 

@@ -33,6 +33,21 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     """
     if Path(path).suffix == ".safetensors":
         raise CheckpointError(f"{path} is an inference checkpoint; a training checkpoint is needed")
+    state = read_torch(path, mapped)
+    missing = [k for k in ("config", "model") if not isinstance(state, dict) or k not in state]
+    if missing:
+        has = f" but {_some(list(map(str, state)))}" if isinstance(state, dict) and state else ""
+        raise CheckpointError(f"{path} is no training checkpoint: it has no {missing}{has}")
+    _check_parts(state, path)
+    return state
+
+
+def read_torch(path: str | Path, mapped: bool = False) -> Any:
+    """What torch.save has written to a file, on the CPU, without running code that it may hold.
+
+    mapped: as of `read_checkpoint`. Raises CheckpointError as that does, but for what is no
+    checkpoint.
+    """
     try:
         check_torch_file(path)
         if wrong := _damaged(path):
@@ -40,7 +55,7 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch's own text tells how to switch the check off, which nobody should
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -51,12 +66,6 @@ def read_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
     except Exception as error:  # of whatever kind, of a damaged pickle
         reason = str(error).split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is damaged or truncated: {reason}") from None
-    missing = [k for k in ("config", "model") if not isinstance(state, dict) or k not in state]
-    if missing:
-        has = f" but {_some(list(map(str, state)))}" if isinstance(state, dict) and state else ""
-        raise CheckpointError(f"{path} is no training checkpoint: it has no {missing}{has}")
-    _check_parts(state, path)
-    return state
 
 
 def _check_parts(state: Mapping[str, Any], path: object) -> None:
@@ -129,9 +138,9 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     except (ValueError, OSError) as error:
         raise CheckpointError(str(error)) from None
     _check_tensors(weights, path)
-    if metadata.get(_DIGEST, digest := _digest(weights, metadata)) != digest:
+    if metadata.get(_DIGEST, found := digest(weights, metadata)) != found:
         raise CheckpointError(
-            f"{path} is damaged: its contents have SHA-256 {digest}, not the one that it states"
+            f"{path} is damaged: its contents have SHA-256 {found}, not the one that it states"
         )
     return weights
 
@@ -164,15 +173,19 @@ def write_inference(
     metadata = {"config": json.dumps(config)}
     if snapshot:
         metadata["snapshot"] = snapshot
-    data = save(tensors, {**metadata, _DIGEST: _digest(tensors, metadata)})
+    data = save(tensors, {**metadata, _DIGEST: digest(tensors, metadata)})
     write_atomically(path, lambda file: file.write(data), len(data))
 
 
 _DIGEST = "sha256"
 
 
-def _digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of names, types, shapes and bytes of all weights, and of the metadata."""
+def digest(weights: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = {}) -> str:
+    """SHA-256 of names, types, shapes and bytes of all weights, and of the metadata.
+
+    weights: of any shapes (...), by their names. metadata: a file's, of which the config and what
+    it says of an average count.
+    """
     sha = hashlib.sha256((metadata.get("config", "") + metadata.get("snapshot", "")).encode())
     for name, x in sorted(weights.items()):
         sha.update(f"\n{name} {x.dtype} {tuple(x.shape)}\n".encode())

@@ -15,6 +15,7 @@ from . import editing, sampling
 from .common.modules import eval_mode
 from .conditions import Given
 from .distributed import any_process, gather_shares, sharded, share
+from .encoders.autoencoder import find_autoencoder
 
 STEPS = 50  # of the images that training shows
 
@@ -43,27 +44,32 @@ def generate(
     jump: int = 10,
     static: bool = False,
     given: Given | None = None,
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ) -> Iterator[torch.Tensor]:
     """Sample one image per seed, batch by batch.
 
-    model: a denoiser, guided or not, (x, sigma, class_cond=) -> denoised. shape: of an image,
-    (c, h, w). sigmas: (steps + 1,), the schedule. classes: one id per seed, for a
-    class-conditional model of num_classes. sampler: a row of `sampling.SAMPLERS`. disable: hides
-    the progress bar; None hides it where there's no terminal. stop: asked after each step, whether
-    to give up. start: (1, c, h, w), an image that the noise is added to. noise: (1, c, h, w), of
-    standard deviation 1, instead of the seeds'. resample, jump: of `editing.sample_resampled`.
+    model: a denoiser, guided or not, (x, sigma, class_cond=) -> denoised; the latents of one that
+    has an autoencoder are decoded. shape: of x, an image or the latents of one, (c, h, w). sigmas:
+    (steps + 1,), the schedule. classes: one id per seed, for a class-conditional model of
+    num_classes. sampler: a row of `sampling.SAMPLERS`. disable: hides the progress bar; None hides
+    it where there's no terminal. stop: asked after each step, whether to give up. start:
+    (1, c, h, w), a sample that the noise is added to. noise: (1, c, h, w), of standard deviation 1,
+    instead of the seeds'. resample, jump: of `editing.sample_resampled`. finish: of what was
+    sampled, (n, c, h, w), before it is decoded.
     static: the model always sees as many images, for which it was compiled: a last batch of fewer
     is filled up with images that are thrown away. given: from places in seeds to the conditions of
     texts and images, see `conditions`.
 
-    Yields (n, c, h, w) in float32, n <= batch_size, in the order of the seeds. Raises ValueError
-    for class ids out of range or an unknown sampler, SamplingStopped once `stop` says so.
+    Yields images (n, c, h, w) in float32, n <= batch_size, in the order of the seeds. Raises
+    ValueError for class ids out of range or an unknown sampler, SamplingStopped once `stop` says
+    so.
     """
     check_classes(classes, num_classes)
     if classes is not None and len(classes) != len(seeds):
         raise ValueError(f"needs one class for each of {len(seeds)} seeds, got {len(classes)}")
     check_sampler(sampler)
 
+    autoencoder = find_autoencoder(model)
     draw: Callable[..., torch.Tensor] = sampling.sample
     if resample > 1:
         draw = partial(editing.sample_resampled, resample=resample, jump=jump)
@@ -79,7 +85,7 @@ def generate(
         if given is not None:
             cond |= given(rows)
         with eval_mode(model):
-            return draw(
+            x = draw(
                 model,
                 x,
                 sigmas,
@@ -90,6 +96,9 @@ def generate(
                 disable=True,
                 **(sampler_args or {}),
             ).float()
+        with torch.no_grad():
+            x = finish(x)
+            return x if autoencoder is None else autoencoder.decode(x)
 
     def step(_: object) -> None:
         bar.update()
@@ -111,6 +120,12 @@ def generate(
             rows = range(first, min(first + batch_size, len(seeds)))
             spare = [first] * (batch_size - len(rows)) if static else []
             yield run([*rows, *spare], step)[: len(rows)]
+
+
+def image_shape(model: nn.Module, shape: Sequence[int]) -> tuple[int, ...]:
+    """(c, h, w) of the images that `generate` makes of a model's samples, (c, h, w)."""
+    autoencoder = find_autoencoder(model)
+    return tuple(shape) if autoencoder is None else autoencoder.image_shape(shape)
 
 
 def check_sampler(name: str) -> None:
@@ -228,7 +243,7 @@ def sample_share(
     stop, given: as of `sample_batches`.
     """
     model = config["model"]
-    shape = model["input_channels"], *model["input_size"]
+    shape = image_shape(denoiser, (model["input_channels"], *model["input_size"]))
     rest: dict[str, Any] = {"batch_size": batch_size, "stop": stop, "given": given}
     batches = sample_batches(accelerator, denoiser, config, seeds, **rest)
     images = torch.cat([torch.empty(0, *shape, device=accelerator.device), *batches])

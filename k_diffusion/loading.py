@@ -13,14 +13,18 @@ from torch import nn
 
 from . import checkpoints, conditions
 from .common import hub
+from .common.files import check_readable
 from .common.untrusted import get_safetensors_metadata
 from .config import load_config, make_denoiser_wrapper, make_model
+from .encoders.autoencoder import Autoencoder, find_autoencoder, load_diffusers
 from .encoders.text import TextEncoder
+from .models.autoencoder import compvis_autoencoder, compvis_weights
 from .runs import find_checkpoint
 from .snapshots import SNAPSHOT, Average, reconstruct
 
 WEIGHTS = "model.safetensors"  # of a folder that `save_pretrained` wrote
 CONFIG = "config.json"
+AUTOENCODER = "autoencoder.safetensors"  # of a latent model's
 
 Picture: TypeAlias = str | Path | Image.Image
 
@@ -30,8 +34,10 @@ class Loaded(nn.Module):
 
     config: the whole config, a dict with its defaults. sigma_min, sigma_max: the range of noise
     levels to sample in. num_classes: 0 for an unconditional model; others take `class_cond`, whose
-    id num_classes stands for no class. shape: (c, h, w) of an image. text_encoder: where that of a
-    model of texts is, if not where the config says.
+    id num_classes stands for no class. shape: (c, h, w) of x, an image or the latents of one.
+    autoencoder: of a latent model, None of pixels; `decode` makes images of x. image_shape:
+    (c, h, w) of these. text_encoder: where that of a model of texts is, if not where the
+    config says.
     """
 
     def __init__(
@@ -57,6 +63,20 @@ class Loaded(nn.Module):
         if model["input_size"] is None:
             raise ValueError("the model's config has no model.input_size; add it to the config")
         return model["input_channels"], *model["input_size"]
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """What makes images of a latent model's latents; None for a model of pixels."""
+        return find_autoencoder(self.denoiser)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(c, h, w) of what `decode` returns."""
+        return self.autoencoder.image_shape(self.shape) if self.autoencoder else self.shape
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Images in [-1, 1] of what the model samples, x: (n, c, h, w)."""
+        return self.autoencoder.decode(x) if self.autoencoder else x
 
     @property
     def inner_model(self) -> Any:
@@ -90,6 +110,7 @@ def load(
     revision: str | None = None,
     device: torch.device | str = "cpu",
     text_encoder: str | Path | None = None,
+    autoencoder: str | Path | None = None,
 ) -> Loaded:
     """A trained model, ready to sample, from a file, a folder or the Hugging Face hub.
 
@@ -99,6 +120,8 @@ def load(
     one of its files. What is here goes before the hub.
     revision: the hub's branch, tag or commit; a commit is the same model for ever. text_encoder:
     where that of a model of texts is, if not where its config says; it is loaded once it is needed.
+    autoencoder: of a latent model, where it isn't at the location that its config names nor beside
+    the checkpoint.
 
     Returns the denoiser in float32 and evaluation mode, on the device. Raises ValueError for a
     damaged file, a folder or repository without weights or with several; FileNotFoundError; and
@@ -109,7 +132,7 @@ def load(
     config = path.with_name(CONFIG)
     stored = path.suffix != ".safetensors" or "config" in get_safetensors_metadata(path)
     given = None if stored or not config.is_file() else config
-    return Loaded(*load_denoiser(path, given), text_encoder).to(device)
+    return Loaded(*load_denoiser(path, given, autoencoder), text_encoder).to(device)
 
 
 def _find(source: str, revision: str | None) -> Path:
@@ -157,15 +180,16 @@ def _weights_in(folder: Path, source: str) -> Path:
 
 
 def load_denoiser(
-    path: str | Path, config: str | Path | None = None
+    path: str | Path, config: str | Path | None = None, autoencoder: str | Path | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The denoiser of an inference checkpoint (.safetensors) or, by its averaged weights, of a
     training checkpoint (.pth); in float32, on the CPU, in evaluation mode.
 
     path: of the file, or a training run's name or folder, for its latest checkpoint.
 
-    config: a config file; by default the one in the checkpoints. Returns the denoiser and the
-    config. Raises ValueError for a damaged file or one of another architecture.
+    config: a config file; by default the one in the checkpoints. autoencoder: as of `load`. Returns
+    the denoiser and the config; that of a latent model has the autoencoder as its part. Raises
+    ValueError for a damaged file or one of another architecture.
     """
     path = find_checkpoint(Path(path))
     if path.suffix == ".safetensors":
@@ -175,23 +199,114 @@ def load_denoiser(
         state = checkpoints.read_checkpoint(path)
         weights = state.get("model_ema", state["model"])
         loaded = load_config(config or state["config"], strict=config is not None)
-    return _make(weights, loaded, path), loaded
+    return _make(weights, loaded, path, autoencoder), loaded
 
 
 def load_average(
-    run: str | Path, width: float, step: int | None = None
+    run: str | Path,
+    width: float,
+    step: int | None = None,
+    autoencoder: str | Path | None = None,
 ) -> tuple[nn.Module, Average]:
     """The denoiser of a run's weights averaged with any width, from its snapshots.
 
-    run, width, step: as of `snapshots.reconstruct`. Returns it as `load_denoiser` does, and what it
-    is made of, whose config is filled in. Raises ValueError.
+    run, width, step: as of `snapshots.reconstruct`. autoencoder: as of `load`. Returns it as
+    `load_denoiser` does, and what it is made of, whose config is filled in. Raises ValueError.
     """
     average = reconstruct(Path(run), width, step)
     average = replace(average, config=load_config(average.config))
-    return _make(average.weights, average.config, run), average
+    return _make(average.weights, average.config, Path(run), autoencoder), average
 
 
-def _make(weights: Mapping[str, Any], config: dict[str, Any], source: object) -> nn.Module:
+def _make(
+    weights: Mapping[str, Any],
+    config: dict[str, Any],
+    source: Path,
+    autoencoder: str | Path | None = None,
+) -> nn.Module:
+    wrap = make_denoiser_wrapper(config)
     model = make_model(config)
     checkpoints.load_weights(model, weights, source)
-    return make_denoiser_wrapper(config)(model).eval().requires_grad_(False)
+    denoiser = wrap(model).eval().requires_grad_(False)
+    if autoencoder is not None and not config.get("autoencoder"):
+        raise ValueError(
+            f"{source} is a model of pixels, which has no use for the autoencoder {autoencoder}"
+        )
+    if config.get("autoencoder"):
+        denoiser.autoencoder = make_autoencoder(config, autoencoder, source.parent)
+    return denoiser
+
+
+# ----------------------------------------------------------------- autoencoders
+
+
+def make_autoencoder(
+    config: Mapping[str, Any], path: str | Path | None = None, beside: str | Path = "."
+) -> Autoencoder:
+    """The autoencoder of a latent model's config, in the units of the model.
+
+    path: in place of the config's location. beside: a folder to look for it in as well. Without
+    statistics in the config its own convention stands for them. Raises ValueError for another one
+    than the config's fingerprint tells of, or one whose latents don't fit the model.
+    """
+    section, model = config["autoencoder"], config["model"]
+    named = Path(section["location"] if path is None else path)
+    places = named, Path(beside) / named, Path(beside) / named.name
+    found = named if path is not None else next((p for p in places if p.exists()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"no autoencoder at {named} (autoencoder.location), nor beside the checkpoint; pass "
+            "--autoencoder PATH, or autoencoder=PATH to K.load"
+        )
+    options = {"input_range": section["input_range"], "tile": section["tile"]}
+    autoencoder = load_autoencoder(found, **options)
+    if section["fingerprint"] not in {None, autoencoder.fingerprint}:
+        raise ValueError(
+            f"{found} is another autoencoder (fingerprint {autoencoder.fingerprint}) than that of "
+            f"the model ({section['fingerprint']}); pass the one that its latents were made by"
+        )
+    autoencoder.image_shape((model["input_channels"], *(model["input_size"] or (1, 1))))
+    if section["mean"] is not None:
+        autoencoder.normalize(section["mean"], section["std"], model["sigma_data"])
+    return autoencoder
+
+
+def load_autoencoder(path: str | Path, **options: Any) -> Autoencoder:
+    """A frozen autoencoder in float32, on the CPU, in the units that it is published with.
+
+    path: a folder of diffusers, or a pipeline's; a checkpoint of train_autoencoder.py (.pth, its
+    averaged weights, or .safetensors); one of latent diffusion's code base (.ckpt, .pt or
+    .safetensors), also within a whole model. options: of `Autoencoder`. Raises ValueError,
+    FileNotFoundError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return load_diffusers(path, **options)
+    check_readable(path, "autoencoder")
+    config: Any = None
+    if path.suffix == ".safetensors":
+        weights: Mapping[str, Any] = checkpoints.read_weights(path)
+        config = path if "config" in get_safetensors_metadata(path) else None
+    else:
+        state = checkpoints.read_torch(path)
+        state = state if isinstance(state, Mapping) else {}
+        weights = state.get("model_ema", state.get("model", state.get("state_dict", state)))
+        config = state.get("config")
+    given: dict[str, Any] = {"name": str(path)}
+    if config is not None:
+        config = load_config(config)
+        if (kind := config["model"]["type"]) != "kl_autoencoder":
+            raise ValueError(
+                f"{path} is a model of type {kind} and no autoencoder; train one with "
+                "train_autoencoder.py"
+            )
+        network = make_model(config)
+    else:
+        if "scale_factor" in weights:
+            given["scale"] = float(weights["scale_factor"])
+        weights = compvis_weights(weights)
+        network = compvis_autoencoder(weights, path)
+    checkpoints.load_weights(network, weights, path)
+    made = Autoencoder(network, **given | options)
+    made.config = config
+    return made

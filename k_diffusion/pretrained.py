@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
+from safetensors.torch import save
 from torch import nn
 
 from . import checkpoints, conditions, generation, sampling
@@ -24,7 +25,8 @@ from .common.images import PIL_MODES, from_pil_image, grid_columns, image_grid, 
 from .common.modules import n_params
 from .evaluation import report
 from .guidance import CFGDenoiser
-from .loading import CONFIG, WEIGHTS, Loaded, Picture
+from .loading import AUTOENCODER, CONFIG, WEIGHTS, Loaded, Picture
+from .models.autoencoder import KLAutoencoder
 
 GRID = "samples.png"
 
@@ -59,9 +61,9 @@ def sample(
     the model hasn't got, or images of other channels than pictures have.
     """
     loaded = _loaded(model)
-    if loaded.shape[0] not in PIL_MODES:
+    if loaded.image_shape[0] not in PIL_MODES:
         raise ValueError(
-            f"the model's images have {loaded.shape[0]} channels; pictures have "
+            f"the model's images have {loaded.image_shape[0]} channels; pictures have "
             f"{', '.join(map(str, PIL_MODES))}; use generation.generate for tensors"
         )
     if isinstance(classes, int):
@@ -155,20 +157,37 @@ def _write(
 ) -> None:
     """Writes the files of `save_pretrained`; the card calls the model `name`."""
     path = writable(folder / WEIGHTS)
-    checkpoints.write_inference(path, model.config, model.inner_model.state_dict(), dtype)
-    config = json.dumps(model.config, indent=2)
+    with_autoencoder = _write_autoencoder(model, folder)
+    checkpoints.write_inference(path, with_autoencoder, model.inner_model.state_dict(), dtype)
+    config = json.dumps(with_autoencoder, indent=2)
     write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
     texts = model.config.get("text")
     told = model.config.get("image_condition") or (texts and not texts["prompts"])
-    pictures = samples > 0 and model.shape[0] in PIL_MODES and not told
+    pictures = samples > 0 and model.image_shape[0] in PIL_MODES and not told
     if pictures:
         images = torch.stack([from_pil_image(image) for image in sample(model, samples)])
         labels = [i % model.num_classes for i in range(samples)] if model.num_classes else None
-        columns = grid_columns(model.num_classes, samples, *model.shape[1:])
+        columns = grid_columns(model.num_classes, samples, *model.image_shape[1:])
         grid = image_grid(images, columns, labels=labels)
         write_atomically(folder / GRID, lambda file: grid.save(file, "PNG"))
     card = model_card(model, name, metrics, GRID if pictures else None)
     write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
+
+
+def _write_autoencoder(model: Loaded, folder: Path) -> dict[str, Any]:
+    """Writes the autoencoder of a latent model, and returns the config that names it there.
+
+    One of diffusers stays where it is: whoever loads the model needs it by that name.
+    """
+    autoencoder = model.autoencoder
+    if autoencoder is None or not isinstance(autoencoder.network, KLAutoencoder):
+        return model.config
+    weights, path = autoencoder.network.state_dict(), folder / AUTOENCODER
+    if autoencoder.config is not None:
+        checkpoints.write_inference(path, autoencoder.config, weights, "fp32")
+    else:  # its weights tell its architecture
+        write_atomically(path, lambda file: file.write(save(weights)))
+    return {**model.config, "autoencoder": {**model.config["autoencoder"], "location": path.name}}
 
 
 def _rows(metrics: Metrics | None) -> Sequence[Mapping[str, Any]]:
@@ -225,9 +244,13 @@ def model_card(
         result = {"task": {"type": task}, "dataset": {"name": data, "type": data}}
         index = [{"name": name, "results": [result | {"metrics": measured}]}]
         header["model-index"] = index
-    c, h, w = model.shape
+    c, h, w = model.image_shape
+    latents = {}
+    if model.autoencoder is not None:
+        latents = {"latents": " x ".join(map(str, model.shape))}
     facts = {
         "images": f"{h} x {w} pixels, {c} channel{'s' if c > 1 else ''}, in [-1, 1]",
+        **latents,
         "classes": str(model.num_classes or "none"),
         "texts": f"{texts['type']}, {texts['location']}" if texts else "none",
         "data set": data,

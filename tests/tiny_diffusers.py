@@ -74,3 +74,16 @@ def sd3():
 
 def normal(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def autoencoder(kind="AutoencoderKL", **options):
+    """Its latents have 4 channels and half the sides, unless options say otherwise."""
+    torch.manual_seed(0)
+    levels = len(options.setdefault("block_out_channels", (8, 8)))
+    options.setdefault("norm_num_groups", 32 if min(options["block_out_channels"]) > 8 else 4)
+    model = getattr(diffusers, kind)(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        **{"layers_per_block": 1, "latent_channels": 4, **options},
+    )
+    return model.eval().requires_grad_(False)

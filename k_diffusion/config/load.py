@@ -16,7 +16,7 @@ from ..common.options import UsageError
 from ..common.untrusted import get_safetensors_metadata
 from . import schema
 from .base import ConfigError, unknown_type
-from .model_schema import Model
+from .model_schema import KLAutoencoderModel, Model
 
 
 class OverrideError(ConfigError, UsageError):
@@ -50,7 +50,8 @@ def load_config(
         overrides = parse_overrides(overrides)
     typed = parse(_overridden(raw, overrides), strict=strict and not from_checkpoint)
     # sections of unknown types are not of the fields' types
-    optional = {key for key in ("text", "image_condition") if getattr(typed, key) is None}
+    sections = "autoencoder", "text", "image_condition"
+    optional = {key for key in sections if getattr(typed, key) is None}
     dumped = typed.model_dump(warnings="none", exclude=optional)
     return dumped | {"model": _dump_model(typed.model)}
 
@@ -93,7 +94,7 @@ def check_code(source: str | Path, config: Mapping[str, Any], overrides: Sequenc
         )
 
 
-def _dump_model(model: Model) -> dict[str, Any]:
+def _dump_model(model: Model | KLAutoencoderModel) -> dict[str, Any]:
     """The section, without what is left open in a density, which is filled in from the rest of the
     model when it is made, and in attention, whose backend is chosen when it runs."""
     section = model.model_dump(warnings="none")

@@ -16,7 +16,7 @@ from .base import ConfigError
 from .denoiser_schema import DenoiserSection
 from .density_schema import Density, SampleDensity, with_bounds
 from .load import parse
-from .model_schema import Model
+from .model_schema import KLAutoencoderModel, Model
 
 
 def make_model(config: Mapping[str, Any]) -> nn.Module:
@@ -31,7 +31,7 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
     return typed.model.build(typed.dataset.num_classes)
 
 
-def _at_most(model: Model, num_classes: int) -> int:
+def _at_most(model: Model | KLAutoencoderModel, num_classes: int) -> int:
     """Bytes that the weights can't exceed: each block has few matrices, none wider than its widest.
 
     80 is more than a block of any type has, nine for each convolution, down and up.
@@ -52,7 +52,7 @@ def _integers(value: Any) -> Iterator[int]:
         yield value
 
 
-def _check_size(model: Model, num_classes: int) -> None:
+def _check_size(model: Model | KLAutoencoderModel, num_classes: int) -> None:
     """Raises ConfigError for a model whose weights don't fit into the memory that is free."""
     there = memory.available()
     if there is None or _at_most(model, num_classes) < there:
@@ -81,6 +81,11 @@ def make_denoiser_wrapper(config: Mapping[str, Any]) -> Callable[[nn.Module], nn
     those of the loss; each may be missing.
     """
     model = config["model"]
+    if model.get("type") == "kl_autoencoder":
+        raise ConfigError(
+            "model.type: a kl_autoencoder is no denoiser; train it with train_autoencoder.py, and "
+            "name it as autoencoder.location in the config of a latent model"
+        )
     keys = {key: model[key] for key in DenoiserSection.model_fields if key in model}
     return DenoiserSection.model_validate(keys).build_wrapper()
 

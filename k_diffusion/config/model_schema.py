@@ -23,6 +23,7 @@ from ..models.image_transformer_v2 import (
     MappingSpec,
 )
 from ..models.image_v1 import ImageDenoiserModelV1
+from .autoencoder_schema import KLAutoencoderModel
 from .base import (
     ConfigError,
     Count,
@@ -378,7 +379,7 @@ class ForeignModel(Model):
 
 
 AnyModel = Annotated[
-    ImageV1 | ImageTransformerV1 | ImageTransformerV2,
+    ImageV1 | ImageTransformerV1 | ImageTransformerV2 | KLAutoencoderModel,
     Field(discriminator="type"),
     keep_unknown(ForeignModel.model_construct),
 ]

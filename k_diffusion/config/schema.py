@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
+from .autoencoder_schema import AutoencoderSection, KLAutoencoderModel
 from .base import (
     Colour,
     Count,
@@ -140,6 +141,18 @@ class WebDataset(FilesDataset):
     class_key: str = "cls"
 
 
+class LatentsDataset(LocatedDataset):
+    """Latents in a folder that encode_latents.py wrote, or those of EDM2, REPA or LightningDiT.
+
+    num_classes null: as many as their labels have. flip_prob: how often the latents of the mirrored
+    image are taken, where they are stored.
+    """
+
+    type: Literal["latents"]
+    num_classes: Count | None = None  # type: ignore[assignment]
+    flip_prob: Probability = 0.0
+
+
 class HuggingFaceDataset(Dataset):
     """A data set of the Hugging Face hub, or a local folder of that library's.
 
@@ -181,6 +194,7 @@ AnyDataset = Annotated[
     | ImageFolderClassDataset
     | ZipDataset
     | WebDataset
+    | LatentsDataset
     | HuggingFaceDataset
     | CustomDataset,
     Field(discriminator="type"),
@@ -326,6 +340,22 @@ class Config(Section):
     optimizer: AnyOptimizer = Adam(type="adamw")
     lr_sched: AnySched = ConstantSched(type="constant")
     ema_sched: EMASched = EMASched()
+    autoencoder: AutoencoderSection | None = None
+
+    @model_validator(mode="after")
+    def _latent(self) -> "Config":
+        latents = isinstance(self.dataset, LatentsDataset)
+        if latents and self.autoencoder is None:
+            raise fail(
+                "a data set of latents needs one, which turns samples into images", "autoencoder"
+            )
+        if self.autoencoder is not None and isinstance(self.model, KLAutoencoderModel):
+            raise fail("model.type is an autoencoder itself; leave this section out", "autoencoder")
+        if self.autoencoder is not None and self.image_condition is not None:
+            raise fail("a latent model takes no image; leave this section out", "image_condition")
+        if latents and self.model.augment_prob:
+            raise fail("latents can't be augmented: set it to 0", "model.augment_prob")
+        return self
 
     @model_validator(mode="after")
     def _rates(self) -> "Config":

@@ -20,6 +20,7 @@ from ..common.images import CorruptImageError, convert_mode, open_image, unreada
 from ..common.text import need, unknown_name
 from .archives import tar_shards, zip_of_images
 from .idx import IDXFolder, has_idx
+from .latents import Latents
 from .scan import IMG_EXTENSIONS, Paths, SizedFiles, images_below, in_split
 from .streamed import StreamedRows, rows_of
 
@@ -369,6 +370,9 @@ DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]
     "fashion-mnist": lambda section, transform, folder: _mnist("FashionMNIST", section, transform),
     "zip": zip_of_images,
     "webdataset": tar_shards,
+    "latents": lambda section, transform, folder: Latents(
+        section["location"], transform, section["flip_prob"]
+    ),
     "huggingface": _huggingface,
     "custom": _custom,
 }

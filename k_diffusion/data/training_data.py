@@ -12,6 +12,7 @@ from ..common.images import CorruptImageError
 from .buckets import Buckets, make_buckets
 from .captions import PairedImages, caption_of
 from .datasets import make_dataset
+from .latents import LatentTransform
 from .streamed import StreamedRows
 from .transforms import ImageTransform, Unaugmented
 
@@ -23,11 +24,11 @@ _MAX_CORRUPT_IN_A_ROW = 1000
 class TrainingData(Dataset[dict[str, Any]]):
     """A data set whose items are drawn by (index, seed) and come as dicts.
 
-    Of an item: `image`, `original`, `aug_cond`, `index`, with classes also `class`, and `skipped`,
-    the paths of corrupt images that the next image stood in for (an error with strict=True). With
-    a caption_key also `caption`, and with paired images `paired_image` and `paired_original`.
-    transform: what the data set applies to its images; it augments a batch's together. buckets:
-    the sizes that it gives them, where they are several.
+    Of an item: `image`, `original`, `aug_cond`, `index`, `seed`, with classes also `class`, and
+    `skipped`, the paths of corrupt images that the next image stood in for (an error with
+    strict=True). With a caption_key also `caption`, and with paired images `paired_image` and
+    `paired_original`. transform: what the data set applies to its images; it augments a batch's
+    together. buckets: the sizes that it gives them, where they are several.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class TrainingData(Dataset[dict[str, Any]]):
                     raise
                 skipped.append(str(error.filename or f"item {index} ({error})"))
                 index = self._after(index)
-        out = {**images, "index": index}
+        out = {**images, "index": index, "seed": seed}
         if self.num_classes:
             out["class"] = self._class_of(item, index)
         if self.caption_key is not None:
@@ -168,18 +169,21 @@ def as_stored(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_training_data(
-    config: Mapping[str, Any], folder: Any = ".", strict: bool = False
+    config: Mapping[str, Any],
+    folder: Any = ".",
+    strict: bool = False,
+    shape: Sequence[int] | None = None,
 ) -> TrainingData:
     """The training data of a config; `folder` holds a custom data set's file.
 
-    Its num_classes are the config's or, where that has none, those of the subfolders.
+    shape: (c, h, w) of the images, where they aren't the model's, which is of their latents. Its
+    num_classes are the config's or, where that has none, those of the subfolders or latents.
     """
     model, section = config["model"], config["dataset"]
-    h, w = model["input_size"]
+    c, h, w = shape or (model["input_channels"], *model["input_size"])
     sizes = [(int(h), int(w)) for h, w in section.get("buckets") or ()]
     h, w = max([(h, w), *sizes], key=math.prod)
-    pixels = model["input_channels"] * h * w
-    memory.check(20 * pixels, f"an image of {h} x {w}", "make model.input_size smaller")
+    memory.check(20 * c * h * w, f"an image of {h} x {w}", "make model.input_size smaller")
 
     def transform(channels: int, later: bool = False) -> ImageTransform:
         own = {key: section.get(key, False) for key in TRANSFORM_KEYS}
@@ -188,12 +192,18 @@ def make_training_data(
             (h, w), channels, probability, section["background"], **own, later=later
         )
 
-    # a custom data set may do something with what its transform returns
-    own = transform(model["input_channels"], later=section["type"] != "custom")
+    own: Any
+    if section["type"] == "latents":
+        known = config["autoencoder"]
+        own = LatentTransform(known["mean"], known["std"], model["sigma_data"], c)
+    else:
+        # a custom data set may do something with what its transform returns
+        own = transform(c, later=section["type"] != "custom")
     data = make_dataset(section, own, folder)
     num_classes = section["num_classes"]
     if num_classes is None:
-        num_classes = len(data.counts)  # type: ignore[attr-defined]
+        found: Any = data
+        num_classes = found.num_classes if hasattr(data, "num_classes") else len(found.counts)
     keys = section["image_key"], section["class_key"]
     more: dict[str, Any] = {}
     if config.get("text"):

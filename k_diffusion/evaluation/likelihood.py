@@ -10,8 +10,11 @@ from tqdm.auto import tqdm
 
 from ..common.seeds import derive_seed
 from ..distributed import gather_shares, share
-from ..likelihood import bits_per_dim
+from ..encoders.autoencoder import Autoencoder, find_autoencoder
+from ..likelihood import bits_per_dim, log_likelihood
 from .reals import RealImages
+
+_TOLERANCE = 1e-3
 
 
 def real_likelihood(
@@ -29,9 +32,12 @@ def real_likelihood(
     """Bits per dimension of n real images, (n,), evenly spaced, on the main process; else None.
 
     Images are cut into batches, and each has its own random numbers, so that the result doesn't
-    depend on the number of processes. Of a class-conditional model it is that given the class.
+    depend on the number of processes. Of a class-conditional model it is that given the class, and
+    of a latent model that of the density of latents, in the units of sigma_data: it is relative to
+    the autoencoder, may be negative, and can't be compared with that of images.
     """
     model, num_classes = config["model"], config["dataset"]["num_classes"]
+    autoencoder = find_autoencoder(denoiser)
     indices = reals.spaced(n)
     count = math.ceil(n / batch_size)
     rows = []
@@ -41,19 +47,46 @@ def real_likelihood(
         part = indices[b * batch_size : (b + 1) * batch_size]
         ((images, classes),) = reals.batches(part, len(part), device)
         torch.manual_seed(derive_seed(seed, b))
-        bits, _ = bits_per_dim(
-            denoiser,
-            images.clamp(-1, 1),
-            model["sigma_min"],
-            model["sigma_max"],
-            {"class_cond": classes.to(images.device)} if num_classes else {},
-            atol=1e-3,
-            rtol=1e-3,
-            bins=bins,
-            sigma_data=model["sigma_data"],
-        )
+        cond = {"class_cond": classes.to(images.device)} if num_classes else {}
+        if autoencoder is not None:
+            bits = _latent_bits(denoiser, autoencoder, images, cond, model)
+        else:
+            bits, _ = bits_per_dim(
+                denoiser,
+                images.clamp(-1, 1),
+                model["sigma_min"],
+                model["sigma_max"],
+                cond,
+                atol=_TOLERANCE,
+                rtol=_TOLERANCE,
+                bins=bins,
+                sigma_data=model["sigma_data"],
+            )
         bits = bits.to(accelerator.device)
         rows.append(torch.nn.functional.pad(bits.float(), (0, batch_size - len(part))))
     empty = torch.zeros(0, batch_size, device=accelerator.device)
     everyone = gather_shares(accelerator, torch.cat([empty, *(row[None] for row in rows)]), count)
     return None if everyone is None else everyone.flatten()[:n].cpu()
+
+
+def _latent_bits(
+    denoiser: nn.Module,
+    autoencoder: Autoencoder,
+    images: Tensor,
+    cond: dict[str, Tensor],
+    model: Mapping[str, Any],
+) -> Tensor:
+    """-log2 of the density of the images' latents per dimension, (n,)."""
+    with torch.no_grad():
+        latents = autoencoder.sample(autoencoder.encode(images).float())
+    ll, _ = log_likelihood(
+        denoiser,
+        latents,
+        model["sigma_min"],
+        model["sigma_max"],
+        cond,
+        atol=_TOLERANCE,
+        rtol=_TOLERANCE,
+        prior_std=math.hypot(model["sigma_max"], model["sigma_data"]),
+    )
+    return -ll / (latents[0].numel() * math.log(2))

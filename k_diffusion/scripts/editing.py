@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import editing, guidance, sampling
 from ..common import options
 from ..conditions import Given
+from ..encoders.autoencoder import find_autoencoder
 
 
 class Edit(NamedTuple):
@@ -104,7 +106,13 @@ def prepare(
     """
     if getattr(args, "init_image", None) is None:
         return Edit(denoiser, sigmas, {}, lambda x: x)
-    image = editing.read_image(args.init_image, shape, say).to(device)
+    autoencoder = find_autoencoder(denoiser)
+    pixels = shape if autoencoder is None else autoencoder.image_shape(shape)
+    image = editing.read_image(args.init_image, pixels, say).to(device)
+    if autoencoder is not None:
+        with torch.no_grad():
+            moments = autoencoder.encode(image).float()
+            image = autoencoder.sample(moments, noise=moments.new_zeros(1, *shape))
     default = 1.0 if args.mask or args.invert else 0.6
     sigmas = editing.partial_schedule(sigmas, args.strength or default)
     if args.invert:
@@ -112,7 +120,9 @@ def prepare(
         return Edit(denoiser, sigmas, {"noise": noise}, lambda x: x)
     if not args.mask:
         return Edit(denoiser, sigmas, {"start": image}, lambda x: x)
-    mask = editing.read_mask(args.mask, shape[1:]).to(device)
+    mask = editing.read_mask(args.mask, pixels[1:]).to(device)
+    if autoencoder is not None:  # latents of which any pixel is painted
+        mask = F.max_pool2d(mask.float(), autoencoder.factor) > 0
     data = config["model"]["sigma_data"]
     painted = guidance.InpaintingDenoiser(denoiser, image, mask, args.inpaint_correction, data)
     # the whole schedule starts from noise alone within the mask
@@ -146,7 +156,11 @@ def _invert(
         back = sampling.sample(denoiser, noise, sigmas, **run)
     error = (back - image).square().mean().sqrt()
     say(
-        f"reconstruction: root mean square error {error:.4f} of values in [-1, 1] "
-        f"(PSNR {20 * math.log10(2 / max(float(error), 1e-9)):.1f} dB)"
+        f"reconstruction: root mean square error {error:.4f} of "
+        + (
+            f"values in [-1, 1] (PSNR {20 * math.log10(2 / max(float(error), 1e-9)):.1f} dB)"
+            if find_autoencoder(denoiser) is None
+            else f"latents of standard deviation {config['model']['sigma_data']:g}"
+        )
     )
     return noise / float(sigmas[0])

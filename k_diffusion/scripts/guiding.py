@@ -8,6 +8,7 @@ from torch import nn
 
 from .. import conditions, guidance
 from ..common import options
+from ..encoders.autoencoder import find_autoencoder
 from ..loading import load_denoiser
 
 
@@ -51,7 +52,8 @@ def make_guidance(
     """
     model = denoiser
     if args.autoguidance is not None:
-        weak, other = load_denoiser(args.autoguidance)
+        given = getattr(args, "autoencoder", None) if config.get("autoencoder") else None
+        weak, other = load_denoiser(args.autoguidance, autoencoder=given)
         for part, key in (
             ("model", "input_channels"),
             ("model", "input_size"),
@@ -62,6 +64,12 @@ def make_guidance(
                     f"{args.autoguidance} has {key} {other[part][key]}, but the model it is to "
                     f"guide has {config[part][key]}"
                 )
+        prints = [x and x.fingerprint for x in map(find_autoencoder, (weak, denoiser))]
+        if prints[0] != prints[1]:
+            raise ValueError(
+                f"{args.autoguidance} has the autoencoder {prints[0]}, but the model it is to "
+                f"guide {prints[1]}; both must be of one kind of latents"
+            )
         scale = 2.0 if args.autoguidance_scale is None else args.autoguidance_scale
         denoiser = guidance.AutoguidedDenoiser(denoiser, weak.to(device), scale)
     if args.skip_layers or args.identity_attention:

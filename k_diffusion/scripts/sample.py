@@ -22,6 +22,7 @@ from ..common.images import PIL_MODES, grid_columns, image_grid, to_pil_image
 from ..common.tensors import DTYPES
 from ..common.text import aligned
 from ..config import load_config
+from ..encoders.autoencoder import find_autoencoder
 from ..loading import load_denoiser
 from ..runs import find_checkpoint
 from . import editing, guiding, told
@@ -53,6 +54,8 @@ def add_arguments(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> No
     text += "folder of a run, for its latest"
     add("--checkpoint", required=True, **file, help=text)
     add("--config", **file, help="else the one in the checkpoint")
+    text = "of a latent model, if it isn't where its config says"
+    add("--autoencoder", type=options.path, metavar="PATH", help=text)
     add("-n", default=64, **count, help="the number of images")
     add(
         "--prefix",
@@ -120,7 +123,7 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
     check_writable(output)
     # one for all processes, though the run may go on
     args.checkpoint = distributed.broadcast(find_checkpoint(args.checkpoint))
-    denoiser, config = load_denoiser(args.checkpoint, args.config)
+    denoiser, config = load_denoiser(args.checkpoint, args.config, args.autoencoder)
     guided = make_guidance(ready(denoiser, args, device), config, args, device)
     guided = guided if guide is None else guide(guided, device)
 
@@ -134,8 +137,10 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
         f"{args.n} images of {shape[1]} x {shape[2]} from {args.checkpoint}: {args.sampler}, "
         f"{args.steps} steps, seed {seed}"
     )
-    if list(shape[1:]) != config["model"]["input_size"]:
-        h, w = config["model"]["input_size"]
+    model = config["model"]
+    trained = generation.image_shape(guided, (model["input_channels"], *model["input_size"]))
+    if shape != trained:
+        h, w = trained[1:]
         accelerator.print(f"the model was trained on {h} x {w}; other sizes can look worse")
     if args.grid:
         images = torch.cat([torch.empty(0, *shape, device=device), *batches])
@@ -187,18 +192,22 @@ def draw(
     """
     model, num_classes = config["model"], config["dataset"]["num_classes"]
     classes = parse_classes(args.classes, num_classes)
+    autoencoder = find_autoencoder(guided)
     size = args.size or model["input_size"]
     if size is None:
         raise ValueError("the config has no model.input_size; pass --size")
+    if args.size and autoencoder is not None:
+        size = autoencoder.latent_shape((autoencoder.image_channels, *size))[1:]
     if list(size) != model["input_size"]:
         with warnings.catch_warnings():  # the config's keys have been told of
             warnings.simplefilter("ignore")
             load_config({**config, "model": {**model, "input_size": list(size)}})
     shape = (model["input_channels"], *size)
+    images = generation.image_shape(guided, shape)
     count = args.n if getattr(args, "grid", None) else min(args.n, args.batch_size)
     memory.check(
-        4 * count * math.prod(shape) + 100 * args.n,
-        f"{count:,} images of {shape[1]} x {shape[2]}",
+        4 * count * math.prod(images) + 100 * args.n,
+        f"{count:,} images of {images[1]} x {images[2]}",
         "pass a smaller --size, -n or --batch-size",
     )
     mine = distributed.share(accelerator, args.n)
@@ -220,13 +229,14 @@ def draw(
         disable=not accelerator.is_main_process,
         static=args.compile is not None,
         given=given,
+        finish=edit.finish,
         **edit.options,
     )
     dtype = DTYPES[args.dtype]
     autocast = (
         nullcontext if dtype == torch.float32 else partial(torch.autocast, device.type, dtype)
     )
-    return Drawn(shape, classes, map(edit.finish, generation.in_context(batches, autocast)))
+    return Drawn(images, classes, generation.in_context(batches, autocast))
 
 
 @options.of

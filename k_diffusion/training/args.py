@@ -1,6 +1,7 @@
 """The flags of train.py."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ def protocol(text: str) -> str:
     return text
 
 
-def parse_args(description: str | None = None) -> argparse.Namespace:
-    """The command line of train.py."""
+def parse_args(description: str | None = None, unused: Sequence[str] = ()) -> argparse.Namespace:
+    """The command line of train.py, or of a script without what these names of flags hold."""
     p = argparse.ArgumentParser(description=description, formatter_class=options.HelpFormatter)
     count: dict[str, Any] = {"type": options.positive, "metavar": "N"}
     steps: dict[str, Any] = {"type": options.steps, "metavar": "STEPS"}
@@ -181,7 +182,13 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--evaluate-split", type=options.text, metavar="NAME", help=text)
     add("--clip-model", default="ViT-B/16", metavar="MODEL", help="of CLIP")
     add("--dinov2-model", default="vitl14", metavar="MODEL", help="of DINOv2")
+    for action in p._actions:
+        if action.dest in unused:
+            action.help = argparse.SUPPRESS
     args = p.parse_args()
+    for flag in unused:
+        if getattr(args, flag) != p.get_default(flag):
+            p.error(f"--{flag.replace('_', '-')} is of train.py, not of this script")
     for flag in ("wandb_entity", "wandb_group", "wandb_save_model"):
         if getattr(args, flag) and not args.wandb_project:
             p.error(f"--{flag.replace('_', '-')} needs a --wandb-project")

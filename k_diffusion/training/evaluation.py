@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..conditions import Given
+from ..data.latents import images_section
 from ..distributed import any_process, end_together
 from ..encoders import inception
+from ..encoders.autoencoder import Autoencoder
 from ..evaluation.extraction import Eye, gather, see_share
 from ..evaluation.protocols import get_protocol, metric_line
 from ..evaluation.reals import RealImages, real_sets
@@ -27,7 +29,12 @@ _OPTIONS = Options(resamples=0)
 
 
 def make_evaluator(
-    accelerator: Any, args: argparse.Namespace, config: dict[str, Any], begin: int, end: float
+    accelerator: Any,
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    begin: int,
+    end: float,
+    autoencoder: Autoencoder | None = None,
 ) -> "Evaluator | None":
     """The evaluator of a run from step `begin` to step `end`; None where none is due.
 
@@ -46,7 +53,7 @@ def make_evaluator(
             "--evaluate-every STEPS gets them, --evaluate-with lite0 needs none of them"
         )
         return None
-    return Evaluator(accelerator, args, config, args.config.parent)
+    return Evaluator(accelerator, args, config, args.config.parent, autoencoder)
 
 
 class Evaluator:
@@ -58,7 +65,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, accelerator: Any, args: argparse.Namespace, config: dict[str, Any], folder: Path
+        self,
+        accelerator: Any,
+        args: argparse.Namespace,
+        config: dict[str, Any],
+        folder: Path,
+        autoencoder: Autoencoder | None = None,
     ):
         self.accelerator, self.config = accelerator, config
         self.n: int = args.evaluate_n
@@ -85,7 +97,9 @@ class Evaluator:
                 )
             section = {**section, "split": args.evaluate_split}
         model = config["model"]
-        reals = RealImages(section, tuple(model["input_size"]), model["input_channels"], folder)
+        shape = model["input_channels"], *model["input_size"]
+        c, h, w = shape if autoencoder is None else autoencoder.image_shape(shape)
+        reals = RealImages(images_section(section), (h, w), c, folder)
         if min(self.n, len(reals)) < 2:
             raise ValueError(
                 f"an evaluation needs at least 2 samples and 2 real images, got --evaluate-n "

@@ -34,7 +34,7 @@ def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any
         fsdp_plugin=plugin,
         log_with=trackers or None,
         # layers of skipped stages are there and get no gradient
-        find_unused_parameters=config["model"]["skip_stages"] > 0,
+        find_unused_parameters=config["model"].get("skip_stages", 0) > 0,
     )
     if plugin is not None:
         sharding.check(accelerator)

@@ -63,19 +63,21 @@ def train_step(
     opt: Any,
     state: TrainState,
     batches: Iterator[dict[str, Any]],
-    sample_density: Callable[..., torch.Tensor],
+    sample_density: Any,
     *,
     accumulate: int = 1,
     checkpointing: str = "off",
+    loss_of: Callable[..., torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss, backward, clip, step, EMA: one optimizer step over `accumulate` batches of `batches`.
 
     denoiser: around the prepared (DDP-wrapped) inner model; opt: the prepared optimizer.
-    checkpointing: a row of `models.flags.CHECKPOINTING`. Noise levels are stratified over all
-    processes and batches of the step, unless the state measures the noise scale: strata would
-    correlate the samples. All random numbers follow from the seed, the step and the process. A step
-    whose loss or gradient is NaN or infinite on any process is one of no length: it leaves the
-    weights and the optimizer's state as they are, without waiting for the device. In fp16, where
+    checkpointing: a row of `models.flags.CHECKPOINTING`. loss_of: called in place of `batch_loss`.
+    Noise levels are stratified over all processes and batches of the step, unless the state
+    measures the noise scale: strata would correlate the samples. All random numbers follow from the
+    seed, the step and the process. A step whose loss or gradient is NaN or infinite on any process
+    is one of no length: it leaves the weights and the optimizer's state as they are, without
+    waiting for the device. In fp16, where
     gradients overflow at times, it leaves the learning rate and the average, too. Returns the mean
     loss of this process and the norm of the whole gradient before clipping, on the device.
     """
@@ -84,7 +86,7 @@ def train_step(
     losses = []
     seen = 0
     measured = state.noise_scale
-    density = state.levels.watch(sample_density)
+    density = sample_density if loss_of else state.levels.watch(sample_density)
     for i in range(accumulate):
         batch = next(batches)
         torch.manual_seed(derive_seed(state.seed, 2, state.step, i, accelerator.process_index))
@@ -97,8 +99,10 @@ def train_step(
             enable_stratified_accelerate(accelerator, measured is not None, i, accumulate),
             models.checkpointing(**CHECKPOINTING[checkpointing]),
         ):
-            each = batch_loss(denoiser, batch, density, config, accelerator.device)
-            state.levels.add(each)
+            parts = batch, density, config, accelerator.device
+            each = (loss_of or batch_loss)(denoiser, *parts)
+            if loss_of is None:
+                state.levels.add(each)
             loss = each.mean()
             # where the loss is lost, so is the gradient, which all processes will see
             known = 1 + 0 * loss.detach()

@@ -11,6 +11,8 @@ from ..conditions import Encode, of_batch
 from ..data.training_data import as_stored, make_training_data
 from ..densities import enable_stratified
 from ..distributed import any_process
+from ..encoders.autoencoder import Autoencoder
+from .latent import batches_of_latents, data_shape
 from .noise_levels import Density
 from .step import batch_loss
 
@@ -22,6 +24,7 @@ def make_validation(
     args: argparse.Namespace,
     config: dict[str, Any],
     encode: Encode | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> "Validation | None":
     """The validation of a run whose `dataset.split` is "train"; None for others.
 
@@ -32,7 +35,7 @@ def make_validation(
         return None
     made, error = None, None
     try:
-        made = Validation(accelerator, args, config, encode)
+        made = Validation(accelerator, args, config, encode, autoencoder)
     except (ValueError, OSError, ImportError) as caught:
         error = caught
     if any_process(accelerator, error is not None):
@@ -54,6 +57,7 @@ class Validation:
         args: argparse.Namespace,
         config: dict[str, Any],
         encode: Encode | None = None,
+        autoencoder: Autoencoder | None = None,
     ):
         self.accelerator, self.config = accelerator, config
         held_out = {
@@ -61,7 +65,8 @@ class Validation:
             "model": {**config["model"], "augment_prob": 0.0},
             "dataset": {**as_stored(config["dataset"]), "split": "test"},
         }
-        data = make_training_data(held_out, args.config.parent, strict=True)
+        shape = data_shape(config, autoencoder)
+        data = make_training_data(held_out, args.config.parent, strict=True, shape=shape)
         processes = accelerator.num_processes
         size = data[0, 0]["image"].nbytes
         n = min(len(data), args.validate_n, processes * max(1, _BYTES // size))
@@ -73,13 +78,14 @@ class Validation:
         self.n = n
         self.places = range(accelerator.process_index, self.batches_of_all, processes)
         collate = torch.utils.data.default_collate
-        self.batches = []
+        self.batches: list[dict[str, Any]] = []
         for j in self.places:
             # data sets are often sorted by class
             indices = [(j * batch + i) * len(data) // n for i in range(batch)]
             items = data.__getitems__([(index, 0) for index in indices])
             made = collate([{**item, "original": 0} for item in items])
-            self.batches.append(made | of_batch(made, config, encode))
+            made |= of_batch(made, config, encode)
+            self.batches += batches_of_latents(iter([made]), autoencoder, config)
 
     @torch.no_grad()
     def loss(self, denoiser: nn.Module, density: Density) -> float:

@@ -144,7 +144,7 @@ ERRORS = [
     (
         v2(type="image_transformer_v3"),
         "model.type: unknown type 'image_transformer_v3' (did you mean 'image_transformer_v2'?); "
-        "there are: image_v1, image_transformer_v1, image_transformer_v2",
+        "there are: image_v1, image_transformer_v1, image_transformer_v2, kl_autoencoder",
     ),
     (
         v2(self_attns=[{"type": "neighbourhood"}, {"type": "global"}]),

@@ -15,6 +15,7 @@ from ... import distributed
 from ...common.files import check_writable, writable, write_atomically
 from ...common.images import grid_columns, image_grid
 from ...common.text import aligned
+from ...encoders.autoencoder import find_autoencoder
 from ...encoders.digits import MAX_IMAGES, Recognizer
 from ...evaluation import report
 from ...evaluation.extraction import Eye, Seen, look_at
@@ -302,7 +303,12 @@ class Evaluation:
             "split": split,
             "checkpoint_sha256": self.source.digest[:16],
         }
-        if self._done(settings, [("bits_per_dim", None)], n):
+        # of a latent model the density's, which no number of images may be compared with
+        latent = find_autoencoder(denoiser) is not None
+        key, label = ("bits_per_dim", "bits/dim")
+        if latent:
+            key, label = f"latent_{key}", f"{label} of latents"
+        if self._done(settings, [(key, None)], n):
             self.accelerator.print(f"done before: bits per dimension, {_line(settings)}")
             return
         bits = real_likelihood(
@@ -322,7 +328,7 @@ class Evaluation:
         notes = [f"split {split}"] if split else []
         if split == "test" and config["dataset"].get("split") == "all":
             notes.append("trained on split all")
-        row = self._row("bits_per_dim", "bits/dim", None, estimate, None, settings, {}, notes, n)
+        row = self._row(key, label, None, estimate, None, settings, {}, notes, n)
         self._add([row])
         self._save()
 

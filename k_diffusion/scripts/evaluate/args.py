@@ -68,6 +68,8 @@ def parse_args(
     add = p.add_argument_group("what to measure").add_argument
     text = "checkpoints, .safetensors or .pth, or names or folders of runs, for their latest"
     add("--checkpoint", nargs="+", default=[], **file, help=text)
+    text = "of latent models, if it isn't where their configs say"
+    add("--autoencoder", type=options.path, metavar="PATH", help=text)
     text = "widths of averages to measure, of the run whose name, folder or .pth --checkpoint is"
     add("--ema-width", type=_widths, metavar="WIDTHS", help=text)
     text = "images in place of a checkpoint: a folder, or an .npz of ADM's evaluator"

@@ -11,11 +11,13 @@ from torch import nn
 
 from ...common.files import check_readable, sha256
 from ...config import load_config
+from ...data.latents import images_section
 from ...evaluation.extraction import Eye
 from ...evaluation.images import SampleImages
 from ...evaluation.protocols import Protocol
 from ...evaluation.reals import RealImages, folder_section
 from ...evaluation.registry import Options, check_n
+from ...generation import image_shape
 from ...loading import load_average, load_denoiser
 from ...snapshots import find_snapshots
 from .. import sample
@@ -60,14 +62,21 @@ class Source(NamedTuple):
         return 0 if self.config is None else self.config["dataset"]["num_classes"]
 
     def shape(self, args: argparse.Namespace) -> tuple[int, ...]:
-        """Of an image, (c, h, w). Raises ValueError where neither config nor flag says its size."""
+        """Of an image, (c, h, w). Raises ValueError where neither config nor flag says its size.
+
+        Without the denoiser it is that of latents, where the model is one of latents.
+        """
         if self.images is not None:
             return self.images.shape
         assert self.config is not None
         size = args.size or self.config["model"]["input_size"]
         if size is None:
             raise ValueError("the config has no model.input_size; pass --size")
-        return (self.config["model"]["input_channels"], *size)
+        shape = (self.config["model"]["input_channels"], *size)
+        if self.denoiser is None:
+            return shape
+        whole = image_shape(self.denoiser, shape)
+        return (whole[0], *args.size) if args.size else whole
 
     def classes(self, args: argparse.Namespace, n: int) -> list[int] | None:
         """The class of each of n samples; None without classes."""
@@ -83,9 +92,9 @@ def load_source(
         images = SampleImages(path)
         return Source(path, None, images.digest(), None, None, images)
     if width is None:
-        denoiser, config = load_denoiser(path)
+        denoiser, config = load_denoiser(path, autoencoder=args.autoencoder)
         return Source(path, None, sha256(path), sample.ready(denoiser, args, device), config, None)
-    denoiser, average = load_average(path, width)
+    denoiser, average = load_average(path, width, autoencoder=args.autoencoder)
     denoiser = sample.ready(denoiser, args, device)
     return Source(path, width, average.digest, denoiser, average.config, None)
 
@@ -100,9 +109,10 @@ def check_alike(args: argparse.Namespace, first: Source) -> None:
     for path in args.checkpoint[1:]:
         file = find_snapshots(path)[-1].path if args.ema_width else path
         other = Source(path, None, "", None, load_config(file), None)
-        if (shape := other.shape(args)) != first.shape(args):
+        known = first._replace(denoiser=None)
+        if (shape := other.shape(args)) != known.shape(args):
             raise ValueError(
-                f"{path} has images of {shape}, {first.path} of {first.shape(args)}; evaluate them "
+                f"{path} has images of {shape}, {first.path} of {known.shape(args)}; evaluate them "
                 "apart"
             )
         sections = [
@@ -177,7 +187,7 @@ def find_data(args: argparse.Namespace, source: Source) -> Against:
     if path is None:
         if source.config is None:
             raise ValueError("--samples needs --data: a folder, a config, or a reference file")
-        section = source.config["dataset"]
+        section = images_section(source.config["dataset"])
         if section["type"] == "custom":
             raise ValueError(
                 f"{source.path} names a Python file as its data set, which is not run unasked; "
@@ -187,7 +197,8 @@ def find_data(args: argparse.Namespace, source: Source) -> Against:
         check_readable(path, "reference file")
         return Against(None, path, str(path))
     elif path.suffix == ".json":
-        section, folder = load_config(path, strict=True)["dataset"], path.parent
+        section = images_section(load_config(path, strict=True)["dataset"])
+        folder = path.parent
     else:
         section = folder_section(path)
     if args.split is not None:

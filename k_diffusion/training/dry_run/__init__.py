@@ -16,7 +16,7 @@ from ...common.modules import n_params
 from ...common.options import UsageError
 from ...common.tensors import DTYPES
 from ...common.text import aligned, unknown_name
-from ...config import make_model
+from ...config import make_denoiser_wrapper, make_model
 from ...models import attention
 from ...models.compiling import blocks
 from ...models.flags import CHECKPOINTING
@@ -160,6 +160,7 @@ def dry_run(
     autocast = AUTOCAST[mixed_precision]
     if mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError("--mixed-precision fp16 needs a GPU; the CPU has bf16 and no")
+    make_denoiser_wrapper(config)  # refuses what is no denoiser
     with torch.device("meta"):
         inner = make_model(config)
     h, w = config["model"]["input_size"]
