@@ -90,8 +90,8 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any, wr
         accelerator.print(f"step {state.step} is done; pass a larger --end-step to continue")
         accelerator.end_training()
         return
-    shares = stream.Stream(
-        len(data),
+    shares = stream.make_stream(
+        data,
         args.batch_size,
         state.seed,
         start=state.samples,

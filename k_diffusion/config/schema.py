@@ -84,7 +84,6 @@ class FilesDataset(LocatedDataset):
     sizes [height, width]; each image is trained on at the one of the nearest aspect ratio.
     """
 
-    caption_key: int | str = "txt"
     jpeg_draft: bool = False
     buckets: Annotated[list[Size], Field(min_length=1)] | None = None
     split: Literal["all", "train", "test"] = "all"
@@ -104,6 +103,7 @@ class ImageFolderDataset(FilesDataset):
     """All images below a folder. split test: every fifth of them, by path. train: the others."""
 
     type: Literal["imagefolder"]
+    caption_key: int | str = "txt"
 
 
 class ImageFolderClassDataset(FilesDataset):
@@ -113,6 +113,7 @@ class ImageFolderClassDataset(FilesDataset):
     """
 
     type: Literal["imagefolder-class"]
+    caption_key: int | str = "txt"
     num_classes: Count | None = None  # type: ignore[assignment]
 
 
@@ -136,6 +137,7 @@ class WebDataset(FilesDataset):
     """
 
     type: Literal["webdataset"]
+    caption_key: str = "txt"
     num_classes: Count | None = None  # type: ignore[assignment]
     image_key: str = "image"
     class_key: str = "cls"
@@ -353,6 +355,8 @@ class Config(Section):
             raise fail("model.type is an autoencoder itself; leave this section out", "autoencoder")
         if self.autoencoder is not None and self.image_condition is not None:
             raise fail("a latent model takes no image; leave this section out", "image_condition")
+        if self.autoencoder is not None and getattr(self.dataset, "buckets", None):
+            raise fail("a latent model's images have one size; leave them out", "dataset.buckets")
         if latents and self.model.augment_prob:
             raise fail("latents can't be augmented: set it to 0", "model.augment_prob")
         return self

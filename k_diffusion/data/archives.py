@@ -27,11 +27,12 @@ from ..common.images import CorruptImageError, decode_image, image_size, unreada
 from .scan import IMG_EXTENSIONS, in_split, recall, remember, worth_keeping
 
 _LOCAL_HEADER = 30  # of a zip file's member, before its name
-_VERSION = 1
+_VERSION = 2
 
 
 class Member(NamedTuple):
-    """An image in an archive. crc: of a zip file's member; packed: deflated there."""
+    """An image in an archive. crc: of a zip file's member; packed: deflated there. caption: where
+    its text is and how long, in bytes."""
 
     name: str
     label: int | None
@@ -39,13 +40,14 @@ class Member(NamedTuple):
     size: int
     crc: int | None = None
     packed: bool = False
+    caption: tuple[int, int] | None = None
 
 
 class ArchivedImages(Dataset[dict[str, Any]]):
     """The images of archives, in their order: items with `image` and, where known, `class`.
 
-    archives: the files, with the images in each. class_name: the name of the class in an item.
-    split: "test" is every fifth image of each class, "train" the others. `counts` maps class ids to
+    archives: the files, with the images in each. keys: the names of an item's image, class and
+    caption, which an item has where its archive does. split: "test" is every fifth image of each class, "train" the others. `counts` maps class ids to
     numbers of images of all splits. Raises `CorruptImageError` for an image that can't be read.
     """
 
@@ -54,7 +56,7 @@ class ArchivedImages(Dataset[dict[str, Any]]):
         archives: Sequence[tuple[Path, Sequence[Member]]],
         transform: Callable[[Image.Image], Any],
         split: str = "all",
-        keys: tuple[str, str] = ("image", "class"),
+        keys: Sequence[str] = ("image", "class", "txt"),
     ):
         self.files = [path for path, _ in archives]
         self.transform, self.keys = transform, keys
@@ -80,8 +82,22 @@ class ArchivedImages(Dataset[dict[str, Any]]):
             made = self.transform(image)
         except CorruptImageError as error:
             raise unreadable(name, error) from error
-        label = {} if member.label is None else {self.keys[1]: member.label}
-        return {self.keys[0]: made, **label}
+        item = {self.keys[0]: made}
+        if member.label is not None:
+            item[self.keys[1]] = member.label
+        if member.caption is not None:
+            item[self.keys[2]] = self._caption(file, name, *member.caption)
+        return item
+
+    def _caption(self, file: int, image: str, offset: int, size: int) -> str:
+        with self.files[file].open("rb") as archive:
+            archive.seek(offset)
+            try:
+                return " ".join(archive.read(size).decode("utf-8-sig").split())
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"the caption of {image} is not UTF-8 text: {error.reason}"
+                ) from None
 
     def image_size(self, index: int) -> tuple[int, int]:
         """(h, w) of an image as it is stored, upright."""
@@ -123,7 +139,7 @@ def tar_shards(
     section: Mapping[str, Any], transform: Callable[[Image.Image], Any], folder: Path
 ) -> ArchivedImages:
     """The data set of a config's section of type webdataset."""
-    keys = section["image_key"], section["class_key"]
+    keys = section["image_key"], section["class_key"], section["caption_key"]
     archives = [(path, _indexed(path, _tar_members, *keys)) for path in shards(section["location"])]
     return _checked(ArchivedImages(archives, transform, section["split"], keys), section)
 
@@ -236,10 +252,11 @@ def _labels(path: Path, archive: zipfile.ZipFile) -> dict[str, int] | None:
     return labels
 
 
-def _tar_members(path: Path, image_key: str, class_key: str) -> list[Member]:
+def _tar_members(path: Path, image_key: str, class_key: str, caption_key: str) -> list[Member]:
     """A sample's members follow each other, with the same name up to its first dot.
 
     image_key: the ending of its image, "image" for that of any. class_key: that of its class id.
+    caption_key: that of its text.
     """
     endings = [e[1:] for e in IMG_EXTENSIONS] if image_key == "image" else [image_key.lower()]
     members = []
@@ -259,7 +276,10 @@ def _tar_members(path: Path, image_key: str, class_key: str) -> list[Member]:
                         f"{path}: {key}.{class_key} must hold a class id, got {text[:20]!r}"
                     )
                 label = int(text)
-            members.append(Member(image.name, label, image.offset_data, image.size))
+            text_file = sample.get(caption_key)
+            caption = text_file and (text_file.offset_data, text_file.size)
+            place = image.offset_data, image.size
+            members.append(Member(image.name, label, *place, caption=caption))
     return members
 
 

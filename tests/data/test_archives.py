@@ -13,6 +13,7 @@ from runs import tiny_config
 from k_diffusion import utils
 from k_diffusion.config import load_config
 from k_diffusion.data import archives, scan, stream, training_data
+from k_diffusion.data.captions import caption_of
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,22 @@ def test_shards_are_one_data_set(tmp_path):
     assert np.array_equal(as_pixels(one[0, 0]), images[3])
     with pytest.raises(ValueError, match="data set 'webdataset' is empty"):
         made("webdataset", tmp_path, image_key="jpg")
+
+
+def test_captions_in_shards(tmp_path):
+    image = png(pixels(1)[0])
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        add(archive, "0.png", image)
+        add(archive, "0.txt", b"a  cat\non a chair\n")
+        add(archive, "1.png", image)
+        add(archive, "2.png", image)
+        add(archive, "2.txt", b"\xff")
+    data = made("webdataset", tmp_path / "a.tar").data
+    assert caption_of(data, data[0], 0, "txt") == "a cat on a chair"
+    with pytest.raises(ValueError, match="item 1 of the data set has no caption at 'txt'"):
+        caption_of(data, data[1], 1, "txt")
+    with pytest.raises(ValueError, match=r"the caption of 2.png of .*a.tar is not UTF-8 text"):
+        data[2]
 
 
 def test_patterns_name_shards_in_order(tmp_path):
