@@ -47,8 +47,9 @@ class ArchivedImages(Dataset[dict[str, Any]]):
     """The images of archives, in their order: items with `image` and, where known, `class`.
 
     archives: the files, with the images in each. keys: the names of an item's image, class and
-    caption, which an item has where its archive does. split: "test" is every fifth image of each class, "train" the others. `counts` maps class ids to
-    numbers of images of all splits. Raises `CorruptImageError` for an image that can't be read.
+    caption, which an item has where its archive does. split: "test" is every fifth image of each
+    class, "train" the others. `counts` maps class ids to numbers of images of all splits. Raises
+    `CorruptImageError` for an image that can't be read.
     """
 
     def __init__(
@@ -270,14 +271,14 @@ def _tar_members(path: Path, image_key: str, class_key: str, caption_key: str) -
             label = None
             if class_key in sample:
                 file = archive.extractfile(sample[class_key])
-                text = b"" if file is None else file.read(40).strip()
-                if not text.isdigit():
+                digits = b"" if file is None else file.read(40).strip()
+                if not digits.isdigit():
                     raise ValueError(
-                        f"{path}: {key}.{class_key} must hold a class id, got {text[:20]!r}"
+                        f"{path}: {key}.{class_key} must hold a class id, got {digits[:20]!r}"
                     )
-                label = int(text)
-            text_file = sample.get(caption_key)
-            caption = text_file and (text_file.offset_data, text_file.size)
+                label = int(digits)
+            text = sample.get(caption_key)
+            caption = None if text is None else (text.offset_data, text.size)
             place = image.offset_data, image.size
             members.append(Member(image.name, label, *place, caption=caption))
     return members

@@ -11,12 +11,17 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import k_diffusion as K
+from k_diffusion import conditions
 from k_diffusion.models import attention, flops
 from k_diffusion.training import dry_run as dry, optim
 from k_diffusion.training.dry_run import footprint, levels
 from k_diffusion.training.step import batch_loss
 
-CONFIGS = sorted((runs.ROOT / "configs").glob("*.json"))
+CONFIGS = sorted(
+    path
+    for path in (runs.ROOT / "configs").glob("*.json")
+    if "autoencoder" not in path.name  # which train_autoencoder.py trains
+)
 
 UNET = {
     "type": "image_v1",
@@ -66,6 +71,7 @@ def forward(config, inner, n=1, device="cpu"):
         "image": torch.zeros(n, model["input_channels"], *model["input_size"]),
         "aug_cond": torch.zeros(n, 9),
         "class": torch.zeros(n, dtype=torch.long),
+        **conditions.blank(config, n),
     }
     return batch_loss(denoiser, batch, density, config, torch.device(device)).mean()
 
