@@ -10,10 +10,10 @@ import torch
 
 import k_diffusion as K
 from k_diffusion import checkpoints
+from k_diffusion.checkpoints.runs import find_checkpoint
 from k_diffusion.common import options
 from k_diffusion.common.files import check_readable, check_writable, writable
 from k_diffusion.common.tensors import DTYPES
-from k_diffusion.runs import find_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

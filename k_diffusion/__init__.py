@@ -18,7 +18,6 @@ _SUBMODULES = (
     "denoisers",
     "densities",
     "distributed",
-    "editing",
     "encoders",
     "evaluation",
     "external",
@@ -30,11 +29,9 @@ _SUBMODULES = (
     "loading",
     "models",
     "noise",
-    "pretrained",
     "sampling",
     "schedules",
     "scripts",
-    "snapshots",
     "solvers",
     "training",
     "utils",
@@ -43,10 +40,11 @@ _SUBMODULES = (
 # Names of the package itself, and the submodules that hold them.
 _NAMES = {
     "Denoiser": "denoisers",
+    "editing": "generation",
     "load": "loading",
-    "push_to_hub": "pretrained",
-    "sample": "pretrained",
-    "save_pretrained": "pretrained",
+    "push_to_hub": "generation.pretrained",
+    "sample": "generation.pretrained",
+    "save_pretrained": "generation.pretrained",
 }
 
 if TYPE_CHECKING:
@@ -60,7 +58,6 @@ if TYPE_CHECKING:
         denoisers,
         densities,
         distributed,
-        editing,
         encoders,
         evaluation,
         external,
@@ -72,22 +69,22 @@ if TYPE_CHECKING:
         loading,
         models,
         noise,
-        pretrained,
         sampling,
         schedules,
         scripts,
-        snapshots,
         solvers,
         training,
         utils,
     )
     from .denoisers import Denoiser
+    from .generation import editing
+    from .generation.pretrained import push_to_hub, sample, save_pretrained
     from .loading import load
-    from .pretrained import push_to_hub, sample, save_pretrained
 
 __all__ = [
     "Denoiser",
     "__version__",
+    "editing",
     "load",
     "push_to_hub",
     "sample",

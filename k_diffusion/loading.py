@@ -12,6 +12,8 @@ from PIL import Image
 from torch import nn
 
 from . import checkpoints, conditions
+from .checkpoints.runs import find_checkpoint
+from .checkpoints.snapshots import SNAPSHOT, Average, reconstruct
 from .common import hub
 from .common.files import check_readable
 from .common.untrusted import get_safetensors_metadata
@@ -19,8 +21,6 @@ from .config import load_config, make_denoiser_wrapper, make_model
 from .encoders.autoencoder import Autoencoder, find_autoencoder, load_diffusers
 from .encoders.text import TextEncoder
 from .models.autoencoder import compvis_autoencoder, compvis_weights
-from .runs import find_checkpoint
-from .snapshots import SNAPSHOT, Average, reconstruct
 
 WEIGHTS = "model.safetensors"  # of a folder that `save_pretrained` wrote
 CONFIG = "config.json"

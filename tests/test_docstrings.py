@@ -14,7 +14,7 @@ SHAPE = r"\((?:|\.\.\.|[^()\s]+,[^()]*|[^(),]+,[^()]*)\)"
 
 # (file, name): the reason why shapes are not named.
 EXCEPTIONS = {
-    ("checkpoints.py", "write_inference"): "weights: a mapping to tensors, each of its own shape",
+    ("checkpoints/__init__.py", "write_inference"): "weights: tensors, each of its own shape",
 }
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import editing, guidance, sampling
+from .. import guidance, sampling
 from ..common import options
 from ..conditions import Given
 from ..encoders.autoencoder import find_autoencoder
+from ..generation import editing
 
 
 class Edit(NamedTuple):

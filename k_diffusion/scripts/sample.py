@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from .. import distributed, generation, models, sampling
+from ..checkpoints.runs import find_checkpoint
 from ..common import memory, options
 from ..common.files import check_writable, writable
 from ..common.images import PIL_MODES, grid_columns, image_grid, to_pil_image
@@ -24,7 +25,6 @@ from ..common.text import aligned
 from ..config import load_config
 from ..encoders.autoencoder import find_autoencoder
 from ..loading import load_denoiser
-from ..runs import find_checkpoint
 from . import editing, guiding, told
 from .guiding import make_guidance
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.snapshots import parse_width
 from ..common import options
 from ..evaluation.protocols import PROTOCOLS, get_protocol
 from ..models.compiling import UNITS
 from ..models.flags import CHECKPOINTING
-from ..snapshots import parse_width
 from .sharding import WAYS
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..checkpoints import CheckpointError, read_checkpoint
+from ..checkpoints.runs import find_checkpoints, find_run
 from ..common import options
 from ..common.chart import SCRIPT, Line, chart
 from ..common.files import writable, write_atomically
 from ..common.html import document, escape, table
 from ..common.text import aligned
-from ..runs import find_checkpoints, find_run
 from .curves import read_rows
 from .page import PAGE_STYLE, PANELS, Rows, grids, points, split_by_protocol, summary
 from .run_files import FACTS

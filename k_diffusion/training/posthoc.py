@@ -3,10 +3,10 @@
 import argparse
 
 from ..checkpoints import write_inference
+from ..checkpoints.snapshots import parse_width, reconstruct
 from ..common import options
 from ..common.files import check_writable
 from ..common.tensors import DTYPES
-from ..snapshots import parse_width, reconstruct
 
 
 def _parse_args() -> argparse.Namespace:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..checkpoints import check_weights
+from ..checkpoints.snapshots import gamma_of
 from ..common.shards import load_whole
-from ..snapshots import gamma_of
 from .ema import ema_update
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import write_checkpoint
+from ..checkpoints.runs import find_checkpoints, state_path, steps_of
+from ..checkpoints.snapshots import PATTERN
 from ..common.files import temporary_of, write_atomically
 from ..common.options import UsageError
-from ..runs import find_checkpoints, state_path, steps_of
-from ..snapshots import PATTERN
 
 __all__ = ["find_checkpoints", "state_path"]
 

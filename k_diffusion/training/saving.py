@@ -7,11 +7,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ..checkpoints.snapshots import snapshot_suffix, write_snapshot
 from ..common import memory
 from ..common.shards import gather_to_host
 from ..common.tensors import copy_to_host, nbytes
 from ..distributed import broadcast, end_together, sharded
-from ..snapshots import snapshot_suffix, write_snapshot
 from .run_files import prune, run_file, save_checkpoint
 from .state import TrainState
 

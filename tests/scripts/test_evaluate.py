@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import k_diffusion as K
-from k_diffusion import checkpoints, snapshots
+from k_diffusion import checkpoints
+from k_diffusion.checkpoints import snapshots
 from k_diffusion.evaluation import registry
 from k_diffusion.scripts.evaluate.references import Reference
 

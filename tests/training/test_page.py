@@ -200,7 +200,7 @@ def test_it_is_sampled_and_averaged_by_its_folder(folder, monkeypatch, capsys):
     assert (folder / "x.png").exists()
     output = "-o", "slim.safetensors"
     runs.call("convert_for_inference", "own", *output, folder=folder, monkeypatch=monkeypatch)
-    from k_diffusion.snapshots import find_snapshots
+    from k_diffusion.checkpoints.snapshots import find_snapshots
 
     for path in folder / "own", folder / "own/model":
         assert [s.step for s in find_snapshots(path)] == [2, 3]

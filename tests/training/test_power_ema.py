@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import k_diffusion as K
-from k_diffusion import checkpoints, snapshots
+from k_diffusion import checkpoints
+from k_diffusion.checkpoints import snapshots
 from k_diffusion.training import posthoc
 from k_diffusion.training.power_ema import PowerEMA
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import distributed
+from ...checkpoints.runs import find_checkpoint
 from ...common.files import check_writable, writable, write_atomically
 from ...common.images import grid_columns, image_grid
 from ...common.text import aligned
@@ -26,7 +27,6 @@ from ...evaluation.neighbors import PRDC
 from ...evaluation.protocols import get_protocol, metric_line
 from ...evaluation.references import write_samples
 from ...evaluation.registry import Options, label_of
-from ...runs import find_checkpoint
 from .. import sample
 from . import inputs
 from .args import RECOGNITION, parse_args

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.snapshots import parse_width
 from ...common import options
 from ...common.text import did_you_mean, unknown_name
 from ...evaluation.protocols import PROTOCOLS, get_protocol
 from ...evaluation.registry import METRICS
-from ...snapshots import parse_width
 from .. import sample
 
 RECOGNITION = "recognition"

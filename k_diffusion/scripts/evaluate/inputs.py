@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ...checkpoints.snapshots import find_snapshots
 from ...common.files import check_readable, sha256
 from ...config import load_config
 from ...data.latents import images_section
@@ -19,7 +20,6 @@ from ...evaluation.reals import RealImages, folder_section
 from ...evaluation.registry import Options, check_n
 from ...generation import image_shape
 from ...loading import load_average, load_denoiser
-from ...snapshots import find_snapshots
 from .. import sample
 from .args import RECOGNITION
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import sampling
-from .common.images import convert_mode, open_image
-from .common.seeds import derive_seed
-from .data.transforms import fitted
-from .noise import randn_per_seed
-from .solvers.context import Args, Callback, Model
+from .. import sampling
+from ..common.images import convert_mode, open_image
+from ..common.seeds import derive_seed
+from ..data.transforms import fitted
+from ..noise import randn_per_seed
+from ..solvers.context import Args, Callback, Model
 
 
 def read_image(

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from problems import normal
 
-from k_diffusion import editing, generation, sampling
+from k_diffusion import generation, sampling
+from k_diffusion.generation import editing
 
 STD = 0.5
 

@@ -1,4 +1,7 @@
-"""Images of a model by their seeds: image i is the same in any batch and on any process."""
+"""Images of a model by their seeds: image i is the same in any batch and on any process.
+
+`editing` begins with images that are there; `pretrained` is `K.sample` and models to share.
+"""
 
 import math
 import sys
@@ -11,11 +14,12 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import editing, sampling
-from .common.modules import eval_mode
-from .conditions import Given
-from .distributed import any_process, gather_shares, sharded, share
-from .encoders.autoencoder import find_autoencoder
+from .. import sampling
+from ..common.modules import eval_mode
+from ..conditions import Given
+from ..distributed import any_process, gather_shares, sharded, share
+from ..encoders.autoencoder import find_autoencoder
+from . import editing
 
 STEPS = 50  # of the images that training shows
 

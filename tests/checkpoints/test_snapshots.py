@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from k_diffusion import checkpoints, snapshots
-from k_diffusion.snapshots import coefficients, gamma_of, width_of
+from k_diffusion import checkpoints
+from k_diffusion.checkpoints import snapshots
+from k_diffusion.checkpoints.snapshots import coefficients, gamma_of, width_of
 
 
 def test_widths_and_gammas():

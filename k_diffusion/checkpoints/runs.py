@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 
-from .checkpoints import CheckpointError
+from . import CheckpointError
 
 _STATE = "_state.json"
 

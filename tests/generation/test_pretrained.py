@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 import k_diffusion as K
-from k_diffusion import checkpoints, generation, guidance, pretrained
+from k_diffusion import checkpoints, generation, guidance
 from k_diffusion.common.hub import HubError
 from k_diffusion.common.images import to_pil_image
+from k_diffusion.generation import pretrained
 
 
 def make(**sections):

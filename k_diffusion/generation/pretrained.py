@@ -18,15 +18,15 @@ from PIL import Image
 from safetensors.torch import save
 from torch import nn
 
-from . import checkpoints, conditions, generation, sampling
-from .common import hub
-from .common.files import writable, write_atomically
-from .common.images import PIL_MODES, from_pil_image, grid_columns, image_grid, to_pil_image
-from .common.modules import n_params
-from .evaluation import report
-from .guidance import CFGDenoiser
-from .loading import AUTOENCODER, CONFIG, WEIGHTS, Loaded, Picture
-from .models.autoencoder import KLAutoencoder
+from .. import checkpoints, conditions, generation, sampling
+from ..common import hub
+from ..common.files import writable, write_atomically
+from ..common.images import PIL_MODES, from_pil_image, grid_columns, image_grid, to_pil_image
+from ..common.modules import n_params
+from ..evaluation import report
+from ..guidance import CFGDenoiser
+from ..loading import AUTOENCODER, CONFIG, WEIGHTS, Loaded, Picture
+from ..models.autoencoder import KLAutoencoder
 
 GRID = "samples.png"
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoints import CheckpointError, read_weights, write_inference
-from .common.untrusted import get_safetensors_metadata
+from ..common.untrusted import get_safetensors_metadata
+from . import CheckpointError, read_weights, write_inference
 
 MAX_WIDTH = 12**-0.5  # gamma 0: all weights count the same
 

@@ -1,7 +1,7 @@
 import pytest
 
-from k_diffusion import loading, runs
-from k_diffusion.checkpoints import CheckpointError
+from k_diffusion import loading
+from k_diffusion.checkpoints import CheckpointError, runs
 from k_diffusion.training import run_files
 
 

@@ -1,4 +1,7 @@
-"""Checkpoint files: written whole, read without running code, held against a model."""
+"""Checkpoint files: written whole, read without running code, held against a model.
+
+`runs` finds those of a run by its name; `snapshots` are averages of its weights, to combine later.
+"""
 
 import hashlib
 import json
@@ -14,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from .common.files import write_atomically
-from .common.shards import load_whole
-from .common.tensors import DTYPES, nbytes
-from .common.untrusted import check_safetensors_file, check_torch_file, get_safetensors_metadata
+from ..common.files import write_atomically
+from ..common.shards import load_whole
+from ..common.tensors import DTYPES, nbytes
+from ..common.untrusted import check_safetensors_file, check_torch_file, get_safetensors_metadata
 
 
 class CheckpointError(ValueError):
