@@ -104,9 +104,18 @@ class DiffusersModel(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
+        self._dtypes: tuple[torch.dtype, torch.dtype] | None = None
+
+    def _dtype(self, default: torch.dtype) -> torch.dtype:
+        """The model's, which diffusers finds by going through all of it: a millisecond a call. So
+        it is asked again when that of the first weight has changed."""
+        first = next((p.dtype for p in self.model.parameters()), default)
+        if self._dtypes is None or self._dtypes[0] != first:
+            self._dtypes = first, getattr(self.model, "dtype", default)
+        return self._dtypes[1]
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        dtype = getattr(self.model, "dtype", x.dtype)
+        dtype = self._dtype(x.dtype)
         output = self.model(x.to(dtype), timestep=t, return_dict=False, **kwargs)[0].to(x.dtype)
         return output.chunk(2, 1)[0] if output.shape[1] == 2 * x.shape[1] else output
 

@@ -213,13 +213,15 @@ def test_shift():
 
 
 def test_a_half_precision_model_samples_in_single_precision():
-    model = unet().to(torch.bfloat16)
+    model = unet()
     denoiser = make_diffusers_denoiser(model, diffusers.DDPMScheduler())
     x, sigma = normal(1, 2, 3, 8, 8), torch.tensor([0.5, 3.0])
+    want = denoiser(x, sigma)
+    model.to(torch.bfloat16)  # after a call, too
     y = denoiser(x, sigma)
     assert y.dtype == torch.float32
-    want = make_diffusers_denoiser(unet(), diffusers.DDPMScheduler())(x, sigma)
     torch.testing.assert_close(y, want, rtol=0.1, atol=0.1)
+    assert not torch.equal(y, want)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
