@@ -28,6 +28,7 @@ def test_importing_imports_nothing_heavy():
     assert heavy == "[]"
 
 
+@pytest.mark.slow
 def test_importing_everything_leaves_torch_as_it_was():
     changed = run(
         "import torch, torch._dynamo\n"

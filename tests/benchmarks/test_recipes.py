@@ -54,6 +54,7 @@ def test_the_table_marks_what_cannot_be_told_from_the_best(recipes):
     assert "| 1 | **0** | **50.0** |" in recipes.table(one, "random")
 
 
+@pytest.mark.slow
 def test_a_short_race(recipes, monkeypatch, capsys):
     args = Namespace(
         recipes=["power average", "x-prediction"],

@@ -77,6 +77,7 @@ def test_loading_processes_inherit_it(monkeypatch):
     assert list(loader) == [["1234"]]
 
 
+@pytest.mark.slow
 def test_processes_of_the_launcher_have_it(tmp_path):
     (tmp_path / "script.py").write_text(
         "import k_diffusion.common.threads\n"

@@ -360,6 +360,7 @@ def test_variations(call, folder, args):
     assert all(w.isfinite().all() for w in state["model_ema"].values())
 
 
+@pytest.mark.slow
 def test_compile_is_asked_for_or_left(call, folder, monkeypatch):
     """The same numbers, under the same names; by a backend that needs no C++ compiler."""
     compiled = []

@@ -233,6 +233,7 @@ def test_what_checkpointing_buys():
     assert modes["full"].kept < modes["full"].most < modes["off"].most
 
 
+@pytest.mark.slow
 def test_a_large_batch_on_the_cpu_is_scaled_up(monkeypatch):
     config = runs.tiny_config()
     exact = dry.dry_run(config, batch_size=64)
@@ -288,6 +289,7 @@ def test_a_kernel_keeps_what_fused_attention_keeps(quick, monkeypatch):
     assert not other.notes
 
 
+@pytest.mark.slow
 def test_levels_of_the_other_models(quick):
     run = dry.dry_run(runs.tiny_config(model=V1), batch_size=2)
     assert run.levels == [

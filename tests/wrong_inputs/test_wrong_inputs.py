@@ -63,6 +63,7 @@ def test_there_are_enough_rows():
     assert len(set(names)) == len(names)
 
 
+@pytest.mark.slow
 def test_a_process_refuses(folder):
     """As a person runs it: the output of the interpreter itself, its exit code, soon."""
     (row,) = [row for row in ROWS if row.name == "sample --checkpoint evil.pth"]
