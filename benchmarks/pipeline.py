@@ -13,7 +13,6 @@ import k_diffusion.common.threads  # before torch, which loads OpenMP
 # isort: split
 import argparse
 
-import diffusers
 import numpy as np
 import torch
 from harness import bench
@@ -21,12 +20,14 @@ from PIL import Image
 
 import k_diffusion as K
 from k_diffusion.common.images import to_pil_image
+from k_diffusion.common.text import need
 
 Images = list[Image.Image]
 
 
 def make_unet(size: int, channels: int) -> torch.nn.Module:
     """A U-Net of two levels with random weights, for images of 3 channels."""
+    diffusers = need("diffusers", "this benchmark")
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=size,
@@ -44,6 +45,7 @@ class Both:
     """The two ways to one batch of images."""
 
     def __init__(self, unet: torch.nn.Module, size: int, batch: int, steps: int, device: str):
+        diffusers = need("diffusers", "this benchmark")
         scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
         self.pipe = diffusers.DDIMPipeline(unet, scheduler).to(device)
         self.pipe.set_progress_bar_config(disable=True)
