@@ -27,7 +27,7 @@ Images = list[Image.Image]
 
 def make_unet(size: int, channels: int) -> torch.nn.Module:
     """A U-Net of two levels with random weights, for images of 3 channels."""
-    diffusers = need("diffusers", "this benchmark")
+    diffusers = need("diffusers", "this benchmark", "diffusers")
     torch.manual_seed(0)
     unet = diffusers.UNet2DModel(
         sample_size=size,
@@ -45,7 +45,7 @@ class Both:
     """The two ways to one batch of images."""
 
     def __init__(self, unet: torch.nn.Module, size: int, batch: int, steps: int, device: str):
-        diffusers = need("diffusers", "this benchmark")
+        diffusers = need("diffusers", "this benchmark", "diffusers")
         scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
         self.pipe = diffusers.DDIMPipeline(unet, scheduler).to(device)
         self.pipe.set_progress_bar_config(disable=True)
