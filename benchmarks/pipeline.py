@@ -5,13 +5,15 @@ DDIM without noise is Euler's method, so `DDIMPipeline` and `sample_euler` throu
 says how well. Both begin with noise of a seed and end with PIL images. Measured in turn, eager, or
 compiled, in one run; sizes below 1 of ours by theirs are what one gains.
 
-    python benchmarks/pipeline.py [--device cpu] [--size 32] [--batch 4] [--steps 50] [--compile]
+    python benchmarks/pipeline.py [--device cpu] [--size 32] [--steps 50] [--compile] [--idle]
 """
 
 import k_diffusion.common.threads  # before torch, which loads OpenMP
 
 # isort: split
 import argparse
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +41,12 @@ def make_unet(size: int, channels: int) -> torch.nn.Module:
         attention_head_dim=8,
     )
     return unet.eval().requires_grad_(False)
+
+
+def idle(sample: torch.Tensor, timestep: Any, return_dict: bool = True, **_: Any) -> Any:
+    """In place of a U-Net's forward, to see what is beside it. sample: (n, c, h, w)."""
+    noise = sample * 0.1
+    return SimpleNamespace(sample=noise) if return_dict else (noise,)
 
 
 class Both:
@@ -82,8 +90,11 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=4, help="images at a time (default: 4)")
     p.add_argument("--steps", type=int, default=50, help="(default: 50)")
     p.add_argument("--compile", action="store_true", help="the U-Net, for both")
+    p.add_argument("--idle", action="store_true", help="a U-Net that computes nothing")
     args = p.parse_args()
     unet = make_unet(args.size, args.channels).to(args.device)
+    if args.idle:
+        unet.forward = idle
     if args.compile:
         K.models.compile_model(unet)
     both = Both(unet, args.size, args.batch, args.steps, args.device)
