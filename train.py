@@ -19,17 +19,15 @@ import k_diffusion as K
 from k_diffusion import conditions, distributed, generation, models
 from k_diffusion.common import console, options
 from k_diffusion.common.files import check_writable
-from k_diffusion.data import stream, training_data
+from k_diffusion.data import training_data
 from k_diffusion.training import (
     demo,
     dry_run,
     evaluation,
     latent,
-    log,
     loop,
     noise_scale,
     optim,
-    page,
     power_ema,
     resume,
     run_files,
@@ -104,14 +102,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
     density = K.config.make_sample_density(config["model"])
 
     # resume
-    resumed = resume.resume(state, args.name, args.resume, accelerator.print)
-    resume.check_shared(accelerator, args.name, resumed, state.step)
-    if args.resume_inference and not resumed:
-        resume.resume_inference(state, args.resume_inference, accelerator.print)
-    if args.seed is not None:
-        state.seed = args.seed
-    if args.reset_ema:
-        state.reset_ema()
+    resume.begin(state, args, accelerator)
     begin, end = state.step, args.end_step or math.inf
     if state.step >= end and not args.evaluate_only:
         accelerator.print(f"step {state.step} is done; pass a larger --end-step to continue")
@@ -119,25 +110,9 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         return
     evaluator = evaluation.make_evaluator(accelerator, args, config, begin, end, coder)
     validator = validation.make_validation(accelerator, args, config, encode, coder)
-    shares = stream.make_stream(
-        train_data,
-        args.batch_size,
-        state.seed,
-        start=state.samples,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    setup.start_trackers(accelerator, args, state)
-    accelerator.print(setup.describe(args, state, accelerator, train_data))
 
     # loop
-    shown = page.make_page(args, accelerator, state)
-    logger = log.Log(
-        accelerator, args.name, state, args.end_step, args.log_every, args.max_bad_steps, shown
-    )
-    batches = stream.checked(
-        stream.make_loader(train_data, shares, args.num_workers, args.start_method), logger.skip
-    )
+    logger, batches = loop.begin(args, accelerator, state, train_data)
     batches = conditions.conditioned(batches, config, encode, accelerator.device)
     batches = latent.batches_of_latents(batches, coder, config)
 

@@ -17,13 +17,11 @@ import k_diffusion as K
 from k_diffusion import distributed
 from k_diffusion.common import console, options
 from k_diffusion.common.files import check_writable
-from k_diffusion.data import stream, training_data
+from k_diffusion.data import training_data
 from k_diffusion.training import (
     autoencoder,
-    log,
     loop,
     optim,
-    page,
     resume,
     run_files,
     run_lock,
@@ -77,37 +75,15 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any, wr
     loss = wrap(prepared)
 
     # resume
-    resumed = resume.resume(state, args.name, args.resume, accelerator.print)
-    resume.check_shared(accelerator, args.name, resumed, state.step)
-    if args.resume_inference and not resumed:
-        resume.resume_inference(state, args.resume_inference, accelerator.print)
-    if args.seed is not None:
-        state.seed = args.seed
-    if args.reset_ema:
-        state.reset_ema()
+    resume.begin(state, args, accelerator)
     end = args.end_step or math.inf
     if state.step >= end:
         accelerator.print(f"step {state.step} is done; pass a larger --end-step to continue")
         accelerator.end_training()
         return
-    shares = stream.make_stream(
-        data,
-        args.batch_size,
-        state.seed,
-        start=state.samples,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-    )
-    setup.start_trackers(accelerator, args, state)
-    accelerator.print(setup.describe(args, state, accelerator, data))
 
     # loop
-    shown = page.make_page(args, accelerator, state)
-    logger = log.Log(
-        accelerator, args.name, state, args.end_step, args.log_every, args.max_bad_steps, shown
-    )
-    loader = stream.make_loader(data, shares, args.num_workers, args.start_method)
-    batches = stream.checked(loader, logger.skip)
+    logger, batches = loop.begin(args, accelerator, state, data)
 
     def take_step() -> tuple[torch.Tensor, torch.Tensor]:
         return step.train_step(

@@ -1,7 +1,7 @@
 """The loop that training scripts share: steps until the end or a signal, saved whatever ends it."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,34 @@ import torch
 
 from .. import distributed
 from ..common import options
-from . import log, setup
+from ..data import stream
+from ..data.training_data import TrainingData
+from . import log, page, setup
 from .saving import Saver
 from .signals import StopSignal
 from .state import TrainState
+
+
+def begin(
+    args: argparse.Namespace, accelerator: Any, state: TrainState, data: TrainingData
+) -> tuple[log.Log, Iterator[dict[str, Any]]]:
+    """Start the trackers, say what is about to run, and return its log and its endless batches."""
+    shares = stream.make_stream(
+        data,
+        args.batch_size,
+        state.seed,
+        start=state.samples,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+    )
+    setup.start_trackers(accelerator, args, state)
+    accelerator.print(setup.describe(args, state, accelerator, data))
+    shown = page.make_page(args, accelerator, state)
+    logger = log.Log(
+        accelerator, args.name, state, args.end_step, args.log_every, args.max_bad_steps, shown
+    )
+    loader = stream.make_loader(data, shares, args.num_workers, args.start_method)
+    return logger, stream.checked(loader, logger.skip)
 
 
 def make_saver(

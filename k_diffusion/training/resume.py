@@ -1,5 +1,6 @@
 """Go on with a run: find its checkpoint, say which, and load it."""
 
+import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,15 @@ def resume_inference(state: TrainState, path: Path, say: Callable[[str], object]
     load_weights(state.model, weights, path)
     load_weights(state.model_ema, weights, path)
     say(f"started from the weights of {path}")
+
+
+def begin(state: TrainState, args: argparse.Namespace, accelerator: Any) -> None:
+    """Resume as the flags ask for, on all processes, or start anew."""
+    resumed = resume(state, args.name, args.resume, accelerator.print)
+    check_shared(accelerator, args.name, resumed, state.step)
+    if args.resume_inference and not resumed:
+        resume_inference(state, args.resume_inference, accelerator.print)
+    if args.seed is not None:
+        state.seed = args.seed
+    if args.reset_ema:
+        state.reset_ema()

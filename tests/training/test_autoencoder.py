@@ -7,6 +7,7 @@ import types
 import pytest
 import runs
 import torch
+from latents import AUTOENCODER as TINY
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -14,19 +15,6 @@ import k_diffusion as K
 from k_diffusion.training.autoencoder import AutoencoderLoss, reconstructions
 
 pytest.importorskip("accelerate")
-
-TINY = {
-    "model": {
-        "type": "kl_autoencoder",
-        "input_channels": 1,
-        "input_size": [8, 8],
-        "latent_channels": 2,
-        "channels": [8, 8],
-        "depth": 1,
-        "num_groups": 4,
-    },
-    "dataset": {"type": "digits"},
-}
 
 
 class Given(nn.Module):
