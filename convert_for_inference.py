@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turn a training checkpoint into a slim inference checkpoint with its config inside."""
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

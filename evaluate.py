@@ -4,7 +4,7 @@
 For several processes: accelerate launch evaluate.py
 """
 
-import k_diffusion.common.threads  # noqa: F401  (before torch, which loads OpenMP)
+import k_diffusion.common.cpu  # noqa: F401  (before torch, which loads OpenMP)
 
 # isort: split
 from k_diffusion.common import options

@@ -1,8 +1,6 @@
 #!/usr/bin/env python3
 """Sample images of a trained model. For several processes: accelerate launch sample.py"""
 
-import k_diffusion.common.launcher
-import k_diffusion.common.threads  # noqa: F401  (both before torch)
 
 # isort: split
 import argparse

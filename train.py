@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a diffusion model from a config file. For several processes: accelerate launch train.py"""
 
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 import k_diffusion.common.launcher  # before torch: the launcher may be gone when it's loaded
-import k_diffusion.common.threads  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

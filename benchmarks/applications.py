@@ -7,7 +7,7 @@ the markers of docs/samplers.md. A minute on one core; needs diffusers for `sa_s
     python benchmarks/applications.py [--write]
 """
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

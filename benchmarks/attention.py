@@ -10,7 +10,7 @@ N x N mask; the reference, where there is no mask.
     python benchmarks/attention.py [--device cuda] [--dtype bf16] [--kernel-size 7] [--write]
 """
 
-import k_diffusion.common.threads  # noqa: F401  (before torch, which loads OpenMP)
+import k_diffusion.common.cpu  # noqa: F401  (before torch, which loads OpenMP)
 
 # isort: split
 from collections.abc import Callable, Mapping, Sequence

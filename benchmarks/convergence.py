@@ -6,7 +6,7 @@ docs/images/convergence.png. In float64 on the CPU, one core, in two minutes.
     python benchmarks/convergence.py [--write]
 """
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

@@ -9,7 +9,7 @@ what was kept of it. Each way in turn, on one
 thread; a time is the least CPU time of its rounds, so that other processes count little.
 """
 
-import k_diffusion.common.threads  # noqa: F401  before torch, which loads OpenMP
+import k_diffusion.common.cpu  # noqa: F401  before torch, which loads OpenMP
 
 # isort: split
 import os

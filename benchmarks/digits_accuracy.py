@@ -7,7 +7,7 @@ the others.
     python benchmarks/digits_accuracy.py digits_00001000.pth [-n 1000] [--cfg-scale 1]
 """
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

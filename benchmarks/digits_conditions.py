@@ -8,7 +8,7 @@ both halves of a picture, apart for captions that were trained on and for those 
 super-resolution it reads what becomes of held-out digits that the model saw at 2 x 2 pixels.
 """
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

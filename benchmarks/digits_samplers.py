@@ -9,7 +9,7 @@ minutes on two free cores, after the model's training:
     python benchmarks/digits_samplers.py digits_split_00002000.pth [--write]
 """
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

@@ -7,7 +7,7 @@ together, so that other processes on them count little.
     python benchmarks/fid.py [-n 50000] [-d 2048] [--write]
 """
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import resource

@@ -8,7 +8,7 @@ compiled, in one run; sizes below 1 of ours by theirs are what one gains.
     python benchmarks/pipeline.py [--device cpu] [--size 32] [--steps 50] [--compile] [--idle]
 """
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

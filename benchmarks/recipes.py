@@ -12,7 +12,7 @@ with their standard errors, and with --write puts it on docs/training.md. Three 
 cores at full length.
 """
 
-import k_diffusion.common.threads
+import k_diffusion.common.cpu
 
 # isort: split
 import argparse

@@ -7,7 +7,7 @@ the batch.
     python benchmarks/sample.py [--device cuda] [--dtype bf16] [--config flowers] [--write]
 """
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import copy

@@ -10,7 +10,7 @@ With --against FOLDER, times of the samplers in FOLDER/k_diffusion, an unpacked 
 published package, say, stand beside ours: the best of runs in turn, in processes of their own.
 """
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import argparse

@@ -8,7 +8,7 @@ it could be; written while training waits; and by train.py's saver, which holds 
 copy, and writes while steps of matrix products go on.
 """
 
-import k_diffusion.common.threads  # noqa: F401  before torch, which loads OpenMP
+import k_diffusion.common.cpu  # noqa: F401  before torch, which loads OpenMP
 
 # isort: split
 import argparse

@@ -9,7 +9,7 @@ products, and the part of it that a step compiled by block reached. Communicatio
 bandwidth.
 """
 
-import k_diffusion.common.threads  # noqa: F401  before torch, which loads OpenMP
+import k_diffusion.common.cpu  # noqa: F401  before torch, which loads OpenMP
 
 # isort: split
 import argparse

@@ -9,7 +9,7 @@ the end, the weights, averages, optimizer state and counters must be bitwise tho
 nobody interrupted, and so must the rows of the CSV. Exits with 1 if any of that isn't so.
 """
 
-import k_diffusion.common.threads  # noqa: F401  before torch, which loads OpenMP
+import k_diffusion.common.cpu  # noqa: F401  before torch, which loads OpenMP
 
 # isort: split
 import argparse

@@ -11,7 +11,7 @@ averaged weights and the optimizer's state: activations, gradients, temporaries.
     python benchmarks/train_step.py --profile          # where the time of a step goes
 """
 
-import k_diffusion.common.threads  # before torch, which loads OpenMP
+import k_diffusion.common.cpu  # before torch, which loads OpenMP
 
 # isort: split
 import copy
