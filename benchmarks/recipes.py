@@ -55,12 +55,13 @@ class Recipe(NamedTuple):
 
 
 WARM = "lr_sched.warmup_steps=STEPS/20"
+COSINE = "lr_sched.type=cosine", "lr_sched.num_steps=STEPS/1", WARM
 RECIPES = {
     "adamw": Recipe("the config as it is: AdamW, exponential decay, soft-min-SNR"),
     "muon": Recipe("Muon for the hidden matrices", ("optimizer.type=muon", "optimizer.lr=LR")),
-    "cosine": Recipe(
-        "a cosine to 0 at the end",
-        ("lr_sched.type=cosine", "lr_sched.num_steps=STEPS/1", WARM),
+    "cosine": Recipe("a cosine to 0 at the end", COSINE),
+    "muon + cosine": Recipe(
+        "both of these", ("optimizer.type=muon", "optimizer.lr=LR", *COSINE)
     ),
     "inverse-sqrt": Recipe(
         "constant, then falling as 1 / sqrt(step) from a fifth on",
@@ -149,8 +150,8 @@ class Trainee:
 class Judge:
     """The held-out images of a data set, and a classifier of the others."""
 
-    def __init__(self, accelerator: Any, config: dict[str, Any], protocol: str, n: int):
-        self.accelerator, self.n = accelerator, n
+    def __init__(self, accelerator: Any, config: dict[str, Any], protocol: str, n: int, steps: int):
+        self.accelerator, self.n, self.steps = accelerator, n, steps
         model, section = config["model"], config["dataset"]
         self.num_classes = section["num_classes"]
         made = get_protocol(protocol)
@@ -164,7 +165,9 @@ class Judge:
         """The Fréchet distance of n samples to the held-out images, and the share read right."""
         seen = look_at(
             self.accelerator,
-            generation.sample_batches(self.accelerator, denoiser, config, range(self.n)),
+            generation.sample_batches(
+                self.accelerator, denoiser, config, range(self.n), steps=self.steps
+            ),
             self.n,
             self.eyes,
             recognizer=self.recognizer,
@@ -231,7 +234,7 @@ def race(args: argparse.Namespace, accelerator: Any, path: Path, protocol: str) 
         run = trainee(name, steps[name], seed)
         for _ in range(steps[name]):
             run.step()
-        judge = judge or Judge(accelerator, run.config, protocol, args.n)
+        judge = judge or Judge(accelerator, run.config, protocol, args.n, args.steps)
         distance, share = judge.of(run.sampled, run.config)
         results[name].distances.append(distance)
         results[name].shares.append(share)
@@ -241,7 +244,7 @@ def race(args: argparse.Namespace, accelerator: Any, path: Path, protocol: str) 
     return (
         table(results, protocol)
         + f"\n\n{args.seconds:g} s of training each, batches of {args.batch_size}, {args.n:,} "
-        f"samples in {generation.STEPS} steps of `dpmpp_2m`, {seeds}. Bold: within two errors of "
+        f"samples in {args.steps} steps of `dpmpp_2m`, {seeds}. Bold: within two errors of "
         "the best."
     )
 
@@ -276,6 +279,7 @@ def main() -> None:
     p.add_argument("--fashion-location", default="data", help="the folder of Fashion-MNIST's files")
     p.add_argument("--protocol", help="lite0, random, ...; else lite0 where it is installed")
     p.add_argument("-n", type=int, default=1000, help="samples that are measured")
+    p.add_argument("--steps", type=int, default=generation.STEPS, help="of sampling")
     p.add_argument("--batch-size", type=int, default=64)
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for all")
     p.add_argument("--write", action="store_true", help="into docs/training.md")

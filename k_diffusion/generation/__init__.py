@@ -157,14 +157,15 @@ def sample_batches(
     *,
     sampler: str = "dpmpp_2m",
     sampler_args: Mapping[str, Any] | None = None,
+    steps: int | None = None,
     batch_size: int = 64,
     stop: Callable[[], bool] = lambda: False,
     given: Given | None = None,
 ) -> Iterator[torch.Tensor]:
     """This process's share of one image per seed, (k, c, h, w) each, with all classes in turn.
 
-    The share is seeds i = process, process + processes, ...; STEPS steps on the Karras schedule, in
-    the accelerator's precision. stop: asked after each step. Once it is True on any process,
+    The share is seeds i = process, process + processes, ...; `steps` (STEPS) steps on the Karras
+    schedule, in the accelerator's precision. stop: asked after each step. Once it is True on any process,
     SamplingStopped is raised on all of them, when the others are done with their batch. given: the
     conditions of images by their numbers, see `conditions`.
     """
@@ -180,7 +181,7 @@ def sample_batches(
         denoiser,
         (model["input_channels"], *model["input_size"]),
         [seeds[i] for i in mine],
-        sampling.get_sigmas_karras(STEPS, model["sigma_min"], model["sigma_max"]),
+        sampling.get_sigmas_karras(steps or STEPS, model["sigma_min"], model["sigma_max"]),
         classes=[i % num_classes for i in mine] if num_classes else None,
         num_classes=num_classes,
         sampler=sampler,

@@ -55,16 +55,16 @@ def test_the_table_marks_what_cannot_be_told_from_the_best(recipes):
 
 
 @pytest.mark.slow
-def test_a_short_race(recipes, monkeypatch, capsys):
+def test_a_short_race(recipes, capsys):
     args = Namespace(
         recipes=["power average", "x-prediction"],
         seconds=0.05,
         seeds=2,
         n=40,
+        steps=2,
         batch_size=4,
         set=["model.widths=[32,32]", "model.depths=[1,1]"],
     )
-    monkeypatch.setattr("k_diffusion.generation.STEPS", 2)
     section = recipes.race(args, make_accelerator(cpu=True), recipes.DATA["digits"], "random")
     assert re.search(r"^\| x-prediction: .* \| [\d,]+ \| .* ± .* \| .* ± .* \|$", section, re.M)
     assert "0.05 s of training each, batches of 4, 40 samples in 2 steps" in section

@@ -3,6 +3,7 @@
 All of it can be differentiated twice and in forward mode.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,11 +22,34 @@ def formula(
     return (scores if mask is None else scores + mask).softmax(dim=-1) @ v
 
 
-class _TwiceDifferentiable(torch.autograd.Function):
+# Of so many keys and more, the kernel's backward pass is the faster one in any dtype.
+_FEW_KEYS = 256
+
+
+def kernel_backward_is_slow(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether products of matrices are the faster backward pass: for windows and tiles in half
+    precision on a CPU with AMX, whose instructions the kernel's backward pass doesn't use.
+    q, k: (n, heads, tokens, e)."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and k.shape[-2] < _FEW_KEYS
+        and has_amx(q.dtype)
+    )
+
+
+@cache
+def has_amx(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies tiles of a dtype, bfloat16 or float16, in hardware."""
+    name = "_is_amx_tile_supported" if dtype == torch.bfloat16 else "_is_amx_fp16_supported"
+    return bool(getattr(torch.cpu, name, lambda: False)())  # torch names them no other way
+
+
+class _OtherBackward(torch.autograd.Function):
     """Gives the output of a fused kernel, which has a first derivative alone, a second one.
 
-    A backward pass that is to be differentiated itself (create_graph) goes by the formula; any
-    other passes through to the kernel's.
+    A backward pass that is to be differentiated itself (create_graph) goes by the formula, and
+    so does one that the formula is faster at; any other passes through to the kernel's.
     """
 
     @staticmethod
@@ -38,11 +62,12 @@ class _TwiceDifferentiable(torch.autograd.Function):
         mask: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(q, k, v, mask)
+        ctx.by_formula = kernel_backward_is_slow(q, k)
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        if not backward_needs_plain_ops(grad):
+        if not (ctx.by_formula or backward_needs_plain_ops(grad)):
             return grad, None, None, None, None
         needed = ctx.needs_input_grad[1:]
         return None, *differentiate(formula, ctx.saved_tensors, grad, needed)
@@ -61,7 +86,7 @@ def fused(
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
     if compiled or not out.requires_grad:
         return out
-    return _TwiceDifferentiable.apply(out, q, k, v, mask)
+    return _OtherBackward.apply(out, q, k, v, mask)
 
 
 def dense(

@@ -244,14 +244,42 @@ def test_a_second_derivative_through_autocast(geometry, size):
         torch.testing.assert_close(a, b, rtol=0, atol=0.1 * max(1, b.abs().max().item()))
 
 
-def test_the_backward_pass_of_training_is_the_kernels():
-    """Without create_graph no scores of all pairs are made anew."""
-    out = attend(GlobalAttentionSpec(8), *qkv(6, 6))
-    kernel = [node for node in walk(out.grad_fn) if "ScaledDotProduct" in type(node).__name__]
+def backward_of_the_kernel(geometry, inputs):
+    """Whether the kernel's backward pass ran, without create_graph, and the gradients."""
+    out = attend(geometry, *inputs)
+    (kernel,) = (x for x in walk(out.grad_fn) if "ScaledDotProduct" in type(x).__name__)
     calls = []
-    kernel[0].register_hook(lambda *_: calls.append("kernel"))
-    out.sum().backward()
-    assert calls == ["kernel"]
+    kernel.register_hook(lambda _, grads: calls.extend(x for x in grads if x is not None))
+    gradients = torch.autograd.grad(out.sin().sum(), inputs)
+    return bool(calls), gradients
+
+
+def test_the_backward_pass_of_training_is_the_kernels():
+    """No scores of all pairs are made anew."""
+    assert backward_of_the_kernel(GlobalAttentionSpec(8), qkv(6, 6))[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "side", "amx", "kernels"),
+    [
+        (torch.bfloat16, 8, True, False),
+        (torch.bfloat16, 16, True, True),  # 256 keys
+        (torch.bfloat16, 8, False, True),
+        (torch.float32, 8, True, True),
+    ],
+)
+def test_where_amx_multiplies_the_backward_pass_of_windows_is_by_products(
+    dtype, side, amx, kernels, monkeypatch
+):
+    monkeypatch.setattr(attention.plain, "has_amx", lambda dtype: amx)
+    inputs = qkv(side, side, dtype=dtype)
+    geometry = ShiftedWindowAttentionSpec(8, side)
+    ran, got = backward_of_the_kernel(geometry, inputs)
+    assert ran == kernels
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    want = torch.autograd.grad(formula(geometry, *exact).sin().sum(), exact)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=0.02 * b.abs().max().item())
 
 
 def walk(node):
