@@ -1,12 +1,18 @@
 """Muon for hidden matrices with AdamW for the rest, as one optimizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..common.shards import join_like, local, split_like, split_of, whole
+from ..common.shards import join_like, local, split_like, whole
+
+# Of Newton-Schulz's iteration: a x + b x^3 + c x^5 brings each singular value near 1 in 5 steps.
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
+ITERATIONS = 5
+# So many numbers are made orthogonal at once at most, beyond which more at once win nothing.
+NUMBERS_AT_ONCE = 2**25
 
 
 def hidden_matrices(model: nn.Module) -> set[torch.Tensor]:
@@ -25,13 +31,33 @@ def hidden_matrices(model: nn.Module) -> set[torch.Tensor]:
     return {w for w in weights - outer if min(w.shape) > 1}
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon (arXiv:2502.16982) for some parameters and AdamW for the others.
+@torch.no_grad()
+def orthogonalize(x: torch.Tensor) -> torch.Tensor:
+    """Each matrix with its singular values brought near 1, U S V^T to about U V^T.
 
-    Muon's momentum is made orthogonal, in bfloat16, and scaled by 0.2 sqrt(max(rows, columns)), so
-    that its steps have the size of AdamW's, whose learning rate and weight decay serve for both.
+    x: (n, rows, columns). Newton-Schulz's iteration of Muon (arXiv:2502.16982), in float32 on CPUs,
+    most of which have no fast products in bfloat16, and in bfloat16 elsewhere.
+    """
+    dtype, tall = x.dtype, x.shape[1] > x.shape[2]
+    x = x.mT if tall else x  # the products are then of the shorter side
+    x = x.to(torch.float32 if x.device.type == "cpu" else torch.bfloat16)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(dtype)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon (arXiv:2502.16982) for some parameters and AdamW for the others.
+
+    Muon's momentum is made orthogonal and scaled by 0.2 sqrt(max(rows, columns)), so that its steps
+    have the size of AdamW's, whose learning rate and weight decay serve for both. These are the
+    steps of torch.optim.Muon with `adjust_lr_fn="match_rms_adamw"`, but for all matrices of a shape
+    at once.
+
     groups: of the parameters, in which those of `matrices`, each (rows, columns), are Muon's.
-    Raises ImportError where torch has no Muon.
     """
 
     def __init__(
@@ -46,28 +72,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
     ):
-        if not hasattr(torch.optim, "Muon"):
-            raise ImportError(
-                f"optimizer muon needs torch 2.9 or newer, this is {torch.__version__}; install it "
-                'with: pip install "torch>=2.9"'
-            )
-        muon = torch.optim.Muon(
-            _those(groups, lambda p: p in matrices),
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            nesterov=nesterov,
-            adjust_lr_fn="match_rms_adamw",
+        options = {"lr": lr, "weight_decay": weight_decay}
+        self.adamw = torch.optim.AdamW(
+            _those(groups, lambda p: p not in matrices), betas=betas, eps=eps, **options
         )
-        adamw = torch.optim.AdamW(
-            _those(groups, lambda p: p not in matrices),
-            lr=lr,
-            weight_decay=weight_decay,
-            betas=betas,
-            eps=eps,
-        )
-        self.parts = muon, adamw
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        muon = _those(groups, lambda p: p in matrices)
+        options |= {"momentum": momentum, "nesterov": nesterov}
+        super().__init__([*({**options, **group} for group in muon), *self.adamw.param_groups], {})
+        self.matrix_groups = len(muon)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -76,43 +88,48 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        muon, adamw = self.parts
+        for group in self.param_groups[: self.matrix_groups]:
+            self._muon_step(group)
         # Loading a state makes new groups and a new state: they are handed on at each step.
-        n = len(muon.param_groups)
-        muon.param_groups, adamw.param_groups = self.param_groups[:n], self.param_groups[n:]
-        for part in self.parts:
-            part.state = self.state
-        if any(split_of(p) is not None for group in muon.param_groups for p in group["params"]):
-            self._step_of_shards(muon.param_groups)
-        else:
-            muon.step()
-        adamw.step()
+        self.adamw.param_groups = self.param_groups[self.matrix_groups :]
+        self.adamw.state = self.state
+        self.adamw.step()
         return loss
 
-    def _step_of_shards(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Muon's step where each process has rows of every matrix, and of its momentum.
+    def _muon_step(self, group: dict[str, Any]) -> None:
+        """A step of the matrices of a group, of which each process may have some rows alone.
 
-        They are put together to be made orthogonal, one matrix after the other, by all processes
-        alike.
+        They are put together to be made orthogonal, by all processes alike.
         """
-        keys = "lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"
-        for group in groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 1 - group["momentum"])
-                rows = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-                update = whole(join_like(rows, p))
-                # what Muon does to zeros, without momentum and decay, is the change of the weights
-                change = nn.Parameter(torch.zeros_like(update))
-                change.grad = update
-                options = {key: group[key] for key in keys}
-                torch.optim.Muon(
-                    [change], momentum=0.0, nesterov=False, weight_decay=0.0, **options
-                ).step()
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(local(split_like(change.detach(), p)))
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        grads = [p.grad for p in params]
+        momenta = [
+            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params
+        ]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        if group["nesterov"]:
+            momenta = torch._foreach_lerp(grads, momenta, group["momentum"])
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        joined = [join_like(x, p) for x, p in zip(momenta, params)]
+        for same in _of_one_shape(joined):
+            rows, columns = joined[same[0]].shape
+            updates = orthogonalize(torch.stack([whole(joined[i]) for i in same]))
+            own = [local(split_like(x, params[i])) for i, x in zip(same, updates)]
+            rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+            torch._foreach_add_([params[i] for i in same], own, alpha=-rate)
+
+
+def _of_one_shape(matrices: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+    """The places of matrices, (rows, columns) each, by their shapes, NUMBERS_AT_ONCE at most."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, x in enumerate(matrices):
+        by_shape.setdefault(x.shape, []).append(i)
+    for shape, places in by_shape.items():
+        number = max(1, NUMBERS_AT_ONCE // shape.numel())
+        for start in range(0, len(places), number):
+            yield places[start : start + number]
 
 
 def _those(

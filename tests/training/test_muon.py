@@ -11,7 +11,6 @@ import k_diffusion as K
 from k_diffusion.training import muon, optim
 
 SECTION = {"type": "muon", "lr": 1e-3, "weight_decay": 0.1}
-needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
 
 
 def make(**section):
@@ -64,7 +63,6 @@ def small(name):
     return {"model": model | sizes, "dataset": {"type": "none", "num_classes": 2}}
 
 
-@needs_muon
 def test_a_step_is_of_adamw_for_the_rest_and_of_adamws_size_for_matrices():
     model, config = make(weight_decay=0.0)
     before = copy.deepcopy(model)
@@ -97,7 +95,6 @@ def test_a_step_is_of_adamw_for_the_rest_and_of_adamws_size_for_matrices():
 NO_DECAY = {"type": "adamw", "weight_decay": 0.0}
 
 
-@needs_muon
 def test_its_state_loads_and_goes_on_bitwise():
     model, config = make()
     opt = optim.make_optimizer(config, model)
@@ -117,7 +114,6 @@ def test_its_state_loads_and_goes_on_bitwise():
     assert len(opt.state) == len(list(model.parameters()))
 
 
-@needs_muon
 def test_weight_decay_is_decoupled_and_of_matrices_alone():
     model, config = make()
     start = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -134,16 +130,36 @@ def test_weight_decay_is_decoupled_and_of_matrices_alone():
 DECAYED = {"patch_in.proj.weight", "patch_out.proj.weight"}
 
 
-def test_a_torch_without_muon_says_so(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon", raising=False)
-    model, config = make()
-    with pytest.raises(
-        ImportError, match=r"optimizer muon needs torch 2.9 or newer, this is .*; in"
-    ):
-        optim.make_optimizer(config, model)
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon since 2.9")
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("numbers", [1, 2**25])
+def test_its_steps_are_those_of_torch(nesterov, numbers, monkeypatch):
+    """Which makes them orthogonal in bfloat16, one after the other."""
+    monkeypatch.setattr(muon, "NUMBERS_AT_ONCE", numbers)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (6, 4), (4, 6), (6, 4), (5, 5)
+    ours, theirs = (
+        [torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2)
+    )
+    options = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9, "nesterov": nesterov}
+    opts = (
+        muon.MuonWithAdamW([{"params": ours}], set(ours), **options),
+        torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options),
+    )
+    for _ in range(3):
+        grads = [torch.randn(shape, generator=generator) for shape in shapes]
+        for params, opt in zip((ours, theirs), opts):
+            for p, grad in zip(params, grads):
+                p.grad = grad.clone()
+            opt.step()
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, rtol=0, atol=0.01)
+        assert (a - 1).abs().max() > 0.1
+        torch.testing.assert_close(
+            opts[0].state[a]["momentum_buffer"], opts[1].state[b]["momentum_buffer"]
+        )
 
 
-@needs_muon
 def test_a_run_with_muon_resumes_bitwise(tmp_path, monkeypatch):
     monkeypatch.setattr("k_diffusion.generation.STEPS", 1)
     (tmp_path / "tiny.json").write_text(json.dumps(runs.TINY))
