@@ -71,11 +71,16 @@ class DiscreteSchedule(nn.Module):
         log_sigma = sigma.to(torch.promote_types(sigma.dtype, table.dtype)).log()
         table = table.to(log_sigma.dtype)
         last = len(table) - 1
-        low = (torch.searchsorted(table, log_sigma, right=True) - 1).clamp(0, max(last - 1, 0))
-        gap = table[(low + 1).clamp(max=last)] - table[low]
+        # Each step of a sampler comes by here: few operations. Beyond the ends of the table the
+        # first and the last gap count.
+        low = torch.searchsorted(table[1:last], log_sigma, right=True)
+        start = table.take(low)
+        gap = table[min(1, last) :].take(low) - start
         # Equal neighbours have no gap to divide by, and sigma = 0 no finite logarithm.
-        fraction = (log_sigma - table[low]) / gap.clamp(min=torch.finfo(gap.dtype).tiny)
-        t = (low + fraction.clamp(0, 1)).clamp(max=last)
+        fraction = (log_sigma - start) / gap.clamp(min=torch.finfo(gap.dtype).tiny)
+        t = low + fraction.clamp(0, 1)
+        if last == 0:
+            t = t.clamp(max=0)
         return t.round().long() if (self.quantize if quantize is None else quantize) else t
 
     def t_to_sigma(self, t: torch.Tensor) -> torch.Tensor:
