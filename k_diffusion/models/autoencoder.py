@@ -6,7 +6,7 @@ are, small ones of one's own are trained by `train_autoencoder.py`.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -104,18 +104,20 @@ class _Level(nn.Module):
         return x
 
 
+class _Layout(NamedTuple):
+    """What encoder and decoder have in common, as `KLAutoencoder` is given it."""
+
+    channels: Sequence[int]
+    depth: int
+    groups: int
+    middle: bool
+    attentions: Sequence[bool]
+
+
 class _Encoder(nn.Module):
-    def __init__(
-        self,
-        c_in: int,
-        channels: Sequence[int],
-        depth: int,
-        c_out: int,
-        groups: int,
-        middle: bool,
-        attentions: Sequence[bool],
-    ):
+    def __init__(self, c_in: int, c_out: int, layout: _Layout):
         super().__init__()
+        channels, depth, groups, middle, attentions = layout
         last = channels[-1]
         self.conv_in = Conv2d(c_in, channels[0], 3, padding=1)
         self.down = nn.ModuleList(
@@ -141,17 +143,9 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(
-        self,
-        c_in: int,
-        channels: Sequence[int],
-        depth: int,
-        c_out: int,
-        groups: int,
-        middle: bool,
-        attentions: Sequence[bool],
-    ):
+    def __init__(self, c_in: int, c_out: int, layout: _Layout):
         super().__init__()
+        channels, depth, groups, middle, attentions = layout
         last = len(channels) - 1
         self.conv_in = Conv2d(c_in, channels[-1], 3, padding=1)
         self.mid = _Middle(channels[-1], groups, middle)
@@ -205,15 +199,12 @@ class KLAutoencoder(nn.Module):
         if bad := [c for c in channels if c % num_groups]:
             raise ValueError(f"num_groups must divide the channels: {bad[0]} / {num_groups}")
         z = z_channels or latent_channels
-        parts: dict[str, Any] = {
-            "groups": num_groups,
-            "middle": middle,
-            "attentions": attentions or [False] * len(channels),
-        }
+        attentions = attentions or [False] * len(channels)
+        layout = _Layout(channels, depth, num_groups, middle, attentions)
         self.image_channels, self.latent_channels = image_channels, latent_channels
         self.factor = 2 ** (len(channels) - 1)
-        self.encoder = _Encoder(image_channels, channels, depth, 2 * z, **parts)
-        self.decoder = _Decoder(z, channels, depth, image_channels, **parts)
+        self.encoder = _Encoder(image_channels, 2 * z, layout)
+        self.decoder = _Decoder(z, image_channels, layout)
         self.quant_conv: nn.Module = nn.Identity()
         self.post_quant_conv: nn.Module = nn.Identity()
         if quant:
