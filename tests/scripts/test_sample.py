@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import latents as tiny
 import numpy as np
 import pytest
 import torch
@@ -22,10 +23,11 @@ pytest.importorskip("accelerate")
 ROOT = Path(__file__).parents[2]
 
 
-def write_model(path, num_classes=0, channels=3):
+def write_model(path, num_classes=0, channels=3, **sections):
     """A model of 8 x 8 images; as it begins, with an output of 0, it denoises N(0, 0.5^2)."""
     loaded = config.load_config(
         {
+            **sections,
             "model": {
                 "type": "image_transformer_v2",
                 "input_channels": channels,
@@ -50,6 +52,14 @@ def write_model(path, num_classes=0, channels=3):
     model = config.make_model(loaded)
     checkpoints.write_inference(path, loaded, model.state_dict(), "fp32")
     return path
+
+
+def write_latent_model(path, seed=0, **more):
+    """A model of 2 x 8 x 8 latents of images of 16 x 16, and its autoencoder beside it."""
+    name = f"autoencoder_{seed}.safetensors"
+    tiny.write_autoencoder(path.with_name(name), seed)
+    section = {"location": name, "mean": [0.0, 0.0], "std": [0.1, 0.1]}
+    return write_model(path, channels=2, autoencoder=section, **more)
 
 
 class TinyCLIP(nn.Module):
@@ -138,6 +148,23 @@ def test_shifts_and_threshold_are_flags(script):
         made[off] = images(f"x{off}", 2)
     assert (made[""] - made["--no-shifts"]).abs().max() > 2
     assert (made[""] - made["--no-threshold"]).abs().max() > 2
+
+
+def test_clip_sees_the_images_of_a_latent_model(script, capsys):
+    """They come nearer to the prompt, and their latents, which have no range, aren't clamped."""
+    model = write_latent_model(Path("m.safetensors"))
+    flags = ("a digit", "--checkpoint", model, "-n", 3, "--steps", 6, "--seed", 4, "--no-shifts")
+    losses = []
+    for scale in (0, 3, 30):
+        script(*flags, "-cgs", scale, "--prefix", f"s{scale}")
+        made = images(f"s{scale}", 3)
+        assert made.shape == (3, 16, 16)
+        losses.append(clip.prompt_loss(script.encoder, "a digit")(made[:, None] / 127.5 - 1))
+    assert (losses[1] < losses[0]).all()
+    assert (losses[2] < losses[1]).all()
+    assert "3 images of 16 x 16" in capsys.readouterr().out
+    script(*flags, "-cgs", 30, "--no-threshold", "--prefix", "free")
+    assert torch.equal(images("free", 3), made)
 
 
 def test_texts_and_images_as_weighted_prompts(script):
@@ -273,6 +300,21 @@ def test_a_weaker_model_of_something_else_is_an_error(tmp_path, other, key):
     weak = write_model(tmp_path / "weak.safetensors", **{"num_classes": 3, **other})
     with pytest.raises(ValueError, match=f"weak.safetensors has {key}"):
         build(loaded, autoguidance=weak)
+
+
+def test_a_weaker_model_of_other_latents_is_an_error(tmp_path):
+    denoiser, loaded = loading.load_denoiser(write_latent_model(tmp_path / "m.safetensors"))
+    weak = write_latent_model(tmp_path / "weak.safetensors")
+    guided = build(loaded, denoiser=denoiser, autoguidance=weak)
+    assert isinstance(guided, guidance.AutoguidedDenoiser)
+    other = write_latent_model(tmp_path / "other.safetensors", seed=1)
+    prints = [
+        loading.load_autoencoder(tmp_path / f"autoencoder_{i}.safetensors").fingerprint
+        for i in (1, 0)
+    ]
+    says = "other.safetensors has the autoencoder {}, but the model it is to guide {}; both must"
+    with pytest.raises(ValueError, match=says.format(*prints)):
+        build(loaded, denoiser=denoiser, autoguidance=other)
 
 
 class ClassAsLevel(nn.Module):
