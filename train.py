@@ -73,7 +73,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         train_data = training_data.make_training_data(config, args.config.parent, strict, shape)
         encode = conditions.make_training_encoder(config, accelerator.device)
     config["dataset"]["num_classes"] = train_data.num_classes
-    given = conditions.of_data(train_data, config, encode, accelerator.device)
+    given = conditions.of_data(train_data, config, encode, accelerator.device, coder)
     inner = K.config.make_model(config)
     opt = optim.make_optimizer(config, inner, fused=accelerator.scaler is None)
     place = partial(sharding.place, accelerator)
@@ -113,7 +113,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
 
     # loop
     logger, batches = loop.begin(args, accelerator, state, train_data)
-    batches = conditions.conditioned(batches, config, encode, accelerator.device)
+    batches = conditions.conditioned(batches, config, encode, accelerator.device, coder)
     batches = latent.batches_of_latents(batches, coder, config)
 
     def make_demo() -> None:

@@ -62,7 +62,8 @@ def super_resolution(model: Any, args: argparse.Namespace) -> None:
     images, classes = real("test")
     section = model.config["image_condition"]
     told = conditions.of_images(section, images)["unet_cond"]
-    made = sample(model, conditions.InTurn({"unet_cond": told}), len(images), args).clamp(-1, 1)
+    given = conditions.given(model.config, None, images=told)
+    made = sample(model, given, len(images), args).clamp(-1, 1)
     again = conditions.of_images(section, made)["unet_cond"]
     print(f"root mean square error of what is told: {(again - told).square().mean().sqrt():.3f}")
     reader = judge("train")

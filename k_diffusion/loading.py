@@ -96,8 +96,9 @@ class Loaded(nn.Module):
             assert encoder is not None
             self._encoders.append(encoder)
         encoder = self._encoders[0].to(device) if self._encoders else None
-        read = partial(conditions.read_image_condition, self.config, size=self.shape[1:])
-        tensors = torch.cat([read(image) for image in images]) if images else None
+        size, coder = self.image_shape[1:], self.autoencoder
+        read = partial(conditions.read_image_condition, self.config, autoencoder=coder)
+        tensors = torch.cat([read(image, size=size) for image in images]) if images else None
         return conditions.given(self.config, encoder, prompts, tensors, device)
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, **cond: Any) -> torch.Tensor:

@@ -6,13 +6,13 @@ import torch
 WORDS = ["a", "and", "one", "two", "three", "big", "small"]
 
 
-def save(folder, words=WORDS, width=12, pad=True, tokenizer=True):
+def save(folder, words=WORDS, width=12, pad=True, tokenizer=True, seed=0):
     """A BERT of one layer, its tokens words; returns the folder as text."""
     transformers = pytest.importorskip("transformers")
     tokenizers = pytest.importorskip("tokenizers")
     special = ["[PAD]", "[UNK]"]
     vocabulary = {word: i for i, word in enumerate([*special, *words])}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=width,

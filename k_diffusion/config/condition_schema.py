@@ -11,15 +11,17 @@ class Text(Section):
     """What every text encoder has.
 
     max_length: tokens of a text, to which others are cut off or padded. dropout_rate: how often
-    training leaves a caption out, for guidance. precomputed: a file of encoded captions, in place
-    of encoding them as they come. prompts: what demo grids show in turn, instead of captions of the
-    data, and sample.py without --prompt.
+    training leaves a caption out, for guidance. precomputed: a file of encoded captions, or a
+    folder of latents with them, in place of encoding them as they come. prompts: what demo grids
+    show in turn, instead of captions of the data, and sample.py without --prompt. fingerprint: of
+    the encoder's weights; train.py fills it in.
     """
 
     max_length: Positive = 77
     dropout_rate: Probability = 0.1
     precomputed: str | None = None
     prompts: list[str] = Field(default_factory=list)
+    fingerprint: str | None = None
 
 
 class TransformersText(Text):

@@ -353,8 +353,6 @@ class Config(Section):
             )
         if self.autoencoder is not None and isinstance(self.model, KLAutoencoderModel):
             raise fail("model.type is an autoencoder itself; leave this section out", "autoencoder")
-        if self.autoencoder is not None and self.image_condition is not None:
-            raise fail("a latent model takes no image; leave this section out", "image_condition")
         if self.autoencoder is not None and getattr(self.dataset, "buckets", None):
             raise fail("a latent model's images have one size; leave them out", "dataset.buckets")
         if latents and self.model.augment_prob:
@@ -382,7 +380,10 @@ class Config(Section):
             raise fail(f"needs a model.{' or model.'.join(keys)} to be told by", "text")
         if self.image_condition is None:
             return self
-        wanted = self.image_condition.width(model.input_channels)
+        latent = self.autoencoder is not None  # then the image comes as latents, too
+        wanted = model.input_channels
+        if not latent:
+            wanted = self.image_condition.width(model.input_channels)
         if model.unet_cond_dim not in {0, wanted}:
             raise fail(
                 f"is {model.unet_cond_dim}, but image_condition has {wanted} channels; leave it "
@@ -390,7 +391,8 @@ class Config(Section):
                 "model.unet_cond_dim",
             )
         model.unet_cond_dim = wanted
-        if isinstance(self.image_condition, Downsampled) and model.input_size is not None:
+        known = model.input_size is not None and not latent
+        if isinstance(self.image_condition, Downsampled) and known:
             factor = self.image_condition.factor
             if any(side % factor for side in model.input_size):
                 raise fail(

@@ -7,16 +7,24 @@ import torch
 
 from ..common.images import open_image
 from .datasets import FolderOfImages
+from .latents import Latents
 from .transforms import ImageTransform
 
+_REMEDY = "set dataset.caption_key, or leave out the section text"
 
-def caption_of(data: Any, item: Any, index: int, key: int | str) -> str:
+
+def caption_at(data: Any, index: int, key: int | str, remedy: str = _REMEDY) -> str:
+    """As `caption_of`, but no image in a file is read for it."""
+    item = None if hasattr(data, "paths") else data[index]
+    return caption_of(data, item, index, key, remedy)
+
+
+def caption_of(data: Any, item: Any, index: int, key: int | str, remedy: str = _REMEDY) -> str:
     """The caption of an item of a data set.
 
     key: where the item holds it; of images in files, the ending of the text file beside each.
-    Raises ValueError where there is none.
+    Raises ValueError, with the remedy, where there is none.
     """
-    remedy = "set dataset.caption_key, or leave out the section text"
     paths = getattr(data, "paths", None)
     if paths is not None:
         file = Path(paths[index]).with_suffix(f".{str(key).removeprefix('.')}")
@@ -33,6 +41,25 @@ def caption_of(data: Any, item: Any, index: int, key: int | str) -> str:
     if not isinstance(caption, str):
         raise ValueError(f"item {index} of the data set has no caption at {key!r}; {remedy}")
     return caption
+
+
+class PairedLatents:
+    """The latents of an image for each of those on disk, mirrored where these are.
+
+    Raises ValueError where encode_latents.py wrote none.
+    """
+
+    def __init__(self, data: Latents):
+        if not data.source.conditioned:
+            raise ValueError(
+                f"the latents at {data.source.path} have none of images to be told; encode anew "
+                "with a config that has this section image_condition"
+            )
+        self.data = data
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean = self.data.source.condition(index, self.data.draw_flip())
+        return self.data.transform(torch.cat([mean, mean]), torch.zeros_like(mean))
 
 
 class PairedImages:

@@ -23,6 +23,7 @@ from ..checkpoints import read_torch
 from ..common.files import PathLike
 from ..common.untrusted import get_safetensors_metadata
 from ..encoders.autoencoder import Autoencoder, Statistic, draw, statistic
+from ..encoders.text import unpack_texts
 from ..noise import randn_per_seed
 
 INFO = "latents.json"
@@ -36,11 +37,12 @@ class LatentSource:
     """Moments by their index, whoever wrote them; the kinds below read them.
 
     shape: (c, h, w) of latents. flips: whether there are moments of mirrored images. num_classes: 0
-    without labels. info: what encode_latents.py noted of them, else {}.
+    without labels. captions: whether there are texts of the images. conditioned: whether there are
+    the latents of an image beside each. info: what encode_latents.py noted of them, else {}.
     """
 
     shape: tuple[int, ...]
-    flips = False
+    flips = captions = conditioned = False
     num_classes = 0
     nbytes = 0
 
@@ -59,6 +61,22 @@ class LatentSource:
 
     def label(self, index: int) -> int:
         """The class id; 0 without labels."""
+        raise NotImplementedError
+
+    def caption(self, index: int) -> str:
+        """The caption of an image, where there are captions."""
+        raise NotImplementedError
+
+    def check_captions(self) -> None:
+        """Raises ValueError where there are no captions."""
+        if not self.captions:
+            raise ValueError(
+                f"the latents at {self.path} have no captions; encode the images anew with a "
+                "config that has a section text, or leave it out"
+            )
+
+    def condition(self, index: int, flip: bool = False) -> Tensor:
+        """The mean of the raw latents of the image beside it, (c, h, w) in float32."""
         raise NotImplementedError
 
     def statistics(self) -> tuple[Statistic, Statistic] | None:
@@ -125,6 +143,7 @@ class ShardedLatents(LatentSource):
                     "of one folder have one shape"
                 )
             self.shape, self.flips = (c, h, w), f"{self.name}_flip" in names
+            self.captions, self.conditioned = "captions" in names, "condition" in names
             self.starts.append(self.starts[-1] + n)
             self.nbytes += file.stat().st_size
         self.labels = torch.cat(labels) if labels else torch.zeros(len(self), dtype=torch.int64)
@@ -135,20 +154,42 @@ class ShardedLatents(LatentSource):
         return self.starts[-1]
 
     def moments(self, index: int, flip: bool = False) -> Tensor:
-        shard = int(np.searchsorted(self.starts, index, "right")) - 1
-        rows = self._handle((shard, flip), lambda: self._open(shard, flip))
-        place = index - self.starts[shard]
-        row = rows[place : place + 1][0].float()
+        row = self._row(self.name, index, flip)
         return torch.cat([row, torch.zeros_like(row)]) if self.name == "latents" else row
 
-    def _open(self, shard: int, flip: bool) -> Any:
-        file = self._handle(shard, lambda: safe_open(os.fspath(self.files[shard]), "pt"))
-        name = self.name + ("_flip" if flip else "")
+    def _row(self, name: str, index: int, flip: bool) -> Tensor:
+        shard, place = self._place(index)
+        name += "_flip" if flip else ""
+        rows = self._handle((shard, name), lambda: self._open(shard, name))
+        return rows[place : place + 1][0].float()
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The file that an item is in, and its place there."""
+        shard = int(np.searchsorted(self.starts, index, "right")) - 1
+        return shard, index - self.starts[shard]
+
+    def _file(self, shard: int) -> Any:
+        return self._handle(shard, lambda: safe_open(os.fspath(self.files[shard]), "pt"))
+
+    def _open(self, shard: int, name: str) -> Any:
         small = self.nbytes <= _IN_MEMORY
-        return file.get_tensor(name) if small else file.get_slice(name)
+        return self._file(shard).get_tensor(name) if small else self._file(shard).get_slice(name)
 
     def label(self, index: int) -> int:
         return int(self.labels[index])
+
+    def caption(self, index: int) -> str:
+        shard, place = self._place(index)
+        texts, places = self._handle((shard, "captions"), lambda: self._texts(shard))
+        return texts[int(places[place])]
+
+    def _texts(self, shard: int) -> tuple[list[str], Tensor]:
+        """The texts of a file, each once, and which of them each of its images has."""
+        file = self._file(shard)
+        return unpack_texts(file.get_tensor("texts")), file.get_tensor("captions")
+
+    def condition(self, index: int, flip: bool = False) -> Tensor:
+        return self._row("condition", index, flip)
 
     def statistics(self) -> tuple[Statistic, Statistic] | None:
         theirs = self.path / "latents_stats.pt"
@@ -298,8 +339,8 @@ class LatentTransform:
         return latents, latents, torch.zeros(COND_DIM)
 
 
-class Latents(Dataset[tuple[Any, int]]):
-    """Items (latents, class id), drawn from the moments by torch's seed.
+class Latents(Dataset[tuple[Any, ...]]):
+    """Items (latents, class id), drawn from the moments by torch's seed; a caption is the third.
 
     flip_prob: how often those of the mirrored image. Raises ValueError where there are none.
     """
@@ -317,10 +358,16 @@ class Latents(Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        flip = self.flip_prob > 0 and bool(torch.rand(()) < self.flip_prob)
+    def draw_flip(self) -> bool:
+        """Whether an item is that of the mirrored image, by torch's generator."""
+        return self.flip_prob > 0 and bool(torch.rand(()) < self.flip_prob)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        flip = self.draw_flip()
         noise = latent_noise([torch.initial_seed()], self.source.shape)[0]
-        return self.transform(self.source.moments(index, flip), noise), self.source.label(index)
+        latents = self.transform(self.source.moments(index, flip), noise)
+        caption = [self.source.caption(index)] if self.source.captions else []
+        return latents, self.source.label(index), *caption
 
 
 def latent_noise(seeds: Iterable[int], shape: Iterable[int]) -> Tensor:

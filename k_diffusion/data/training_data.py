@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 from ..common import memory
 from ..common.images import CorruptImageError
 from .buckets import Buckets, make_buckets
-from .captions import PairedImages, caption_of
+from .captions import PairedImages, PairedLatents, caption_at, caption_of
 from .datasets import make_dataset
-from .latents import LatentTransform
+from .latents import Latents, LatentTransform
 from .streamed import StreamedRows
 from .transforms import ImageTransform, Unaugmented
 
@@ -39,7 +39,7 @@ class TrainingData(Dataset[dict[str, Any]]):
         class_key: int | str = 1,
         strict: bool = False,
         caption_key: int | str | None = None,
-        paired: PairedImages | None = None,
+        paired: PairedImages | PairedLatents | None = None,
         transform: ImageTransform | None = None,
         buckets: Buckets | None = None,
     ):
@@ -51,6 +51,11 @@ class TrainingData(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]
+
+    def caption(self, index: int) -> str:
+        """The caption of an item, for which no image file is read. Raises ValueError without."""
+        assert self.caption_key is not None
+        return caption_at(self.data, index, self.caption_key)
 
     def describe(self) -> str:
         """What the data set has to say of itself beyond its size, such as images by class."""
@@ -105,7 +110,7 @@ class TrainingData(Dataset[dict[str, Any]]):
         size = self.buckets.size_of(index)
         if self.transform is not None:
             self.transform.size = size
-        if self.paired is not None:
+        if isinstance(self.paired, PairedImages):
             self.paired.transform.size = size
 
     def _after(self, index: int) -> int:
@@ -206,10 +211,12 @@ def make_training_data(
         num_classes = found.num_classes if hasattr(data, "num_classes") else len(found.counts)
     keys = section["image_key"], section["class_key"]
     more: dict[str, Any] = {}
-    if config.get("text"):
+    if config.get("text") is not None:
         more["caption_key"] = section["caption_key"]
     condition = config.get("image_condition") or {}
-    if condition.get("type") == "paired":
+    if condition and isinstance(data, Latents):
+        more["paired"] = PairedLatents(data)
+    elif condition.get("type") == "paired":
         of = transform(condition["channels"])
         more["paired"] = PairedImages(data, condition["location"], of)
     made = TrainingData(data, num_classes, *keys, strict, **more, transform=own)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..checkpoints import digest
 from ..common.files import PathLike, writable
 from ..common.text import need
 from .base import Frozen
@@ -47,6 +48,10 @@ class TextEncoder(Frozen):
         self.network, self.encode, self.max_length = network.eval(), encode, max_length
         sample = self(["a"])
         self.width, self.pooled_width = sample.tokens.shape[2], sample.pooled.shape[1]
+
+    def fingerprint(self) -> str:
+        """A digest of the weights, by which texts encoded beforehand name their encoder."""
+        return digest(self.state_dict())[:16]
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Texts:
@@ -155,13 +160,13 @@ def load_open_clip(model: str, location: PathLike) -> TextEncoder:
 # ---------------------------------------------------------------- texts encoded beforehand
 
 
-def write_texts(
-    path: Path, encoder: TextEncoder, texts: Iterable[str], batch_size: int = 64
-) -> int:
-    """Encode texts, each once, into a file that `StoredTexts` reads. Returns how many there are.
+def encode_texts(
+    encoder: TextEncoder, texts: Iterable[str], batch_size: int = 64
+) -> dict[str, Tensor]:
+    """Texts, each once, and what an encoder makes of them, as the tensors of a file.
 
-    The file (.safetensors) holds the tokens that aren't padding, one text after the other, where
-    each begins, the pooled vectors, the texts as JSON, and the encoder's fingerprint.
+    `tokens` that aren't padding, one text after the other; `starts`, where each begins; `pooled`;
+    and `texts` as JSON.
     """
     unique = list(dict.fromkeys(texts))
     if not unique:
@@ -173,51 +178,84 @@ def write_texts(
         pooled.append(made.pooled.cpu())
         lengths.append((~made.padding).sum(1).cpu())
     starts = torch.cat([torch.zeros(1, dtype=torch.long), torch.cat(lengths).cumsum(0)])
-    stored = {
-        "tokens": torch.cat(tokens),
-        "pooled": torch.cat(pooled),
-        "starts": starts,
-        "texts": torch.frombuffer(bytearray(json.dumps(unique).encode()), dtype=torch.uint8),
-    }
-    facts = {"fingerprint": encoder.fingerprint(), "max_length": str(encoder.max_length)}
-    save_file(stored, writable(path), metadata=facts)
-    return len(unique)
+    stored = {"tokens": torch.cat(tokens), "pooled": torch.cat(pooled), "starts": starts}
+    return {**stored, "texts": pack_texts(unique)}
+
+
+def encoder_facts(encoder: TextEncoder) -> dict[str, str]:
+    """The metadata of a file of `encode_texts`: the encoder's fingerprint, and its length."""
+    return {"fingerprint": encoder.fingerprint(), "max_length": str(encoder.max_length)}
+
+
+def write_texts(
+    path: Path, encoder: TextEncoder, texts: Iterable[str], batch_size: int = 64
+) -> int:
+    """Encode texts into a file (.safetensors) for `StoredTexts`. Returns how many there are."""
+    stored = encode_texts(encoder, texts, batch_size)
+    save_file(stored, writable(path), metadata=encoder_facts(encoder))
+    return len(stored["pooled"])
+
+
+def pack_texts(texts: Sequence[str]) -> Tensor:
+    """Texts as the bytes of JSON, for a file of tensors."""
+    return torch.frombuffer(bytearray(json.dumps(texts).encode()), dtype=torch.uint8)
+
+
+def unpack_texts(packed: Tensor) -> list[str]:
+    """The texts that `pack_texts` was given. packed: (bytes,)."""
+    return json.loads(packed.numpy().tobytes())
 
 
 class StoredTexts:
-    """Texts that `write_texts` encoded, to be called as a TextEncoder is; read as they are needed.
+    """Texts encoded beforehand, to be called as a TextEncoder is; read as they are needed.
 
-    Raises ValueError for a file that isn't one of those, and for a text that it hasn't got.
+    path: a file of `write_texts`, or a folder of latents that encode_latents.py wrote with them.
+    Raises ValueError for one without encoded texts; a call does for a text that isn't among them.
     """
 
     def __init__(self, path: PathLike):
         self.path = Path(path)
-        given_file(path, "encoded texts")
-        try:
-            self.file = safe_open(str(path), "pt")
-            facts = self.file.metadata() or {}
-            names = json.loads(self.file.get_tensor("texts").numpy().tobytes())
-            self.starts = self.file.get_tensor("starts")
-            self.pooled = self.file.get_tensor("pooled")
-            self.tokens = self.file.get_slice("tokens")
-            self.fingerprint, self.max_length = facts["fingerprint"], int(facts["max_length"])
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} holds no encoded texts: {error}") from error
-        self.places = {text: i for i, text in enumerate(names)}
-        self.width, self.pooled_width = self.tokens.get_shape()[1], self.pooled.shape[1]
+        files = sorted(self.path.glob("*.safetensors")) or [self.path]
+        self.places: dict[str, tuple[int, int]] = {}
+        self._parts: list[tuple[Any, Any, Any]] = []
+        for file in files:
+            given_file(file, "encoded texts")
+            try:
+                opened = safe_open(str(file), "pt")
+                facts = opened.metadata() or {}
+                names = unpack_texts(opened.get_tensor("texts"))
+                tokens, pooled = (opened.get_slice(name) for name in ("tokens", "pooled"))
+                self._add(names, opened.get_tensor("starts"), tokens, pooled)
+                self.fingerprint, self.max_length = facts["fingerprint"], int(facts["max_length"])
+                self.width, self.pooled_width = (x.get_shape()[1] for x in (tokens, pooled))
+            except (SafetensorError, KeyError, ValueError) as error:
+                raise ValueError(f"{file} holds no encoded texts: {error}") from error
+
+    def _add(self, names: Sequence[str], *part: Any) -> None:
+        self.places |= {text: (len(self._parts), i) for i, text in enumerate(names)}
+        self._parts.append(part)  # type: ignore[arg-type]
+
+    def add(self, encoder: TextEncoder, texts: Sequence[str]) -> None:
+        """Encode further texts by their encoder, and keep them in memory."""
+        if new := [text for text in texts if text not in self.places]:
+            made = encode_texts(encoder, new)
+            unique = unpack_texts(made["texts"])
+            self._add(unique, made["starts"], made["tokens"], made["pooled"])
 
     def __call__(self, texts: Sequence[str]) -> Texts:
         tokens = torch.zeros(len(texts), self.max_length, self.width)
         padding = torch.ones(len(texts), self.max_length, dtype=torch.bool)
-        places = []
+        pooled = torch.empty(len(texts), self.pooled_width)
         for i, text in enumerate(texts):
             if text not in self.places:
                 raise ValueError(
                     f"{self.path} has no text {text!r} among its {len(self.places):,}; write it "
                     "anew with python -m k_diffusion.scripts.encode_captions"
                 )
-            places.append(self.places[text])
-            start, end = self.starts[places[-1] : places[-1] + 2].tolist()
-            tokens[i, : end - start] = self.tokens[start:end]
+            part, place = self.places[text]
+            starts, all_tokens, all_pooled = self._parts[part]
+            start, end = starts[place : place + 2].tolist()
+            tokens[i, : end - start] = all_tokens[start:end]
             padding[i, : end - start] = False
-        return Texts(tokens, padding, self.pooled[places])
+            pooled[i] = all_pooled[place : place + 1][0]
+        return Texts(tokens, padding, pooled)

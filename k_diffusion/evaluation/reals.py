@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..common.images import CorruptImageError
+from ..data.captions import caption_at
 from ..data.datasets import FolderOfImages
 from ..data.training_data import TrainingData, as_stored, make_training_data
 from ..distributed import broadcast, share
@@ -47,15 +48,21 @@ class RealImages(Dataset[dict[str, Any]]):
     """The images of a data set in its order, unaugmented, (c, h, w) in [-1, 1].
 
     section: the `dataset` section of a config. size: (h, w). channels: 1 or 3. folder: where a
-    custom data set's file lies. A corrupt image is an error: another n would be another number.
+    custom data set's file lies. told: the sections `text` and `image_condition` of a config, for
+    what goes with the images. A corrupt image is an error: another n would be another number.
     """
 
     def __init__(
-        self, section: Mapping[str, Any], size: tuple[int, int], channels: int, folder: Any = "."
+        self,
+        section: Mapping[str, Any],
+        size: tuple[int, int],
+        channels: int,
+        folder: Any = ".",
+        told: Mapping[str, Any] = {},
     ):
         section = as_stored(section)
         model = {"input_size": size, "input_channels": channels, "augment_prob": 0.0}
-        config = {"model": model, "dataset": dict(section)}
+        config = {"model": model, "dataset": dict(section), **told}
         self.section, self.size, self.channels = dict(section), size, channels
         self.data: TrainingData = make_training_data(config, folder, strict=True)
         self.num_classes = self.data.num_classes
@@ -68,12 +75,20 @@ class RealImages(Dataset[dict[str, Any]]):
             item = self.data[index, 0]
         except CorruptImageError as error:
             raise ValueError(f"{error}; mend or remove it: all images count here") from error
-        return {"image": item["original"], "class": item.get("class", 0)}
+        more = {key: item[key] for key in ("caption", "paired_original") if key in item}
+        return {"image": item["original"], "class": item.get("class", 0), **more}
 
     def batches(
         self, indices: Sequence[int], batch_size: int, device: Any = "cpu", num_workers: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(images (k, c, h, w), classes (k,)) of the indices, in their order; class 0 without."""
+        for batch in self.items(indices, batch_size, num_workers):
+            yield batch["image"].to(device), batch["class"]
+
+    def items(
+        self, indices: Sequence[int], batch_size: int, num_workers: int = 0
+    ) -> Iterator[dict[str, Any]]:
+        """Batches of images with all that goes with them, by their keys."""
         if getattr(self.data.data, "in_memory", False):
             num_workers = 0
         loader: DataLoader[dict[str, Any]] = DataLoader(
@@ -82,8 +97,7 @@ class RealImages(Dataset[dict[str, Any]]):
             num_workers=num_workers,
             multiprocessing_context="spawn" if num_workers else None,
         )
-        for batch in loader:
-            yield batch["image"].to(device), batch["class"]
+        yield from loader
 
     def spaced(self, n: int) -> list[int]:
         """n indices, evenly spaced: data sets are often sorted by class.
@@ -93,6 +107,12 @@ class RealImages(Dataset[dict[str, Any]]):
         if not 0 < n <= len(self):
             raise ValueError(f"the data set has {len(self)} images, {n} were asked for")
         return [i * len(self) // n for i in range(n)]
+
+    def captions(self, indices: Sequence[int]) -> list[str]:
+        """The captions of images. Raises ValueError where one has none."""
+        key = self.section.get("caption_key", "txt")
+        remedy = "set dataset.caption_key, or pass --prompt"
+        return [caption_at(self.data.data, i, key, remedy) for i in indices]
 
     def load(self, limit: int) -> tuple[Tensor, Tensor]:
         """At most `limit` images, evenly spaced, with their classes: (n, c, h, w), (n,)."""

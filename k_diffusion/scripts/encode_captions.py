@@ -2,25 +2,25 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import conditions
 from ..common import options
 from ..config import check_code, load_config
-from ..data.captions import caption_of
-from ..data.training_data import TrainingData, make_training_data
+from ..data.latents import open_latents
+from ..data.training_data import make_training_data
 from ..encoders.text import write_texts
 
 
-def captions(data: TrainingData) -> Iterator[str]:
-    """The captions of training data, which has them, item by item."""
-    assert data.caption_key is not None
-    for index in range(len(data)):
-        # of images in files the captions lie beside them, so that none is read
-        item = None if hasattr(data.data, "paths") else data.data[index]
-        yield caption_of(data.data, item, index, data.caption_key)
+def captions(config: dict[str, Any], folder: Path) -> list[str]:
+    """The captions of a config's data set, item by item. Raises ValueError without."""
+    if config["dataset"]["type"] == "latents":
+        source = open_latents(config["dataset"]["location"])
+        source.check_captions()
+        return [source.caption(index) for index in range(len(source))]
+    data = make_training_data(config, folder)
+    return [data.caption(index) for index in range(len(data))]
 
 
 @options.friendly_errors
@@ -45,10 +45,9 @@ def main() -> None:
         raise ValueError(f"{args.config} has no section text, whose captions could be encoded")
     encoder = conditions.make_text_encoder(config, args.device)
     assert encoder is not None
-    data = make_training_data(config, args.config.parent)
-    texts = [*section["prompts"], *captions(data)]
-    n = write_texts(Path(args.output), encoder, texts, args.batch_size)
-    print(f"wrote {args.output}: {n:,} texts of {len(data):,} images", file=sys.stderr)
+    found = captions(config, args.config.parent)
+    n = write_texts(args.output, encoder, [*section["prompts"], *found], args.batch_size)
+    print(f"wrote {args.output}: {n:,} texts of {len(found):,} images", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import distributed
+from .. import conditions, distributed
 from ..common import options
 from ..common.files import check_writable, writable, write_atomically
 from ..common.tensors import DTYPES
@@ -21,6 +22,7 @@ from ..common.untrusted import get_safetensors_metadata
 from ..config import check_code, load_config
 from ..data.latents import INFO, LatentStatistics, open_latents, statistics_file
 from ..encoders.autoencoder import Autoencoder
+from ..encoders.text import TextEncoder, encode_texts, encoder_facts, pack_texts
 from ..evaluation.reals import RealImages
 from ..loading import make_autoencoder
 
@@ -37,6 +39,8 @@ def parse_args(description: str | None = None) -> argparse.Namespace:
     add("--output", type=options.path, metavar="FOLDER", help="of the latents; it may hold a part")
     flag = argparse.BooleanOptionalAction
     add("--flips", action=flag, default=True, help="encode mirrored images, too")
+    text = "store the captions, which a config with a section text does anyway"
+    add("--captions", action="store_true", help=text)
     text = "of the stored moments"
     add("--dtype", choices=list(DTYPES), default="fp32", help=text)
     add("--per-element", action="store_true", help="statistics of each element, not per channel")
@@ -86,7 +90,11 @@ def run(args: argparse.Namespace) -> None:
     latents = model["input_channels"], *model["input_size"]
     c, h, w = autoencoder.image_shape(latents)
     with accelerator.local_main_process_first():  # one process downloads
-        images = RealImages(config["dataset"], (h, w), c, args.config.parent)
+        told: dict[str, Any] = {"text": {}} if args.captions else {}
+        told |= {k: config[k] for k in conditions.KINDS if config.get(k) is not None}
+        conditions.check_images(config, autoencoder)
+        images = RealImages(config["dataset"], (h, w), c, args.config.parent, told)
+        encoder = conditions.make_text_encoder(config, device or accelerator.device)
     section = {k: v for k, v in config["dataset"].items() if k != "cond_dropout_rate"}
     info = {
         "format": "k-diffusion latents 1",
@@ -104,7 +112,13 @@ def run(args: argparse.Namespace) -> None:
         "dtype": args.dtype,
         "shard_size": args.shard_size,
     }
-    shards = Shards(args, autoencoder, images, info)
+    if encoder is not None:
+        which = {k: v for k, v in config["text"].items() if k in {"type", "location", "model"}}
+        info["text"] = {**which, "fingerprint": encoder.fingerprint(), "length": encoder.max_length}
+    if "image_condition" in told:
+        kept = {k: v for k, v in told["image_condition"].items() if k != "dropout_rate"}
+        info["image_condition"] = kept
+    shards = Shards(args, autoencoder, images, info, encoder)
     error = None
     try:
         shards.encode(accelerator)
@@ -129,8 +143,10 @@ class Shards:
         autoencoder: Autoencoder,
         images: RealImages,
         info: dict[str, Any],
+        encoder: TextEncoder | None = None,
     ):
         self.args, self.autoencoder, self.images, self.info = args, autoencoder, images, info
+        self.encoder = encoder
         self.folder: Path = args.output
         self.count = math.ceil(len(images) / args.shard_size)
         key = images.key()  # of the data set, its files' dates among it
@@ -149,16 +165,14 @@ class Shards:
             return False
         if metadata.get("plan") == self.plan:
             return True
-        try:
-            theirs = json.loads(metadata.get("plan", ""))["autoencoder"]["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            theirs = "unknown"
-        ours = self.info["autoencoder"]["fingerprint"]
-        if theirs != ours:
-            raise ValueError(
-                f"{path} holds latents of another autoencoder (fingerprint {theirs}) than this one "
-                f"({ours}); choose another --output"
-            )
+        plan = json.loads(metadata.get("plan", "{}"))
+        for key, what in ("autoencoder", "autoencoder"), ("text", "text encoder"):
+            theirs, ours = (x.get(key, {}).get("fingerprint") for x in (plan, self.info))
+            if theirs and ours and theirs != ours:
+                raise ValueError(
+                    f"{path} holds latents of another {what} (fingerprint {theirs}) than this one "
+                    f"({ours}); choose another --output"
+                )
         raise ValueError(
             f"{path} holds latents of another data set or other flags; choose another --output"
         )
@@ -178,7 +192,8 @@ class Shards:
         hidden = None if accelerator.is_main_process else True
         with tqdm(total=sum(sizes), desc="encoding", unit="image", disable=hidden) as bar:
             for k in todo:
-                data = save(self._encode(k, bar), {"plan": self.plan})
+                facts = {"plan": self.plan, **(encoder_facts(self.encoder) if self.encoder else {})}
+                data = save(self._encode(k, bar), facts)
                 write_atomically(writable(self._path(k)), partial(_write, data), len(data))
 
     def _rows(self, k: int) -> range:
@@ -188,16 +203,22 @@ class Shards:
     @torch.no_grad()
     def _encode(self, k: int, bar: Any) -> dict[str, Tensor]:
         device, dtype = self.autoencoder.shift.device, DTYPES[self.args.dtype]
-        parts: dict[str, list[Tensor]] = {"moments": [], "labels": []}
-        if self.args.flips:
-            parts["moments_flip"] = []
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        captions: list[str] = []
         batch, workers = self.args.batch_size, self.args.num_workers
-        for images, labels in self.images.batches(self._rows(k), batch, device, workers):
-            parts["moments"].append(self.autoencoder.encode(images).to("cpu", dtype))
-            if self.args.flips:
-                flipped = self.autoencoder.encode(images.flip(3))
-                parts["moments_flip"].append(flipped.to("cpu", dtype))
-            parts["labels"].append(labels.long())
+        section = self.info.get("image_condition")
+        for items in self.images.items(self._rows(k), batch, workers):
+            images = items["image"].to(device)
+            told = items.get("paired_original", images).to(device)
+            for ending in ("", "_flip")[: 1 + self.args.flips]:
+                x, y = (z.flip(3) if ending else z for z in (images, told))
+                parts[f"moments{ending}"].append(self.autoencoder.encode(x).to("cpu", dtype))
+                if section is not None:
+                    y = conditions.of_images(section, y)["unet_cond"]
+                    mean = conditions.moments_of(y, self.autoencoder).chunk(2, 1)[0]
+                    parts[f"condition{ending}"].append(mean.to("cpu", dtype))
+            parts["labels"].append(items["class"].long())
+            captions += items.get("caption", [])
             bar.update(len(images))
         found = {name: torch.cat(tensors) for name, tensors in parts.items()}
         if bad := [name for name, x in found.items() if not x.isfinite().all()]:
@@ -205,7 +226,15 @@ class Shards:
                 f"the {bad[0]} of {self._path(k)} aren't finite in {self.args.dtype}; choose "
                 "another --dtype, or an autoencoder that fits the images"
             )
-        return found
+        return found | (self._texts(captions) if captions else {})
+
+    def _texts(self, captions: list[str]) -> dict[str, Tensor]:
+        """The captions of a file, each once, which of them its images have, and their encoding."""
+        places = {text: i for i, text in enumerate(dict.fromkeys(captions))}
+        found = {"captions": torch.tensor([places[text] for text in captions])}
+        if self.encoder is None:
+            return {**found, "texts": pack_texts([*places])}
+        return {**found, **encode_texts(self.encoder, places, self.args.batch_size)}
 
     def finish(self) -> None:
         """Measure all latents, and write what is known of them: from now on they can be read."""

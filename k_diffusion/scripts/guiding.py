@@ -78,7 +78,9 @@ def make_guidance(
         denoiser = guidance.AutoguidedDenoiser(denoiser, perturbed, scale)
     if args.cfg_scale == 1:
         return denoiser
-    size = getattr(args, "size", None)
+    size, coder = getattr(args, "size", None), find_autoencoder(denoiser)
+    if size and coder is not None:
+        size = coder.latent_shape((coder.image_channels, *size))[1:]
     null: dict[str, Any] = {
         k: x.to(device) for k, x in conditions.null(config, "--cfg-scale", size).items()
     }

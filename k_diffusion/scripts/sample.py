@@ -213,7 +213,7 @@ def draw(
     mine = distributed.share(accelerator, args.n)
     sigmas = sampling.make_sigmas(args.schedule, args.steps, model["sigma_min"], model["sigma_max"])
     say = accelerator.print
-    given = told.prepare(args, config, size, device, say)
+    given = told.prepare(args, config, images[1:], device, say, autoencoder)
     edit = editing.prepare(args, guided, config, shape, sigmas, classes, device, say, given)
     batches = generation.generate(
         edit.denoiser,
@@ -228,7 +228,7 @@ def draw(
         device=device,
         disable=not accelerator.is_main_process,
         static=args.compile is not None,
-        given=given,
+        given=given and (lambda rows: given([mine[i] for i in rows])),
         finish=edit.finish,
         **edit.options,
     )

@@ -8,6 +8,7 @@ import torch
 
 from .. import conditions
 from ..common import options
+from ..encoders.autoencoder import Autoencoder
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -31,14 +32,16 @@ def prepare(
     size: Sequence[int],
     device: torch.device,
     say: Callable[[str], object],
+    autoencoder: Autoencoder | None = None,
 ) -> conditions.Given | None:
     """The conditions that the flags name; None for a model without any.
 
-    size: (h, w) of the images. say: is told what the user is to know. Raises OSError or ValueError
-    for what is missing, can't be used, or that the model doesn't take.
+    size: (h, w) of the images. say: is told what the user is to know. autoencoder: of a latent
+    model. Raises OSError or ValueError for what is missing, can't be used, or that the model
+    doesn't take.
     """
     files = getattr(args, "condition_image", [])
-    read = [conditions.read_image_condition(config, file, size, say) for file in files]
+    read = [conditions.read_image_condition(config, file, size, say, autoencoder) for file in files]
     images = torch.cat(read) if read else None
     where = getattr(args, "text_encoder", None)
     encoder = conditions.make_text_encoder(config, device, where)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .. import conditions
 from ..data.latents import LatentSource, LatentStatistics, encoded, open_latents
 from ..data.training_data import make_training_data
 from ..encoders.autoencoder import Autoencoder
@@ -28,9 +29,12 @@ def prepare(config: dict[str, Any], folder: Path, device: Any) -> Autoencoder | 
         return None
     autoencoder = make_autoencoder(config, beside=folder).to(device)
     section["fingerprint"] = autoencoder.fingerprint
+    conditions.check_images(config, autoencoder)
     if config["dataset"]["type"] == "latents":
         source = open_latents(config["dataset"]["location"])
         check(source, autoencoder, config)
+        if config.get("text") is not None:
+            source.check_captions()
         found = source.statistics()
         if section["mean"] is None and found is None:
             raise ValueError(
@@ -59,6 +63,16 @@ def check(source: LatentSource, autoencoder: Autoencoder, config: dict[str, Any]
     noted = source.info.get("autoencoder")
     if noted is None:
         return
+    told = [
+        {key: section[key] for key in ("type", "factor", "channels") if key in section}
+        for section in (source.info.get("image_condition"), config.get("image_condition"))
+        if section is not None
+    ]
+    if len(told) == 2 and told[0] != told[1]:
+        raise ValueError(
+            f"the latents at {source.path} have images of image_condition {told[0]}, but the "
+            f"config's is {told[1]}; set it to theirs, or encode anew"
+        )
     if noted["fingerprint"] != autoencoder.fingerprint:
         raise ValueError(
             f"the latents at {source.path} are of another autoencoder (fingerprint "

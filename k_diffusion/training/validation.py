@@ -84,7 +84,7 @@ class Validation:
             indices = [(j * batch + i) * len(data) // n for i in range(batch)]
             items = data.__getitems__([(index, 0) for index in indices])
             made = collate([{**item, "original": 0} for item in items])
-            made |= of_batch(made, config, encode)
+            made |= of_batch(made, config, encode, autoencoder)
             self.batches += batches_of_latents(iter([made]), autoencoder, config)
 
     @torch.no_grad()

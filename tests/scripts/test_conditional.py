@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import k_diffusion as K
-from k_diffusion import conditions, generation
+from k_diffusion import conditions, distributed, generation
 from k_diffusion.scripts import encode_captions
 from k_diffusion.training.dry_run import footprint
 
@@ -138,6 +138,18 @@ def test_sample_tells_prompts_and_images(trained, monkeypatch, capsys):
         condition_images=Image.fromarray(small),
     )  # fmt: skip
     assert abs(np.asarray(guided).astype(int) - pixels(trained, "g", 1)[0]).max() <= 1
+
+
+def test_processes_tell_each_image_its_own(trained, monkeypatch):
+    """The second of two processes samples image 1, with the second prompt."""
+    Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).save(trained / "small.png")
+    told = "--prompt", "a one", "a two", "--condition-image", "small.png", "--seed", 1, "-n", 2
+    sample(trained, monkeypatch, *told, "--prefix", "alone")
+    monkeypatch.setattr(distributed, "share", lambda accelerator, n: range(1, n, 2))
+    sample(trained, monkeypatch, *told, "--prefix", "second")
+    assert not (trained / "second_00000.png").exists()
+    both = (np.asarray(Image.open(trained / f"{name}_00001.png")) for name in ("alone", "second"))
+    assert abs(np.subtract(*(x.astype(int) for x in both))).max() <= 1
 
 
 def test_an_inversion_knows_the_prompt(trained, monkeypatch, capsys):

@@ -1,16 +1,23 @@
 """encode_latents.py: what it writes, goes on with, refuses."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import latents as tiny
+import numpy as np
 import pytest
 import runs
+import tiny_text
 import torch
+from PIL import Image
 
 import k_diffusion as K
+from k_diffusion import generation
 from k_diffusion.data.latents import open_latents
+from k_diffusion.encoders.text import StoredTexts, TextEncoder, load_transformers
 from k_diffusion.evaluation.reals import RealImages
+from k_diffusion.scripts import encode_captions
 
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")
@@ -149,3 +156,131 @@ def test_wrong_configs_are_refused(encode, tmp_path, monkeypatch, capsys):
         runs.call("encode_latents", folder=tmp_path, monkeypatch=monkeypatch)
     assert "or --statistics PATH" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- captions
+
+WORDS = ["one", "two", "three"]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """A folder with encoded captions of eleven images beside their latents, and its config."""
+    folder = tmp_path_factory.mktemp("told")
+    (folder / "images").mkdir()
+    for i in range(11):
+        pixels = np.random.default_rng(i).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"images/{i:02}.png")
+        (folder / f"images/{i:02}.txt").write_text(f"a {WORDS[i % 3]}")
+    tiny_text.save(folder / "encoder")
+    tiny.write(
+        folder,
+        model={"cross_cond_dim": 12, "mapping_cond_dim": 12},
+        dataset={"type": "imagefolder", "location": "images"},
+        text={"type": "transformers", "location": "encoder", "max_length": 4},
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        call(folder, patch, "stored", "--no-flips")
+    return folder
+
+
+def call(folder, monkeypatch, output, *flags):
+    words = ["--config", "latent.json", "--output", output, "--shard-size", 4, *flags]
+    runs.call("encode_latents", *words, folder=folder, monkeypatch=monkeypatch)
+
+
+def train(folder, patch, name, *more):
+    patch.setattr(generation, "STEPS", 1)
+    words = ["--config", "latent.json", "--name", name, "--seed", 0, "--end-step", 1]
+    words += ["--batch-size", 4, "--num-workers", 0, "--sample-n", 2, *more]
+    runs.call("train", *words, folder=folder, monkeypatch=patch)
+    return torch.load(folder / f"{name}_00000001.pth", weights_only=True)
+
+
+STORED = ["--set=dataset.type=latents", "--set=dataset.location=stored"]
+
+
+def test_captions_are_stored_with_what_their_encoder_makes_of_them(told):
+    source = open_latents(told / "stored")
+    encoder = load_transformers(told / "encoder", max_length=4)
+    texts = [f"a {WORDS[i % 3]}" for i in range(11)]
+    assert [source.caption(i) for i in range(11)] == texts
+    stored = StoredTexts(told / "stored")
+    for got, want in zip(stored(texts), encoder(texts)):
+        torch.testing.assert_close(got, want)
+    assert source.info["text"] == {
+        "type": "transformers",
+        "location": "encoder",
+        "fingerprint": encoder.fingerprint(),
+        "length": 4,
+    }
+    assert stored.fingerprint == encoder.fingerprint()
+
+
+def test_a_latent_model_of_texts_trains_by_stored_captions(told, monkeypatch):
+    """As by encoding images and captions in each step; the encoder is asked for the prompts."""
+    fly = train(told, monkeypatch, "fly")
+    asked = []
+    forward = TextEncoder.forward
+    monkeypatch.setattr(
+        TextEncoder, "forward", lambda self, texts: asked.extend(texts) or forward(self, texts)
+    )
+    stored = train(told, monkeypatch, "stored", *STORED, '--set=text.prompts=["two and one"]')
+    assert set(asked) == {"a", "two and one"}  # "a" tells the widths
+    for a, b in zip(fly["model"].values(), stored["model"].values()):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    prints = [state["config"]["text"]["fingerprint"] for state in (fly, stored)]
+    assert prints == [StoredTexts(told / "stored").fingerprint] * 2
+
+    model = K.load(told / "stored_00000001.pth", text_encoder=told / "encoder")
+    assert K.sample(model, n=1, steps=1, prompts="a three")[0].size == (8, 8)
+    tiny_text.save(told / "other", seed=1)
+    model = K.load(told / "stored_00000001.pth", text_encoder=told / "other")
+    with pytest.raises(ValueError, match=r"other is another text encoder .*\w{16}\) than that of"):
+        K.sample(model, n=1, steps=1, prompts="a three")
+
+
+def test_stored_captions_alone_need_no_encoder(told, tmp_path, monkeypatch):
+    folder = shutil.copytree(told, tmp_path / "it")
+    shutil.rmtree(folder / "encoder")
+    state = train(folder, monkeypatch, "bare", *STORED, "--set=text.precomputed=stored")
+    assert state["config"]["text"]["fingerprint"] == StoredTexts(folder / "stored").fingerprint
+
+
+def test_another_encoder_can_take_the_captions(told, monkeypatch):
+    tiny_text.save(told / "other", seed=1)
+    other = "--set=text.location=other"
+    says = (
+        r"at stored are encoded by another text encoder \(fingerprint \w{16}\) than other \(\w{16}"
+    )
+    with pytest.raises(SystemExit, match=says):
+        train(told, monkeypatch, "new", *STORED, other)
+    with pytest.raises(SystemExit, match=r"latents of another text encoder \(fingerprint \w{16}"):
+        call(told, monkeypatch, "stored", "--no-flips", other)
+    monkeypatch.chdir(told)
+    words = ["encode_captions", "--config", "latent.json", *STORED, other, "--output"]
+    monkeypatch.setattr("sys.argv", [*words, "others.safetensors"])
+    encode_captions.main()
+    assert sorted(StoredTexts("others.safetensors").places) == ["a one", "a three", "a two"]
+    more = "--set=text.precomputed=others.safetensors"
+    train(told, monkeypatch, "new", *STORED, other, more)
+
+
+def test_captions_can_be_stored_for_a_later_encoder(told, tmp_path, monkeypatch):
+    folder = shutil.copytree(told, tmp_path / "it")
+    plain = "--set=text=null", "--set=model.cross_cond_dim=0", "--set=model.mapping_cond_dim=0"
+    call(folder, monkeypatch, "plain", *plain)
+    says = "latents at plain have no captions; encode the images anew with a config that has"
+    with pytest.raises(SystemExit, match=says):
+        train(folder, monkeypatch, "new", STORED[0], "--set=dataset.location=plain")
+    call(folder, monkeypatch, "texts", *plain, "--captions")
+    assert open_latents(folder / "texts").caption(4) == "a two"
+    train(folder, monkeypatch, "new", STORED[0], "--set=dataset.location=texts")
+
+
+def test_an_image_without_a_caption_ends_the_encoding(told, tmp_path, monkeypatch):
+    folder = shutil.copytree(told, tmp_path / "it")
+    (folder / "images" / "07.txt").unlink()
+    with pytest.raises(SystemExit, match=r"07\.png has no caption: no file"):
+        call(folder, monkeypatch, "new")
+    assert not (folder / "new" / "latents.json").exists()

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import runs
+import tiny_text
 import torch
 from PIL import Image
 
@@ -265,3 +266,58 @@ def test_two_processes(made, evaluate):
     assert names == [(row["metric"], row["protocol"]) for row in two]
     for a, b in zip(one, two):
         assert a["value"] == pytest.approx(b["value"], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def told(made):
+    """A model of texts, five images with captions, and a text encoder."""
+    tiny_text.save(made / "encoder")
+    config = runs.tiny_config(
+        model={"cross_cond_dim": 12},
+        dataset={"type": "imagefolder", "location": str(made / "told"), "num_classes": 0},
+        text={
+            "type": "transformers", "location": str(made / "encoder"), "max_length": 4,
+            "prompts": ["big"],
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = K.config.make_model(config)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn(p.shape)
+    weights = model.state_dict()
+    checkpoints.write_inference(made / "told.safetensors", config, weights, "fp32")
+    (made / "told").mkdir()
+    for i, caption in enumerate(CAPTIONS):
+        Image.new("L", (8, 8), 50 * i).save(made / f"told/{i}.png")
+        (made / f"told/{i}.txt").write_text(caption)
+    return made
+
+
+CAPTIONS = ["a one", "a two", "a three", "a small one", "a big two"]
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+def test_samples_are_told_the_captions_of_the_data(told, evaluate):
+    """In turn, whatever prompts the config has for demos; --prompt tells others."""
+
+    def samples(folder, *words):
+        flags = "--checkpoint", "told.safetensors", "--output-dir", folder, "--write-samples"
+        evaluate(*flags, *words)
+        (file,) = (told / folder).glob("samples_*.npz")
+        return np.load(file)["arr_0"].astype(int)
+
+    by_data = samples("by_data")
+    assert abs(by_data - samples("by_prompt", "--prompt", *CAPTIONS)).max() <= 1
+    assert abs(by_data - samples("other", "--prompt", "big")).max() > 1
+    few = samples("few", "-n", 3)  # evenly spaced
+    assert abs(few - samples("spaced", "-n", 3, "--prompt", *CAPTIONS[:2], CAPTIONS[3])).max() <= 1
+    (row,) = results(told, "by_data")
+    (file,) = results(told, "by_prompt")
+    assert "captions_sha256" in row["settings"]
+    assert "captions_sha256" not in file["settings"]
+
+    (told / "told/1.txt").rename(told / "away.txt")
+    with pytest.raises(SystemExit, match=r"1\.png has no caption: .*; set .*, or pass --prompt"):
+        samples("none")
+    samples("given", "--prompt", "a one")
+    assert not (told / "none").exists()

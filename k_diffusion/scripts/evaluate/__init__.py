@@ -97,6 +97,7 @@ class Evaluation:
     def _check(self) -> None:
         known = self.n, self.n_reals, self.protocols, self.metrics, self.options
         inputs.check(self.args, self.source, self.against, *known)
+        self.captions = inputs.find_captions(self.args, self.source, self.against, self.n)
 
     # --------------------------------------------------------------------------- measuring
 
@@ -116,10 +117,12 @@ class Evaluation:
     def _settings(self, setting: argparse.Namespace) -> dict[str, Any]:
         """What the numbers depend on, as the report lists it."""
         images = self.source.images is not None
+        captions = [] if setting.prompts else self.captions
         given = {} if images else {key: getattr(setting, key) for key in self.args.choices}
         return {
             **self.source.settings,
             **{k: _plain(v) for k, v in given.items() if v is not None},
+            **({"captions_sha256": _digest(captions)[:16]} if captions else {}),
             "data": self.against.name,
             f"{'samples' if images else 'checkpoint'}_sha256": self.source.digest[:16],
         }
@@ -173,7 +176,7 @@ class Evaluation:
                 classify="inception_score" in self.metrics,
                 keep=self.n if self.args.write_samples else _GRID,
             )
-        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        name = _digest(settings)[:8]
         page = self._write_nearest(seen, f"nearest_{name}.png") if self.args.nearest else None
         if seen is None:
             return
@@ -198,7 +201,8 @@ class Evaluation:
             return
         denoiser, config = self.source.checkpoint()
         guided = sample.make_guidance(denoiser, config, setting, self.device)
-        setting.n = self.n
+        changes = {"n": self.n, "prompts": setting.prompts or self.captions}
+        setting = argparse.Namespace(**vars(setting) | changes)
         drawn = sample.draw(self.accelerator, guided, config, setting, setting.seed, self.device)
         counter.watch(guided)
         for images in drawn.batches:
@@ -406,6 +410,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(x) for x in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _line(settings: dict[str, Any]) -> str:

@@ -211,6 +211,18 @@ def find_data(args: argparse.Namespace, source: Source) -> Against:
     return Against(RealImages(section, (h, w), channels, folder), None, name, folder)
 
 
+def find_captions(args: argparse.Namespace, source: Source, against: Against, n: int) -> list[str]:
+    """The texts that n samples have in turn where no --prompt is given, in the data set's order.
+
+    They are the captions of n images, evenly spaced, or of all. None for a model that takes no
+    texts, and none of a reference file. Raises ValueError for an image without one.
+    """
+    told = (source.config or {}).get("text") is not None
+    if against.reals is None or not told or all(setting.prompts for setting in args.settings):
+        return []
+    return against.reals.captions(against.reals.spaced(min(n, len(against.reals))))
+
+
 def check(
     args: argparse.Namespace,
     source: Source,

@@ -11,18 +11,23 @@ padding, and zeros.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from .common.images import open_image
-from .data.transforms import fitted
-from .encoders.text import StoredTexts, TextEncoder, Texts, load_open_clip, load_transformers
+from ..data.latents import open_latents
+from ..encoders.autoencoder import Autoencoder
+from ..encoders.text import StoredTexts, TextEncoder, Texts, load_open_clip, load_transformers
+from .images import (
+    as_told as as_told,
+    check_images as check_images,
+    moments_of as moments_of,
+    of_images,
+    read_image_condition as read_image_condition,
+    resized as resized,
+)
 
 Encode: TypeAlias = Callable[[Sequence[str]], Texts]
 Condition: TypeAlias = dict[str, Tensor]
@@ -34,8 +39,6 @@ KINDS = {
     "text": ("cross_cond", "cross_cond_padding", "mapping_cond"),
     "image_condition": ("unet_cond",),
 }
-# Of the luminance of ITU-R BT.601, by which PIL makes grey images, too.
-_LUMINANCE = (0.299, 0.587, 0.114)
 
 # ---------------------------------------------------------------- texts
 
@@ -46,7 +49,7 @@ def make_text_encoder(
     """The text encoder of a config, frozen, on the device; None for a model without texts.
 
     location: of its files, if not as the config says. Raises ValueError or OSError where there is
-    none, or one of other widths than the model's.
+    none, or another than the model was trained with.
     """
     section = config.get("text")
     if section is None:
@@ -62,19 +65,57 @@ def make_text_encoder(
     else:
         encoder = load_transformers(location, section["tokenizer"], section["max_length"])
     check_widths(config, encoder, location)
+    found, known = encoder.fingerprint(), section["fingerprint"]
+    if known not in {None, found}:
+        raise ValueError(
+            f"{location} is another text encoder (fingerprint {found}) than that of the model "
+            f"({known}); pass the one that it was trained with"
+        )
     return encoder.freeze(device)
 
 
 def make_training_encoder(
     config: Mapping[str, Any], device: torch.device | str = "cpu"
 ) -> Encode | None:
-    """What encodes the captions of training: the file text.precomputed, or the text encoder."""
+    """What encodes the captions of training, whose fingerprint the config gets.
+
+    It is text.precomputed, what latents on disk have of their captions, or the text encoder. That
+    of latents is loaded once: to encode the prompts, and to see that it is the config's. Raises
+    ValueError where it is another one.
+    """
     section = config.get("text")
-    if section is None or section["precomputed"] is None:
-        return make_text_encoder(config, device)
-    stored = StoredTexts(section["precomputed"])
-    check_widths(config, stored, section["precomputed"])
+    if section is None:
+        return None
+    stored = _stored_texts(config)
+    encoder = None
+    if section["precomputed"] is None:
+        encoder = make_text_encoder(config, device)
+        assert encoder is not None
+        section["fingerprint"] = encoder.fingerprint()
+    if stored is None:
+        return encoder
+    check_widths(config, stored, stored.path)
+    if encoder is None:
+        section["fingerprint"] = stored.fingerprint
+        return stored
+    if stored.fingerprint != encoder.fingerprint():
+        raise ValueError(
+            f"the captions at {stored.path} are encoded by another text encoder (fingerprint "
+            f"{stored.fingerprint}) than {section['location']} ({encoder.fingerprint()}); name "
+            "theirs, or encode them by this one with python -m k_diffusion.scripts.encode_captions"
+        )
+    stored.add(encoder, section["prompts"])
     return stored
+
+
+def _stored_texts(config: Mapping[str, Any]) -> StoredTexts | None:
+    """The captions that were encoded beforehand, if there are any."""
+    if (path := config["text"]["precomputed"]) is not None:
+        return StoredTexts(path)
+    section = config["dataset"]
+    if section["type"] != "latents" or "text" not in open_latents(section["location"]).info:
+        return None
+    return StoredTexts(section["location"])
 
 
 def check_widths(config: Mapping[str, Any], encoder: Any, source: object) -> None:
@@ -103,64 +144,6 @@ def of_texts(config: Mapping[str, Any], encode: Encode, texts: Sequence[str]) ->
     return condition
 
 
-# ---------------------------------------------------------------- images
-
-
-def of_images(section: Mapping[str, Any], images: Tensor) -> Condition:
-    """What a config's `image_condition` makes of whole images, or of paired ones.
-
-    images: (n, c, h, w) in [-1, 1].
-    """
-    if section["type"] == "downsampled":
-        small = [side // section["factor"] for side in images.shape[2:]]
-        images = enlarged(resized(images, small), images.shape[2:])
-    elif section["type"] == "grayscale" and images.shape[1] > 2:
-        weights = images.new_tensor(_LUMINANCE)[:, None, None]
-        images = (images[:, :3] * weights).sum(1, keepdim=True)
-    elif section["type"] == "grayscale":
-        images = images[:, :1]
-    return {"unet_cond": images}
-
-
-def resized(images: Tensor, size: Sequence[int]) -> Tensor:
-    """Images of another size, by the antialiased bicubic filter. images: (n, c, h, w)."""
-    return F.interpolate(images, tuple(size), mode="bicubic", antialias=True)
-
-
-def enlarged(images: Tensor, size: Sequence[int]) -> Tensor:
-    """Small images in the size of the model's, bicubic between pixels. images: (n, c, h, w)."""
-    return F.interpolate(images, tuple(size), mode="bicubic")
-
-
-def read_image_condition(
-    config: Mapping[str, Any],
-    image: str | Path | Image.Image,
-    size: Sequence[int],
-    say: Callable[[str], object] = print,
-) -> Tensor:
-    """A picture as the condition of images of `size`, (1, c, h, w).
-
-    It may be whole, or for super-resolution as small as the model knows it; one of another size is
-    scaled and cropped, which `say` is told. Raises OSError for a file that can't be read,
-    ValueError for a model that takes no images.
-    """
-    section = config.get("image_condition")
-    if section is None:
-        raise ValueError("this model takes no images as its condition; leave them out")
-    if isinstance(image, Image.Image):
-        name, picture = "the image", image
-    else:
-        name, picture = str(image), open_image(image, None)
-    paired = section["type"] == "paired"
-    channels = section["channels"] if paired else config["model"]["input_channels"]
-    factor = section["factor"] if section["type"] == "downsampled" else 1
-    small = [side // factor for side in size]
-    if factor > 1 and picture.size == (small[1], small[0]):
-        return enlarged(fitted(picture, name, (channels, *small), say), size)
-    whole = fitted(picture, name, (channels, *size), say)
-    return of_images(section, whole)["unet_cond"]
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -169,27 +152,38 @@ def conditioned(
     config: Mapping[str, Any],
     encode: Encode | None,
     device: torch.device | str = "cpu",
+    autoencoder: Autoencoder | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Batches of training data with the model's condition, if it has one, made on the device."""
+    """Batches of training data with the model's condition, if it has one, made on the device.
+
+    autoencoder: of a latent model, whose images these are, not yet their latents.
+    """
     of_image = config.get("image_condition") is not None
     for batch in batches:
         if of_image:
             images = {k: batch[k] for k in ("image", "paired_image") if k in batch}
             batch |= {k: x.to(device, non_blocking=True) for k, x in images.items()}
-        yield batch | of_batch(batch, config, encode)
+        yield batch | of_batch(batch, config, encode, autoencoder)
 
 
 def of_batch(
-    batch: Mapping[str, Any], config: Mapping[str, Any], encode: Encode | None, image: str = "image"
+    batch: Mapping[str, Any],
+    config: Mapping[str, Any],
+    encode: Encode | None,
+    autoencoder: Autoencoder | None = None,
+    image: str = "image",
 ) -> Condition:
     """The condition of a batch of training data. image: the key of its images."""
     condition: Condition = {}
     if encode is not None:
         condition |= of_texts(config, encode, batch["caption"])
     section = config.get("image_condition")
-    if section is not None:
+    if section is not None and config["dataset"]["type"] == "latents":  # stored ones
+        condition["unet_cond"] = batch[f"paired_{image}"]
+    elif section is not None:
         paired = section["type"] == "paired"
-        condition |= of_images(section, batch[f"paired_{image}" if paired else image])
+        images = batch[f"paired_{image}" if paired else image]
+        condition |= of_images(section, images, autoencoder)
     return condition
 
 
@@ -232,19 +226,32 @@ def blank(config: Mapping[str, Any], n: int) -> Condition:
 
 
 class InTurn:
-    """Conditions that images have in turn: image i that of number i mod m.
+    """Conditions that images have in turn: image i text i mod m of m, and so of images.
 
-    condition: tensors (m, ...), of which those of texts and of images may have an m of their own.
+    texts: encoded as they are needed, for there may be many. images: (m, c, h, w).
     """
 
-    def __init__(self, condition: Condition):
-        self.condition = condition
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        encode: Encode | None,
+        texts: Sequence[str],
+        images: Tensor | None,
+        device: torch.device | str = "cpu",
+    ):
+        self.config, self.encode, self.device = config, encode, device
+        self.texts, self.images = texts, images
 
     def __call__(self, numbers: Sequence[int]) -> Condition:
-        return {
-            name: x[[i % len(x) for i in numbers]].contiguous()
-            for name, x in self.condition.items()
-        }
+        condition: Condition = {}
+        if self.encode is not None:
+            texts = [self.texts[i % len(self.texts)] for i in numbers]
+            places = {text: k for k, text in enumerate(dict.fromkeys(texts))}
+            made = of_texts(self.config, self.encode, [*places])
+            condition |= {name: x[[places[text] for text in texts]] for name, x in made.items()}
+        if self.images is not None:
+            condition["unet_cond"] = self.images[[i % len(self.images) for i in numbers]]
+        return {name: x.to(self.device) for name, x in condition.items()}
 
 
 class OfData:
@@ -256,15 +263,17 @@ class OfData:
         config: Mapping[str, Any],
         encode: Encode | None,
         device: torch.device | str = "cpu",
+        autoencoder: Autoencoder | None = None,
     ):
         self.data, self.config, self.encode, self.device = data, config, encode, device
+        self.autoencoder = autoencoder
 
     def __call__(self, numbers: Sequence[int]) -> Condition:
         items = [self.data[i % len(self.data), 0] for i in numbers]
         batch: dict[str, Any] = default_collate(items)
         if prompts := (self.config.get("text") or {}).get("prompts"):
             batch["caption"] = [prompts[i % len(prompts)] for i in numbers]
-        condition = of_batch(batch, self.config, self.encode, "original")
+        condition = of_batch(batch, self.config, self.encode, self.autoencoder, "original")
         return {name: x.to(self.device) for name, x in condition.items()}
 
 
@@ -273,10 +282,11 @@ def of_data(
     config: Mapping[str, Any],
     encode: Encode | None,
     device: torch.device | str = "cpu",
+    autoencoder: Autoencoder | None = None,
 ) -> Given | None:
     """The conditions of samples during training; None for a model without any."""
     there = config.get("text") or config.get("image_condition")
-    return OfData(data, config, encode, device) if there else None
+    return OfData(data, config, encode, device, autoencoder) if there else None
 
 
 def given(
@@ -291,7 +301,6 @@ def given(
     prompts: by default text.prompts of the config. images: (m, c, h, w), as `read_image_condition`
     gives them. Raises ValueError for what is missing, or that the model doesn't take.
     """
-    condition: Condition = {}
     text, section = config.get("text"), config.get("image_condition")
     if text is None and prompts:
         raise ValueError("this model takes no texts; leave out the prompts")
@@ -302,22 +311,20 @@ def given(
         if not prompts:
             raise ValueError("this model is told by texts: pass prompts (--prompt TEXT)")
         assert encoder is not None
-        condition |= of_texts(config, encoder, prompts)
-    if section is not None:
-        if images is None:
-            raise ValueError(
-                f"this model is told by images ({section['type']}): pass some (--condition-image "
-                "FILE)"
-            )
-        condition["unet_cond"] = images
-    return InTurn({k: x.to(device) for k, x in condition.items()}) if condition else None
+    if section is not None and images is None:
+        raise ValueError(
+            f"this model is told by images ({section['type']}): pass some (--condition-image FILE)"
+        )
+    there = text is not None or section is not None
+    return InTurn(config, encoder, prompts, images, device) if there else None
 
 
 def null(config: Mapping[str, Any], what: str, size: Sequence[int] | None = None) -> Condition:
     """What guidance goes away from: the absence of each condition that training left out, (1, ...).
 
-    Classes are among them. what: asks for guidance. size: (h, w) of the images, if it isn't the
-    config's. Raises ValueError for a model that was never trained without its conditions.
+    Classes are among them. what: asks for guidance. size: (h, w) of what is sampled, images or
+    latents, if it isn't the config's. Raises ValueError for a model that was never trained without
+    its conditions.
     """
     config = {**config, "model": {**config["model"]}}
     if size is not None:

@@ -97,10 +97,17 @@ def test_guidance_needs_dropout():
 
 
 def test_samples_have_prompts_in_turn():
+    seen = []
     given = conditions.given(config(), encode)
     assert given([0, 3, 4])["mapping_cond"][:, 0].tolist() == [1, 1, 1]
     given = conditions.given(config(), encode, ["a", "aaa"])
     assert given([0, 3, 4])["mapping_cond"][:, 0].tolist() == [1, 3, 1]
+    many = conditions.given(
+        config(), lambda texts: seen.append(list(texts)) or encode(texts), "abc"
+    )
+    assert seen == []  # there may be more than memory holds
+    assert many([1, 4, 2])["mapping_cond"].shape == (3, 2)
+    assert seen == [["b", "c"]]
     assert conditions.given(runs.tiny_config(), None) is None
     with pytest.raises(ValueError, match="told by texts: pass prompts"):
         conditions.given(config(text={**TEXT, "prompts": []}), encode)
