@@ -119,7 +119,15 @@ def _stored_texts(config: Mapping[str, Any]) -> StoredTexts | None:
 
 
 def check_widths(config: Mapping[str, Any], encoder: Any, source: object) -> None:
-    """Raises ValueError unless an encoder's tokens and pooled vectors are of the model's widths."""
+    """Raises ValueError unless texts have the widths of the model and the length of the config.
+
+    encoder: of the texts, from `source`.
+    """
+    if (length := config["text"]["max_length"]) != encoder.max_length:
+        raise ValueError(
+            f"text.max_length is {length}, but the texts of {source} have {encoder.max_length} "
+            f"tokens; set it to {encoder.max_length}"
+        )
     for key, what, width in (
         ("cross_cond_dim", "the tokens", encoder.width),
         ("mapping_cond_dim", "the pooled vectors", encoder.pooled_width),

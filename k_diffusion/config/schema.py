@@ -391,10 +391,9 @@ class Config(Section):
                 "model.unet_cond_dim",
             )
         model.unet_cond_dim = wanted
-        known = model.input_size is not None and not latent
-        if isinstance(self.image_condition, Downsampled) and known:
+        if isinstance(self.image_condition, Downsampled) and not latent:
             factor = self.image_condition.factor
-            if any(side % factor for side in model.input_size):
+            if any(side % factor for side in model.input_size or ()):
                 raise fail(
                     f"{factor} must divide model.input_size {model.input_size}",
                     "image_condition.factor",

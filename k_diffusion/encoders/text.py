@@ -217,7 +217,7 @@ class StoredTexts:
         self.path = Path(path)
         files = sorted(self.path.glob("*.safetensors")) or [self.path]
         self.places: dict[str, tuple[int, int]] = {}
-        self._parts: list[tuple[Any, Any, Any]] = []
+        self._parts: list[tuple[Any, ...]] = []
         for file in files:
             given_file(file, "encoded texts")
             try:
@@ -233,7 +233,7 @@ class StoredTexts:
 
     def _add(self, names: Sequence[str], *part: Any) -> None:
         self.places |= {text: (len(self._parts), i) for i, text in enumerate(names)}
-        self._parts.append(part)  # type: ignore[arg-type]
+        self._parts.append(part)
 
     def add(self, encoder: TextEncoder, texts: Sequence[str]) -> None:
         """Encode further texts by their encoder, and keep them in memory."""

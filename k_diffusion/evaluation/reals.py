@@ -75,8 +75,8 @@ class RealImages(Dataset[dict[str, Any]]):
             item = self.data[index, 0]
         except CorruptImageError as error:
             raise ValueError(f"{error}; mend or remove it: all images count here") from error
-        more = {key: item[key] for key in ("caption", "paired_original") if key in item}
-        return {"image": item["original"], "class": item.get("class", 0), **more}
+        found = {"image": item["original"], "class": item.get("class", 0)}
+        return found | {k: item[k] for k in ("caption", "paired_original") if k in item}
 
     def batches(
         self, indices: Sequence[int], batch_size: int, device: Any = "cpu", num_workers: int = 0
@@ -124,7 +124,8 @@ class RealImages(Dataset[dict[str, Any]]):
         section = {k: v for k, v in self.section.items() if k != "cond_dropout_rate"}
         digest = hashlib.sha256(str(len(self)).encode())
         for index in sorted({0, len(self) // 2, len(self) - 1}):
-            digest.update(self[index]["image"].numpy().tobytes())
+            item = self[index]
+            digest.update(item["image"].numpy().tobytes() + item.get("caption", "").encode())
         for path in getattr(self.data.data, "paths", ()):
             stat = path.stat()
             digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())

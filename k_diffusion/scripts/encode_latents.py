@@ -112,6 +112,8 @@ def run(args: argparse.Namespace) -> None:
         "dtype": args.dtype,
         "shard_size": args.shard_size,
     }
+    if "text" in told:
+        info["captions"] = True
     if encoder is not None:
         which = {k: v for k, v in config["text"].items() if k in {"type", "location", "model"}}
         info["text"] = {**which, "fingerprint": encoder.fingerprint(), "length": encoder.max_length}

@@ -255,6 +255,9 @@ def test_another_encoder_can_take_the_captions(told, monkeypatch):
     )
     with pytest.raises(SystemExit, match=says):
         train(told, monkeypatch, "new", *STORED, other)
+    says = r"max_length is 3, but the texts of stored have 4 tokens; set it to 4"
+    with pytest.raises(SystemExit, match=says):
+        train(told, monkeypatch, "new", *STORED, "--set=text.max_length=3")
     with pytest.raises(SystemExit, match=r"latents of another text encoder \(fingerprint \w{16}"):
         call(told, monkeypatch, "stored", "--no-flips", other)
     monkeypatch.chdir(told)
