@@ -94,17 +94,16 @@ def make_training_encoder(
         section["fingerprint"] = encoder.fingerprint()
     if stored is None:
         return encoder
-    check_widths(config, stored, stored.path)
-    if encoder is None:
-        section["fingerprint"] = stored.fingerprint
-        return stored
-    if stored.fingerprint != encoder.fingerprint():
+    if encoder is not None and stored.fingerprint != section["fingerprint"]:
         raise ValueError(
             f"the captions at {stored.path} are encoded by another text encoder (fingerprint "
-            f"{stored.fingerprint}) than {section['location']} ({encoder.fingerprint()}); name "
+            f"{stored.fingerprint}) than {section['location']} ({section['fingerprint']}); name "
             "theirs, or encode them by this one with python -m k_diffusion.scripts.encode_captions"
         )
-    stored.add(encoder, section["prompts"])
+    check_widths(config, stored, stored.path)
+    section["fingerprint"] = stored.fingerprint
+    if encoder is not None:
+        stored.add(encoder, section["prompts"])
     return stored
 
 
