@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Encode a data set's images, to train on latents. For several processes: accelerate launch"""
 
+import k_diffusion.common.cpu
+import k_diffusion.common.launcher  # noqa: F401  (both before torch)
 
 # isort: split
 from k_diffusion.common import options

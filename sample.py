@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Sample images of a trained model. For several processes: accelerate launch sample.py"""
 
+import k_diffusion.common.cpu
+import k_diffusion.common.launcher  # noqa: F401  (both before torch)
 
 # isort: split
 import argparse

@@ -60,9 +60,7 @@ RECIPES = {
     "adamw": Recipe("the config as it is: AdamW, exponential decay, soft-min-SNR"),
     "muon": Recipe("Muon for the hidden matrices", ("optimizer.type=muon", "optimizer.lr=LR")),
     "cosine": Recipe("a cosine to 0 at the end", COSINE),
-    "muon + cosine": Recipe(
-        "both of these", ("optimizer.type=muon", "optimizer.lr=LR", *COSINE)
-    ),
+    "muon + cosine": Recipe("both of these", ("optimizer.type=muon", "optimizer.lr=LR", *COSINE)),
     "inverse-sqrt": Recipe(
         "constant, then falling as 1 / sqrt(step) from a fifth on",
         ("lr_sched.type=inverse-sqrt", "lr_sched.decay_start=STEPS/5", WARM),

@@ -164,10 +164,10 @@ def sample_batches(
 ) -> Iterator[torch.Tensor]:
     """This process's share of one image per seed, (k, c, h, w) each, with all classes in turn.
 
-    The share is seeds i = process, process + processes, ...; `steps` (STEPS) steps on the Karras
-    schedule, in the accelerator's precision. stop: asked after each step. Once it is True on any process,
-    SamplingStopped is raised on all of them, when the others are done with their batch. given: the
-    conditions of images by their numbers, see `conditions`.
+    The share is seeds i = process, process + processes, ...; `steps` steps, or STEPS, on the Karras
+    schedule, in the accelerator's precision. stop: asked after each step. Once it is True on any
+    process, SamplingStopped is raised on all of them, when the others are done with their batch.
+    given: the conditions of images by their numbers, see `conditions`.
     """
     model, num_classes = config["model"], config["dataset"]["num_classes"]
     mine = list(share(accelerator, len(seeds)))

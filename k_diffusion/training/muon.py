@@ -72,12 +72,20 @@ class MuonWithAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
     ):
-        options = {"lr": lr, "weight_decay": weight_decay}
         self.adamw = torch.optim.AdamW(
-            _those(groups, lambda p: p not in matrices), betas=betas, eps=eps, **options
+            _those(groups, lambda p: p not in matrices),
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
         )
         muon = _those(groups, lambda p: p in matrices)
-        options |= {"momentum": momentum, "nesterov": nesterov}
+        options = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+        }
         super().__init__([*({**options, **group} for group in muon), *self.adamw.param_groups], {})
         self.matrix_groups = len(muon)
 
@@ -105,12 +113,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if not params:
             return
         grads = [p.grad for p in params]
-        momenta = [
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params
-        ]
+        momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         if group["nesterov"]:
-            momenta = torch._foreach_lerp(grads, momenta, group["momentum"])
+            momenta = list(torch._foreach_lerp(grads, momenta, group["momentum"]))
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         joined = [join_like(x, p) for x, p in zip(momenta, params)]
         for same in _of_one_shape(joined):

@@ -138,9 +138,7 @@ def test_its_steps_are_those_of_torch(nesterov, numbers, monkeypatch):
     monkeypatch.setattr(muon, "NUMBERS_AT_ONCE", numbers)
     generator = torch.Generator().manual_seed(0)
     shapes = (6, 4), (4, 6), (6, 4), (5, 5)
-    ours, theirs = (
-        [torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2)
-    )
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
     options = {"lr": 0.1, "weight_decay": 0.2, "momentum": 0.9, "nesterov": nesterov}
     opts = (
         muon.MuonWithAdamW([{"params": ours}], set(ours), **options),
