@@ -1,11 +1,12 @@
-"""Affine warps of a batch of images by cubic B-splines, mirrored beyond the edges.
+"""Affine warps of many images by cubic B-splines, mirrored beyond the edges.
 
 The law is that of `scipy.ndimage.affine_transform(order=3, mode="mirror")`, in float32 but for the
 coordinates. A spline's coefficients are those whose blend by (1, 4, 1) / 6 along each axis is the
 image (Unser et al., B-spline signal processing, IEEE TSP 41(2), 1993); each new pixel is a weighted
-sum of 4 x 4 of them, which an embedding bag takes in one pass over memory.
+sum of 4 x 4 of them.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -13,23 +14,23 @@ from torch.nn import functional as F
 
 # Of the cubic B-spline on [0, 1): a row for each power of the fraction, a column for each weight.
 _WEIGHTS = torch.tensor([[1, 4, 1, 0], [-3, 0, 3, 0], [3, -6, 3, 0], [-1, 3, -3, 1]]) / 6
+_BLOCKS = torch.block_diag(*[_WEIGHTS] * 4)  # of some places at once, which is faster
 _TAPS = torch.arange(-1, 3)
-# A coefficient depends on pixels k away by (sqrt(3) - 2)^k: by 4e-8 at 13.
-_BLOCK, _REACH = 32, 13
+_NOTHING = 1e-7  # a coefficient depends on pixels k away by about (sqrt(3) - 2)^k
+_BLOCK, _DENSE = 64, 128  # rows at a time of matrices whose zeros are worth skipping
 _PIXELS = 2**14  # at a time, which stay in a core's cache
 
 
-def warp(images: torch.Tensor, matrices: torch.Tensor) -> list[torch.Tensor]:
+def warp(images: Sequence[torch.Tensor], matrices: torch.Tensor) -> list[torch.Tensor]:
     """Move what is at p to matrix p: pixel coordinates (x, y, 1) with their origin in the centre.
 
-    images: (n, c, h, w). matrices: (n, 3, 3), invertible. Returns n of (c, h, w) in float32.
+    images: n of (c, h, w). matrices: (n, 3, 3), invertible. Returns n of (c, h, w) in float32.
     """
-    h, w = images.shape[2:]
+    h, w = images[0].shape[1:]
     inverse = torch.linalg.inv(matrices.double())
     centre = torch.tensor([w - 1, h - 1], dtype=torch.float64) / 2
     linear, shift = inverse[:, :2, :2], inverse[:, :2, 2]
     shift = shift + centre - linear @ centre  # from the first pixel's centre on
-    found = spline_coefficients(images.float())
     # scaled and shifted alone, so that the axes can follow each other; and those that are turned
     straight = (linear[:, 0, 1] == 0) & (linear[:, 1, 0] == 0)
     some = max(1, _PIXELS // (h * w))
@@ -37,37 +38,49 @@ def warp(images: torch.Tensor, matrices: torch.Tensor) -> list[torch.Tensor]:
     parts += [(i, _turned) for i in (~straight).nonzero().flatten().split(some) if len(i)]
     out = list(images)
     for part, resample in parts:
-        made = resample(found[part], linear[part], shift[part]).permute(0, 3, 1, 2)
-        for i, image in zip(part.tolist(), made):
+        pixels = torch.stack([images[i] for i in part.tolist()]).float()
+        for i, image in zip(part.tolist(), resample(pixels, linear[part], shift[part])):
             out[i] = image
     return out
 
 
-def spline_coefficients(images: torch.Tensor) -> torch.Tensor:
-    """The coefficients of cubic B-splines through pixels: (n, h, w, c). images: (n, c, h, w)."""
-    x = images.permute(2, 0, 3, 1).contiguous()
-    x = _blend_inverse(x).permute(2, 1, 0, 3).contiguous()
-    return _blend_inverse(x).permute(1, 2, 0, 3).contiguous()
+def spline_coefficients(images: torch.Tensor, beyond: tuple[int, int] = (0, 0)) -> torch.Tensor:
+    """The coefficients of cubic B-splines through pixels: (n, c, h, w). images: (n, c, h, w).
+
+    beyond: how many are added before the first and after the last, along both axes.
+    """
+    return _along_both(images, *(_inverse(n, *beyond)[None] for n in images.shape[2:]))
 
 
-def _blend_inverse(x: torch.Tensor) -> torch.Tensor:
-    """Coefficients along the first axis. x: (n, ...)."""
-    n, flat, out = len(x), x.view(len(x), -1), torch.empty_like(x)
-    for i in range(0, n, _BLOCK):
-        near = slice(max(0, i - _REACH), i + _BLOCK + _REACH)
-        block = slice(i, i + _BLOCK)
-        torch.mm(_inverse(n)[block, near], flat[near], out=out[block].view(-1, flat.shape[1]))
-    return out
+def _along_both(images: torch.Tensor, along_y: torch.Tensor, along_x: torch.Tensor) -> torch.Tensor:
+    """Each column times a matrix, each row times another: (n, c, i, j).
+
+    images: (n, c, h, w). along_y: (n or 1, i, h). along_x: (n or 1, j, w).
+    """
+    return _along(_along(images.mT, along_x).mT, along_y)
+
+
+def _along(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Products with matrices whose zeros are skipped. x: (n, c, h, w). matrices: (n or 1, i, h)."""
+    if x.shape[2] <= _DENSE:
+        return matrices[:, None] @ x
+    made = []
+    for rows in matrices[:, None].split(_BLOCK, 2):
+        used = rows.any(2).flatten(0, 1).any(0).nonzero()
+        near = slice(int(used[0]), int(used[-1]) + 1)
+        made.append(rows[..., near] @ x[:, :, near])
+    return torch.cat(made, 2)
 
 
 @cache
-def _inverse(n: int) -> torch.Tensor:
-    """The matrix that makes coefficients out of a line of n pixels: (n, n)."""
+def _inverse(n: int, before: int = 0, after: int = 0) -> torch.Tensor:
+    """The matrix that makes coefficients out of a line of n pixels: (before + n + after, n)."""
     blend = torch.zeros(n, n, dtype=torch.float64)
     for step, weight in (-1, 1), (0, 4), (1, 1):
         at = _mirrored(torch.arange(n) + step, n)
         blend.index_put_((torch.arange(n), at), torch.tensor(weight / 6).double(), accumulate=True)
-    return torch.linalg.inv(blend).float()
+    inverse = torch.linalg.inv(blend).float()[_mirrored(torch.arange(-before, n + after), n)]
+    return inverse.masked_fill_(inverse.abs() < _NOTHING, 0)
 
 
 def _mirrored(i: torch.Tensor, n: int) -> torch.Tensor:
@@ -76,74 +89,66 @@ def _mirrored(i: torch.Tensor, n: int) -> torch.Tensor:
     return torch.minimum(i % period, -i % period)
 
 
-def _stretched(found: torch.Tensor, linear: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """As `_turned`, of diagonal maps. found: (n, h, w, c). linear: (n, 2, 2). shift: (n, 2)."""
-    scale = linear.diagonal(dim1=1, dim2=2)
-    for axis in 1, 0:
-        n, size, across, c = found.shape
-        at = scale[:, axis, None] * torch.arange(size) + shift[:, axis, None]
+def _weights(fraction: torch.Tensor) -> torch.Tensor:
+    """Of the four coefficients around a place: (n, 4). fraction: (n,), of the way to the third."""
+    n, m = len(fraction), len(_BLOCKS) // 4
+    powers = fraction.new_ones(-(-n // m) * m, 4)
+    for i in 1, 2, 3:
+        torch.mul(powers[:n, i - 1], fraction, out=powers[:n, i])
+    return (powers.view(-1, 4 * m) @ _BLOCKS).view(-1, 4)[:n]
+
+
+def _stretched(images: torch.Tensor, linear: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """As `_turned`, of diagonal maps: a matrix along each axis, coefficients included.
+
+    images: (n, c, h, w). linear: (n, 2, 2). shift: (n, 2).
+    """
+    matrices = []
+    for axis, size in (1, images.shape[2]), (0, images.shape[3]):
+        at = linear[:, axis, axis, None] * torch.arange(size) + shift[:, axis, None]
         whole = at.floor()
         taps = _mirrored(whole.long()[..., None] + _TAPS, size)
-        taps += torch.arange(n)[:, None, None] * size
-        fraction = (at - whole).float().flatten()
-        weights = torch.stack([fraction**i for i in range(4)], 1) @ _WEIGHTS
-        lines = found.reshape(n * size, across * c)
-        found = F.embedding_bag(taps.view(-1, 4), lines, per_sample_weights=weights, mode="sum")
-        found = found.view(n, size, across, c).transpose(1, 2)
-    return found
-
-
-def _turned(found: torch.Tensor, linear: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """The pixels, (n, h, w, c), that come from linear (x, y) + shift.
-
-    found: (n, h, w, c). linear: (n, 2, 2). shift: (n, 2).
-    """
-    n, h, w, c = found.shape
-    wide = 4 if c == 3 else c  # which is summed faster
-    table = found.new_zeros(n, h + 3, w + 3, wide)
-    table[:, 1:-2, 1:-2, :c] = found
-    for i in -1, h, h + 1:
-        table[:, i + 1] = table[:, 1 + int(_mirrored(torch.tensor(i), h))]
-    for i in -1, w, w + 1:
-        table[:, :, i + 1] = table[:, :, 1 + int(_mirrored(torch.tensor(i), w))]
-    taps = (torch.arange(4)[:, None] * (w + 3) + torch.arange(4)).flatten().int()
-    first = torch.arange(n, dtype=torch.float64)[:, None, None] * ((h + 3) * (w + 3))
-    weights = torch.kron(_WEIGHTS, _WEIGHTS)
-    along_x = linear[:, :, 0, None, None] * torch.arange(w)
-    along_y = linear[:, :, 1, None, None] * torch.arange(h)[:, None] + shift[:, :, None, None]
-    out = []
-    for part in along_y.split(max(1, _PIXELS // (n * w)), dim=2):
-        x, right = _inside(part[:, 0] + along_x[:, 0], w)
-        y, down = _inside(part[:, 1] + along_x[:, 1], h)
-        at = x.add_(y, alpha=w + 3).add_(first).int()
-        made = F.embedding_bag(
-            at.view(-1, 1) + taps,
-            table.view(-1, wide),
-            per_sample_weights=_monomials(down.flatten(), right.flatten()).T @ weights,
+        matrix = F.embedding_bag(
+            taps.view(-1, 4),
+            _inverse(size),
+            per_sample_weights=_weights((at - whole).float().flatten()),
             mode="sum",
         )
-        out.append(made.view(*at.shape, wide))
-    return (out[0] if len(out) == 1 else torch.cat(out, 1))[..., :c]
+        matrices.append(matrix.view(*at.shape, size))
+    return _along_both(images, *matrices)
 
 
-def _inside(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinates mirrored into a line of n: whole pixels in float64, fractions. x: (...)."""
-    last = n - 1
-    furthest = x.abs().max().item() if last else 0.0
-    while furthest > last:
-        x.abs_().sub_(last).abs_().neg_().add_(last)
-        furthest -= 2 * last
-    x = x.abs_() if last else x.zero_()
-    whole = x.floor()
-    return whole, x.sub_(whole).float()
+def _turned(images: torch.Tensor, linear: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """The pixels, (n, c, h, w), that come from linear (x, y) + shift.
 
-
-def _monomials(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """y^i x^j for i, j from 0 to 3: (16, n). y, x: (n,)."""
-    out = x.new_empty(4, 4, len(x))
-    out[0, 0] = 1
-    for j in 1, 2, 3:
-        torch.mul(out[0, j - 1], x, out=out[0, j])
-    for i in 1, 2, 3:
-        torch.mul(out[i - 1], y, out=out[i])
-    return out.view(16, -1)
+    images: (n, c, h, w). linear: (n, 2, 2). shift: (n, 2).
+    """
+    n, c, h, w = images.shape
+    found = spline_coefficients(images, (1, 2)).permute(0, 2, 3, 1).contiguous()
+    # for each place four neighbours in x, which are summed last
+    rows, one = found.stride()[:2], found.stride(2)
+    table = found.as_strided((n, h + 3, w, 4 * c), (*rows, one, 1)).reshape(-1, 4 * c)
+    first = torch.arange(n)[:, None] * ((h + 3) * w) + torch.arange(0, 4 * w, w)
+    first = first[:, None, None].int()
+    along_x, along_y = (
+        linear[:, :, axis].T[:, :, None, None] * torch.arange(size).unsqueeze(axis)
+        for axis, size in ((0, w), (1, h))
+    )
+    along_y += shift.T[:, :, None, None]
+    period = 2 * torch.tensor([w - 1, h - 1], dtype=torch.float64).clamp(min=1e-9)
+    period = period[:, None, None, None]
+    out = torch.empty_like(images)
+    many = max(1, _PIXELS // (n * w))
+    for part, made in zip(along_y.split(many, 2), out.split(many, 2)):
+        at = part + along_x
+        at.addcmul_((at / period).round_(), period, value=-1).abs_()  # mirrored into the image
+        whole = at.floor()
+        across, down = _weights(at.sub_(whole).float().flatten()).view(2, -1, 4)
+        corner = torch.add(whole[0], whole[1], alpha=w).int()
+        four = F.embedding_bag(
+            (corner[..., None] + first).view(-1, 4), table, per_sample_weights=down, mode="sum"
+        )
+        terms = four.new_empty(4, c, len(four))
+        torch.mul(four.view(-1, 4, c).permute(1, 2, 0), across.T[:, None], out=terms)
+        made.copy_(terms.sum(0).view(c, n, -1, w).transpose(0, 1))
+    return out
