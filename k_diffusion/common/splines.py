@@ -18,7 +18,7 @@ _BLOCKS = torch.block_diag(*[_WEIGHTS] * 4)  # of some places at once, which is 
 _TAPS = torch.arange(-1, 3)
 _NOTHING = 1e-7  # a coefficient depends on pixels k away by about (sqrt(3) - 2)^k
 _BLOCK, _DENSE = 64, 128  # rows at a time of matrices whose zeros are worth skipping
-_PIXELS = 2**14  # at a time, which stay in a core's cache
+_PIXELS = 2**13  # at a time, which stay in a core's cache
 
 
 def warp(images: Sequence[torch.Tensor], matrices: torch.Tensor) -> list[torch.Tensor]:
@@ -139,6 +139,7 @@ def _turned(images: torch.Tensor, linear: torch.Tensor, shift: torch.Tensor) -> 
     period = period[:, None, None, None]
     out = torch.empty_like(images)
     many = max(1, _PIXELS // (n * w))
+    neighbours = torch.arange(4 * n * min(many, h) * w, dtype=torch.int32).view(-1, 4)
     for part, made in zip(along_y.split(many, 2), out.split(many, 2)):
         at = part + along_x
         at.addcmul_((at / period).round_(), period, value=-1).abs_()  # mirrored into the image
@@ -148,7 +149,8 @@ def _turned(images: torch.Tensor, linear: torch.Tensor, shift: torch.Tensor) -> 
         four = F.embedding_bag(
             (corner[..., None] + first).view(-1, 4), table, per_sample_weights=down, mode="sum"
         )
-        terms = four.new_empty(4, c, len(four))
-        torch.mul(four.view(-1, 4, c).permute(1, 2, 0), across.T[:, None], out=terms)
-        made.copy_(terms.sum(0).view(c, n, -1, w).transpose(0, 1))
+        pixels = F.embedding_bag(
+            neighbours[: len(four)], four.view(-1, c), per_sample_weights=across, mode="sum"
+        )
+        made.copy_(pixels.view(n, -1, w, c).permute(0, 3, 1, 2))
     return out

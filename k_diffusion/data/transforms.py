@@ -11,7 +11,8 @@ from ..common.images import PIL_MODES, convert_mode, from_pil_image, upright
 
 
 class Unaugmented(NamedTuple):
-    """An image, (c, h, w) in [-1, 1], and the random numbers of its augmentation, (13,)."""
+    """An image, (c, h, w) in [-1, 1], and the random numbers of its augmentation: (13,), (0,) for
+    none."""
 
     original: torch.Tensor
     numbers: torch.Tensor
@@ -59,7 +60,8 @@ class ImageTransform:
     def __call__(self, image: Image.Image) -> Any:
         image = self._fitted(image)
         if self.later:
-            return Unaugmented(from_pil_image(image), self.augment.draw())
+            numbers = torch.empty(0) if self.augment.disable_all else self.augment.draw()
+            return Unaugmented(from_pil_image(image), numbers)
         return self.augment(image)
 
     def _fitted(self, image: Image.Image) -> Image.Image:
