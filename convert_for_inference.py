@@ -63,11 +63,9 @@ def main() -> None:
         raise options.UsageError(f"--output must end in .safetensors, got {output}")
     check_writable(output)
     print(f"reading {args.checkpoint} ...")
-    state = checkpoints.read_checkpoint(args.checkpoint)
-    config = state["config"]
+    config, weights = checkpoints.read_averaged(args.checkpoint)
     if args.config is not None:
         config = K.config.load_config(args.config, strict=True)
-    weights = state.get("model_ema", state["model"])
     with torch.device("meta"):
         model = K.config.make_model(K.config.load_config(config))
     checkpoints.check_weights(model, weights, args.checkpoint)

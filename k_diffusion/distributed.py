@@ -6,13 +6,15 @@ import re
 import secrets
 import sys
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .common import launcher
 from .common.options import UsageError
 from .common.text import need
+
+_Error = TypeVar("_Error", bound=Exception)
 
 # What torchrun and the usual kinds of mpirun tell each of their processes.
 LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -116,17 +118,22 @@ def any_process(accelerator: Any, wish: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([int(wish)], device=accelerator.device)).any())
 
 
+def first_error(error: _Error | None) -> _Error | None:
+    """The error of the first process that has one, on all of them.
+
+    error: of this process, or None. All must call it.
+    """
+    from accelerate.utils import gather_object
+
+    return next((e for e in gather_object([error]) if e is not None), None)
+
+
 def end_together(accelerator: Any, error: Exception | None) -> None:
     """Raise an error that any process has on the main one, and end the others without a word.
 
     error: of this process, or None. All must call it.
     """
-    errors = [error]
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        errors = gather_object(errors)
-    first = next((error for error in errors if error is not None), None)
+    first = first_error(error) if accelerator.num_processes > 1 else error
     if first is not None and accelerator.is_main_process:
         raise first
     if first is not None:

@@ -197,9 +197,8 @@ def load_denoiser(
         weights = checkpoints.read_weights(path)
         loaded = load_config(config or path, strict=True)
     else:
-        state = checkpoints.read_checkpoint(path)
-        weights = state.get("model_ema", state["model"])
-        loaded = load_config(config or state["config"], strict=config is not None)
+        own, weights = checkpoints.read_averaged(path)
+        loaded = load_config(config or own, strict=config is not None)
     return _make(weights, loaded, path, autoencoder), loaded
 
 

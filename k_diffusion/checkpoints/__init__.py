@@ -1,6 +1,7 @@
 """Checkpoint files: written whole, read without running code, held against a model.
 
-`runs` finds those of a run by its name; `snapshots` are averages of its weights, to combine later.
+`runs` finds those of a run by its name; `sharded` are those that several processes write together;
+`snapshots` are averages of a run's weights, to combine later.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +19,54 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ..common.files import write_atomically
-from ..common.shards import load_whole
+from ..common.shards import load_whole, local
 from ..common.tensors import DTYPES, nbytes
 from ..common.untrusted import check_safetensors_file, check_torch_file, get_safetensors_metadata
+from . import sharded
 
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be used; says which, why, and what else there is."""
 
 
-def read_checkpoint(path: str | Path, mapped: bool = False) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, like: Any = None, only: Collection[str] | None = None
+) -> dict[str, Any]:
     """Read a training checkpoint (.pth) onto the CPU, without running code that it may hold.
 
-    mapped: leave its tensors in the file until they are used; several processes then share memory.
+    like: a DTensor, split over processes that each want their part. From a checkpoint of shards
+    each then reads its own, on the device of that tensor; of a whole one, tensors stay in the file
+    until they are used, in memory that processes share. only: the keys whose tensors are wanted,
+    None for all; others of a checkpoint of shards may come as meta tensors.
     Raises CheckpointError naming a file that is missing, truncated, larger than it is, changed
     since it was written (each part has a CRC-32), that holds code, or is no checkpoint.
     """
     if Path(path).suffix == ".safetensors":
         raise CheckpointError(f"{path} is an inference checkpoint; a training checkpoint is needed")
-    state = read_torch(path, mapped)
-    missing = [k for k in ("config", "model") if not isinstance(state, dict) or k not in state]
-    if missing:
-        has = f" but {_some(list(map(str, state)))}" if isinstance(state, dict) and state else ""
+    state = read_torch(path, mapped=like is not None)
+    keys = state if isinstance(state, dict) else {}
+    needed = ["config", "model", *(["model_ema"] if sharded.KEY in keys else [])]
+    if missing := [k for k in needed if k not in keys]:
+        has = f" but {_some(list(map(str, keys)))}" if keys else ""
         raise CheckpointError(f"{path} is no training checkpoint: it has no {missing}{has}")
     _check_parts(state, path)
-    return state
+    try:
+        return sharded.fill(Path(path), state, like, only)
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+
+
+def read_averaged(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config and the averaged weights of a training checkpoint. Raises CheckpointError."""
+    state = read_checkpoint(path, only=("model_ema",))
+    return state["config"], state.get("model_ema", state["model"])
 
 
 def read_torch(path: str | Path, mapped: bool = False) -> Any:
     """What torch.save has written to a file, on the CPU, without running code that it may hold.
 
-    mapped: as of `read_checkpoint`. Raises CheckpointError as that does, but for what is no
-    checkpoint.
+    mapped: leave its tensors in the file until they are used. Raises CheckpointError as
+    `read_checkpoint` does, but for what is no checkpoint.
     """
     try:
         check_torch_file(path)
@@ -225,9 +242,11 @@ def check_finite(
 ) -> None:
     """Raises CheckpointError naming weights that are NaN or infinite.
 
-    weights: of any shapes (...), by their names. remedy: ends the sentence.
+    weights: of any shapes (...), by their names; of split ones, this process's shards. remedy:
+    ends the sentence.
     """
-    if bad := [k for k, x in weights.items() if x.is_floating_point() and not x.isfinite().all()]:
+    shards = {k: local(x) for k, x in weights.items() if x.is_floating_point()}
+    if bad := [k for k, x in shards.items() if not x.isfinite().all()]:
         raise CheckpointError(f"{source} has NaN or infinite weights: {_some(bad)}; {remedy}")
 
 

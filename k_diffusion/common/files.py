@@ -42,13 +42,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], size: int
     size: the bytes it will take at least, for which there must be space. Raises OSError with the
     path if the folder can't be written, DiskFullError if the disk is full.
     """
-    free = shutil.disk_usage(path.parent).free if size else 0
-    if size > free:
-        raise DiskFullError(
-            f"can't write {path}: it takes {size:,} bytes, and the disk has {free:,} free; make "
-            f"space for {size - free:,} more, or choose another folder"
-        )
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    check_space(path, size)
+    part = temporary(path)
     # another's file or link of this name is nothing to write into
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -60,7 +55,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], size: int
             os.fsync(file.fileno())
         part.replace(path)
     except Exception as error:
-        if reason := _why_full(error):
+        if reason := why_full(error):
             written = part.stat().st_size
             missing = f" of {size:,}" if size > written else ""
             raise DiskFullError(
@@ -70,10 +65,20 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], size: int
         raise
     finally:
         part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _why_full(error: BaseException | None) -> str:
+def check_space(path: Path, size: int) -> None:
+    """Raises DiskFullError unless the disk has space for `size` bytes at a path to be written."""
+    free = shutil.disk_usage(path.parent).free if size else 0
+    if size > free:
+        raise DiskFullError(
+            f"can't write {path}: it takes {size:,} bytes, and the disk has {free:,} free; make "
+            f"space for {size - free:,} more, or choose another folder"
+        )
+
+
+def why_full(error: BaseException | None) -> str:
     """What the system says to a write that didn't fit; torch.save hides it behind its own error."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
@@ -85,7 +90,7 @@ def _why_full(error: BaseException | None) -> str:
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a new name in a folder last, should the machine lose its power."""
     with contextlib.suppress(OSError):  # Windows opens no folders, some file systems sync none
         handle = os.open(folder, os.O_RDONLY)
@@ -95,8 +100,13 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def temporary(path: Path) -> Path:
+    """A name beside a path's, that nobody else has, for what is renamed to it once it is whole."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+
+
 def temporary_of(path: Path) -> str | None:
-    """The name of the file that a temporary one of `write_atomically` would have become."""
+    """The name of the file, or the folder, that one named by `temporary` would have become."""
     found = re.fullmatch(r"\.(.+?)(\.[0-9a-f]{16})?\.part", path.name)
     return found[1] if found else None
 

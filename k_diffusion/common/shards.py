@@ -27,10 +27,10 @@ def split_of(p: torch.Tensor) -> Any:
 def split_like(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """x, which each process has, as a DTensor where p is one of this shape, else x itself.
 
-    x, p: (...).
+    x, p: (...). An x that is split already is taken to be split as p is.
     """
     like = split_of(p)
-    if like is None or x.shape != like.shape:
+    if like is None or x.shape != like.shape or hasattr(x, "full_tensor"):
         return x
     from torch.distributed.tensor import distribute_tensor
 
@@ -52,8 +52,18 @@ def join_like(shard: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     )
 
 
+def empty_split_like(x: torch.Tensor, like: Any) -> torch.Tensor:
+    """A tensor of x's shape (...) and type, split as the DTensor `like` is; on the CPU if None."""
+    if like is None:
+        return torch.empty(x.shape, dtype=x.dtype)
+    import torch.distributed.tensor as distributed
+
+    place = {"device_mesh": like.device_mesh, "placements": like.placements}
+    return distributed.empty(x.shape, dtype=x.dtype, **place)
+
+
 def load_whole(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Load whole weights (...), by their names, into a model that may be split over processes."""
+    """Load weights (...), whole or split as the model is, by their names, into a model."""
     own = model.state_dict()
     model.load_state_dict({k: split_like(x, own[k]) for k, x in weights.items()})
 
@@ -68,5 +78,24 @@ def gather_to_host(state: Any, keep: bool) -> Any:
     def copied(x: torch.Tensor) -> Any:
         full = whole(x.detach())
         return full.to("cpu", copy=True) if keep else None
+
+    return map_tensors(copied, state)
+
+
+def copy_to_host_mesh(state: Any, mesh: Any) -> Any:
+    """A copy on the host of a nest of dicts, lists and tuples, whose DTensors stay split.
+
+    mesh: of the same processes' CPUs. No process waits for another.
+    """
+    from torch.distributed.tensor import DTensor
+
+    def copied(x: torch.Tensor) -> torch.Tensor:
+        host = local(x.detach()).to("cpu", copy=True)
+        like = split_of(x)
+        if like is None:
+            return host
+        return DTensor.from_local(
+            host, mesh, like.placements, shape=x.shape, stride=x.stride(), run_check=False
+        )
 
     return map_tensors(copied, state)

@@ -61,14 +61,25 @@ def nbytes(state: Any) -> int:
 
 def map_tensors(function: Callable[[torch.Tensor], Any], state: Any) -> Any:
     """A nest of dicts, lists, tuples and plain values with a function of each of its tensors."""
+    return map_named_tensors(lambda name, x: function(x), state)
+
+
+def map_named_tensors(
+    function: Callable[[str, torch.Tensor], Any], state: Any, name: str = ""
+) -> Any:
+    """As `map_tensors`, for a function of each tensor's name, `key/key/...`, and the tensor."""
     if isinstance(state, torch.Tensor):
-        return function(state)
+        return function(name, state)
+    inner = f"{name}/" if name else ""
     if isinstance(state, dict):
         copied = copy.copy(state)  # of its kind, with the versions that a state dict carries
-        copied.update((key, map_tensors(function, x)) for key, x in state.items())
+        copied.update(
+            (key, map_named_tensors(function, x, f"{inner}{key}")) for key, x in state.items()
+        )
         return copied
     if isinstance(state, list | tuple):
-        return type(state)(map_tensors(function, x) for x in state)
+        named = enumerate(state)
+        return type(state)(map_named_tensors(function, x, f"{inner}{i}") for i, x in named)
     return state
 
 

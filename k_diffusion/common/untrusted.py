@@ -6,6 +6,7 @@ import os
 import struct
 import zipfile
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError, safe_open
 
@@ -23,23 +24,28 @@ def check_torch_file(path: PathLike) -> None:
     """
     check_readable(path, "checkpoint")
     with open(path, "rb") as file:
-        head = file.read(4)
-        if not b"PK\x03\x04".startswith(head):
-            raise ValueError(
-                f"{path} is damaged or no checkpoint: it isn't in torch.save's zip format; an "
-                "older or other file has to be loaded and saved anew by a program that you trust"
-            )
-        size = file.seek(0, io.SEEK_END)
-        try:
-            entries = zipfile.ZipFile(file).infolist()
-        except (
-            zipfile.BadZipFile,
-            ValueError,
-            OSError,
-            struct.error,
-            NotImplementedError,
-        ) as error:
-            raise ValueError(f"{path} is damaged or truncated: {error}") from None
+        check_torch_stream(file, path)
+
+
+def check_torch_stream(file: IO[bytes], path: PathLike) -> None:
+    """As `check_torch_file`, of an open file, which it leaves anywhere. path: of it."""
+    head = file.read(4)
+    if not b"PK\x03\x04".startswith(head):
+        raise ValueError(
+            f"{path} is damaged or no checkpoint: it isn't in torch.save's zip format; an "
+            "older or other file has to be loaded and saved anew by a program that you trust"
+        )
+    size = file.seek(0, io.SEEK_END)
+    try:
+        entries = zipfile.ZipFile(file).infolist()
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        OSError,
+        struct.error,
+        NotImplementedError,
+    ) as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from None
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED:
             raise ValueError(

@@ -122,7 +122,7 @@ def _read(source: str | Path | Mapping[str, Any] | IO[str]) -> tuple[dict[str, A
             raise ConfigError(f"{path} has no config in its metadata; pass a .json config")
         return _loads(metadata["config"], path), True
     if path.suffix in CHECKPOINTS:
-        return read_checkpoint(path)["config"], True
+        return read_checkpoint(path, only=())["config"], True
     try:
         check_readable(path, "config file")
         text = path.read_text(encoding="utf-8-sig")

@@ -121,6 +121,9 @@ def parse_args(description: str | None = None, unused: Sequence[str] = ()) -> ar
         metavar="MINUTES",
         help="save one, too, when the last is that old",
     )
+    text = "with --fsdp: each process writes its shards, into the folder NAME_STEP.dcp, instead of "
+    text += "sending them to the first process, which otherwise needs memory for the whole state"
+    add("--save-sharded", action="store_true", help=text)
     add("--keep", **count, help="delete all but the newest N, and the last from before trouble")
     add(
         "--resume",
@@ -192,6 +195,8 @@ def parse_args(description: str | None = None, unused: Sequence[str] = ()) -> ar
     for flag in ("wandb_entity", "wandb_group", "wandb_save_model"):
         if getattr(args, flag) and not args.wandb_project:
             p.error(f"--{flag.replace('_', '-')} needs a --wandb-project")
+    if args.save_sharded and not args.fsdp:
+        p.error("--save-sharded writes the shards that --fsdp makes: pass both, or neither")
     if args.resume and args.resume_inference:
         p.error("--resume goes on with a run and --resume-inference starts one: pass one of them")
     if args.output_dir is not None:

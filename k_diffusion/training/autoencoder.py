@@ -16,7 +16,7 @@ from ..encoders import as_rgb
 
 # Flags of train.py that have no meaning here.
 UNUSED = (
-    *("dry_run", "checkpointing", "compile", "fsdp", "gns", "power_ema"),
+    *("dry_run", "checkpointing", "compile", "fsdp", "save_sharded", "gns", "power_ema"),
     *("validate_every", "validate_n"),
     *("evaluate_every", "evaluate_n", "evaluate_only", "evaluate_with", "evaluate_weights"),
     *("evaluate_split", "clip_model", "dinov2_model"),

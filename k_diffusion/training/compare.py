@@ -56,7 +56,7 @@ def _facts(name: str) -> dict[str, Any]:
             facts = json.loads(path.read_text())
             return {"config": facts["config"], "run": facts["run"], "end_step": facts["end_step"]}
         for checkpoint in find_checkpoints(name)[:1]:
-            state = read_checkpoint(checkpoint)
+            state = read_checkpoint(checkpoint, only=())
             return {"config": state["config"], "run": state.get("run") or {}}
     except (CheckpointError, ValueError, KeyError) as error:
         print(f"the config of {name} can't be read ({error}); it is left out")

@@ -11,7 +11,7 @@ from .. import distributed
 from ..common import options
 from ..data import stream
 from ..data.training_data import TrainingData
-from . import log, page, setup
+from . import log, page, setup, sharding
 from .saving import Saver
 from .signals import StopSignal
 from .state import TrainState
@@ -58,6 +58,7 @@ def make_saver(
         every=args.save_every,
         minutes=args.save_minutes,
         keep=args.keep,
+        mesh=sharding.make_host_mesh() if args.save_sharded else None,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import CheckpointError, load_weights, read_checkpoint, read_weights
-from ..distributed import broadcast, end_together
+from ..distributed import broadcast, end_together, first_error
 from .run_files import find_checkpoints, state_path
 from .state import TrainState
 
@@ -20,10 +20,11 @@ def resume(
     an error. Returns what was loaded. Raises CheckpointError.
     """
     candidates = find_checkpoints(name) if path is None else [path]
+    if state.split is not None:  # they read their parts of the same ones
+        candidates = broadcast(candidates)
     for candidate in candidates:
-        try:
-            checkpoint = read_checkpoint(candidate, mapped=state.split)
-        except CheckpointError as error:
+        checkpoint, error = _read(candidate, state.split)
+        if checkpoint is None:
             if path is not None:
                 raise CheckpointError(f"{error}{_others(name, path)}") from error
             say(f"{error}; going back to the checkpoint before it")
@@ -44,6 +45,18 @@ def resume(
             f"none of the checkpoints of {name!r} can be read; pass another --name to start anew"
         )
     return None
+
+
+def _read(path: Path, like: Any) -> tuple[dict[str, Any] | None, CheckpointError | None]:
+    """A checkpoint, or why it can't be read; of processes that each read their part, by any one."""
+    checkpoint, error = None, None
+    try:
+        checkpoint = read_checkpoint(path, like)
+    except CheckpointError as caught:
+        error = caught
+    if like is not None and (error := first_error(error)) is not None:
+        return None, error
+    return checkpoint, error
 
 
 def check_shared(accelerator: Any, name: str, resumed: Path | None, step: int) -> None:

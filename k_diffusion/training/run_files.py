@@ -1,12 +1,14 @@
 """The files that a run writes and deletes: their names, its checkpoints, its own folder."""
 
+import contextlib
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import write_checkpoint
+from ..checkpoints import sharded, write_checkpoint
 from ..checkpoints.runs import find_checkpoints, state_path, steps_of
 from ..checkpoints.snapshots import PATTERN
 from ..common.files import temporary_of, write_atomically
@@ -45,14 +47,27 @@ def check_own_folder(name: str) -> None:
         )
 
 
-def save_checkpoint(name: str, step: int, state: Mapping[str, Any]) -> Path:
-    """Save a training checkpoint as NAME_STEP.pth and point NAME_state.json at it."""
+def save_checkpoint(name: str, step: int, state: Mapping[str, Any], group: Any = None) -> Path:
+    """Save a training checkpoint as NAME_STEP.pth and point NAME_state.json at it.
+
+    group: of all processes, of which each then writes its shards; all must call it, and the first
+    one does the rest.
+    """
     path = run_file(name, f"{step:08}.pth")
+    if group is not None:
+        rest = sharded.write_shards(path, state, group)
+        if rest is None:
+            return path
+        state = rest
     write_checkpoint(path, state)
     # as seen from the working directory, where older versions look for it; find_checkpoints looks
     # beside this file first, so that a run's folder can be moved
     text = json.dumps({"latest_checkpoint": path.as_posix()})
     write_atomically(state_path(name), lambda file: file.write(text.encode()))
+    # shards of a checkpoint that this one replaced; a folder that can't be deleted is no error of
+    # saving, and is tried again when the path is written again
+    with contextlib.suppress(OSError):
+        sharded.delete_shards(path, but=state.get(sharded.KEY, {}).get("folder"))
     return path
 
 
@@ -71,6 +86,7 @@ def prune(name: str, step: int, keep: int, trouble: int = 0) -> None:
     old = [path for path, at in steps_of(name).items() if at <= step][keep:]
     for path in old:
         if path != kept:
+            sharded.delete_shards(path)  # first: what is left of a kill is deleted the next time
             path.unlink(missing_ok=True)
 
 
@@ -79,9 +95,12 @@ def remove_temporaries(name: str) -> None:
     state = state_path(name)
     own = re.compile(
         re.escape(state.name.removesuffix("_state.json"))
-        + rf"_(\d{{8,}}\.pth|{PATTERN}|state\.json|demo_\d{{8,}}\.png|loss\.png|run\.json)"
+        + rf"_(\d{{8,}}\.(?:pth|dcp)|{PATTERN}|state\.json|demo_\d{{8,}}\.png|loss\.png|run\.json)"
         + (rf"|{re.escape(PAGE)}" if Path(f"{name}_{FACTS}").exists() else "")
     )
     for path in state.parent.glob(".*.part"):
         if own.fullmatch(temporary_of(path) or ""):
-            path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """When to save a checkpoint, and a thread that writes it while training goes on."""
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,9 +10,9 @@ from typing import Any
 
 from ..checkpoints.snapshots import snapshot_suffix, write_snapshot
 from ..common import memory
-from ..common.shards import gather_to_host
-from ..common.tensors import copy_to_host, nbytes
-from ..distributed import broadcast, end_together, sharded
+from ..common.shards import copy_to_host_mesh, gather_to_host, local
+from ..common.tensors import copy_to_host, map_tensors, nbytes
+from ..distributed import any_process, broadcast, end_together, sharded
 from .run_files import prune, run_file, save_checkpoint
 from .state import TrainState
 
@@ -22,8 +23,9 @@ class Saver:
     Training waits for the copy to host memory alone, or until all is written where there is no
     memory for a copy. A second checkpoint waits for the first to be written. An error of writing is
     raised at the next step, or on leaving the context. keep: how many checkpoints to keep, None for
-    all. report: is told the path of each, once it is written. say: is told what went otherwise. All
-    processes make the same calls; the main one writes.
+    all. report: is told the path of each, once it is written. say: is told what went otherwise.
+    mesh: of `sharding.make_host_mesh`, through which each process writes its shards; without it,
+    the main process gets them all and writes. All processes make the same calls.
     """
 
     def __init__(
@@ -37,10 +39,12 @@ class Saver:
         every: int,
         minutes: float,
         keep: int | None = None,
+        mesh: Any = None,
     ):
         self.accelerator, self.main, self.name = accelerator, accelerator.is_main_process, name
         self.report, self.say = report, say
         self.every, self.seconds, self.keep = every, 60 * minutes, keep
+        self.mesh = mesh
         self.began = self.saved_at = time.monotonic()
         self.began_step = self.saved_step = self.look_at = state.step
         self.failed = self.crowded = False
@@ -78,41 +82,58 @@ class Saver:
             state.trouble = 0
         values: dict[str, Any] = {}
         copied: dict[str, Any] | None = values
-        if sharded(self.accelerator):
+        profiles = None
+        crowded = False
+        if self.mesh is not None:
             values = state.state_dict()
-            self._check_memory(values)
-            copied = values = gather_to_host(values, self.main)
+            profiles = self._gather(values["power_ema"], "the averages of --power-ema")
+            copied = _copy(values, self.mesh)
+            # a process that has no copy waits for the writers of all, and the others for it
+            crowded = any_process(self.accelerator, copied is None)
+        elif sharded(self.accelerator):
+            copied = values = self._gather(state.state_dict(), "the state")
         elif self.main:
             values = state.state_dict()
             copied = _copy(values)
+            crowded = copied is None
         self.saved_at, self.saved_step, self.look_at = time.monotonic(), state.step, 0
-        if self.main:
+        if self.main or self.mesh is not None:
+            values = values if copied is None else copied
+            profiles = profiles or values.get("power_ema")
             self.writing = self.writer.submit(
-                self._write, state.step, values if copied is None else copied, state.trouble
+                self._write, state.step, values, profiles, state.trouble
             )
-        if copied is None:
+        if crowded:
             if not self.crowded:
                 self.crowded = True
                 self.say("the host has no memory for a copy of the state: training waits for saves")
             self.finish()
 
-    def _check_memory(self, values: dict[str, Any]) -> None:
-        """Raises ValueError on the main process, and ends the others, if it can't hold it all."""
+    def _gather(self, values: Any, what: str) -> Any:
+        """Whole tensors on the main process's host, None for them on the others.
+
+        Raises ValueError on the main process, and ends the others, if it can't hold them.
+        """
         error = None
         try:
             if self.main:
                 remedy = "its process puts the shards together: give its machine more"
-                memory.check(nbytes(values), "the state to be saved", remedy)
+                remedy += "" if self.mesh is not None else ", or pass --save-sharded"
+                memory.check(nbytes(values), f"{what} to be saved", remedy)
         except ValueError as caught:
             error = caught
         end_together(self.accelerator, error)
+        return gather_to_host(values, self.main)
 
     def _write(
-        self, step: int, values: dict[str, Any], trouble: int
+        self, step: int, values: dict[str, Any], profiles: Any, trouble: int
     ) -> tuple[Path, OSError | None]:
-        """The path of the checkpoint, and an error of deleting old ones."""
+        """The path of the checkpoint, and an error of deleting old ones. profiles: whole."""
+        group = None if self.mesh is None else self.mesh.get_group()
+        if not self.main:
+            return save_checkpoint(self.name, step, values, group), None
         # before the checkpoint: a run that resumes from it has all snapshots up to there
-        for width, profile in (values.get("power_ema") or {}).items():
+        for width, profile in (profiles or {}).items():
             write_snapshot(
                 run_file(self.name, snapshot_suffix(step, width)),
                 values["config"],
@@ -121,7 +142,7 @@ class Saver:
                 width=width,
                 since=self.began_step,
             )
-        path = save_checkpoint(self.name, step, values)
+        path = save_checkpoint(self.name, step, values, group)
         try:
             if self.keep is not None:
                 prune(self.name, step, self.keep, trouble)
@@ -137,9 +158,12 @@ class Saver:
         try:
             path, left = done.result()
         except BaseException:
+            if not self.main:  # the main process knows of all failures, and ends the run
+                return
             self.failed = True
             raise
-        self.report(path)
+        if self.main:
+            self.report(path)
         if left is not None:
             self.say(f"can't delete old checkpoints ({left}); going on")
 
@@ -158,13 +182,16 @@ class Saver:
             self.writer.shutdown()
 
 
-def _copy(values: dict[str, Any]) -> dict[str, Any] | None:
-    """A copy on the host, or None if there is no memory for one."""
+def _copy(values: dict[str, Any], mesh: Any = None) -> dict[str, Any] | None:
+    """A copy on the host, of shards as DTensors of that mesh, or None if there is no memory."""
     there = memory.available()
-    if there is not None and nbytes(values) > there:
+    needed = nbytes(values)
+    if mesh is not None:  # all processes of a machine copy at once
+        needed = nbytes(map_tensors(local, values)) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if there is not None and needed > there:
         return None
     try:
-        return copy_to_host(values)
+        return copy_to_host(values) if mesh is None else copy_to_host_mesh(values, mesh)
     except (MemoryError, RuntimeError) as error:
         if not memory.ran_out(error):
             raise

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import distributed
+from ..checkpoints.sharded import shard_folders
 from ..common.files import check_writable
 from ..common.modules import n_params
 from ..common.text import need
@@ -115,7 +116,10 @@ def describe(
 
 
 def save_to_wandb(path: Path) -> None:
-    """Keep a checkpoint with the Weights & Biases run."""
+    """Keep a checkpoint, with its shards, with the Weights & Biases run."""
     import wandb
 
     wandb.save(str(path))
+    for folder in shard_folders(path):
+        for file in sorted(folder.iterdir()):
+            wandb.save(str(file), base_path=str(folder.parent))

@@ -9,6 +9,7 @@ import argparse
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -85,6 +86,19 @@ def check(accelerator: Any) -> None:
             f"--fsdp has no gradient scale that all processes share, as "
             f"{accelerator.mixed_precision} needs; pass --mixed-precision bf16"
         )
+
+
+def make_host_mesh() -> Any:
+    """All processes as a mesh of CPUs, whose group, of gloo, is for saving alone.
+
+    A thread can save through it while training goes on with the other group. All must call it.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    # one that is gone is seen at once; one whose disk is slow may take hours
+    group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return DeviceMesh.from_group(group, "cpu")
 
 
 def place(accelerator: Any, model: nn.Module) -> nn.Module:

@@ -64,9 +64,10 @@ class TrainState:
         return self.samples // self.dataset_length
 
     @property
-    def split(self) -> bool:
-        """Whether this process has a part of the model alone."""
-        return any(split_of(p) is not None for p in self.model.parameters())
+    def split(self) -> Any:
+        """A DTensor of the model, None where each process has all of it."""
+        parts = map(split_of, self.model.parameters())
+        return next((p for p in parts if p is not None), None)
 
     def skipped(self, step: int) -> None:
         """Take note that a step was skipped, as its loss or gradient was NaN or infinite."""

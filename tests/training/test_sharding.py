@@ -1,7 +1,9 @@
 """Training split over two processes, against the same training in one."""
 
 import copy
+import errno
 import json
+import os
 import shutil
 from functools import partial
 from types import SimpleNamespace
@@ -10,12 +12,15 @@ import pytest
 import runs
 import torch
 from test_step import fix_noise, images, one_accelerator  # noqa: F401
+from torch.distributed.checkpoint import FileSystemWriter
 
 import k_diffusion as K
-from k_diffusion import distributed, generation
+from k_diffusion import checkpoints, distributed, generation
+from k_diffusion.checkpoints import sharded
+from k_diffusion.common.files import DiskFullError
 from k_diffusion.common.options import UsageError
 from k_diffusion.common.shards import gather_to_host, join_like, local, whole
-from k_diffusion.common.tensors import map_tensors
+from k_diffusion.common.tensors import map_tensors, nbytes
 from k_diffusion.training import optim, power_ema, sharding, step
 from k_diffusion.training.state import TrainState
 
@@ -94,6 +99,21 @@ def steps(run):
     return [run.train(), run.train(accumulate=2, checkpointing="full")]
 
 
+def full_disk(rank, state, path):
+    """What comes of writing shards where the disk of process 1 is full."""
+
+    def write_data(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(FileSystemWriter, "write_data", write_data)
+        try:
+            return sharded.write_shards(path, state, sharding.make_host_mesh().get_group())
+        except DiskFullError as error:
+            return str(error)
+
+
 def in_each_process(rank, folder):
     generation.STEPS = 2
     fix_noise(setattr)
@@ -113,18 +133,34 @@ def in_each_process(rank, folder):
     weights = [map(local, m.parameters()) for m in (run.inner, average, power)]
     found["reset"] = [torch.equal(a, b) for a, b, _ in zip(*weights)]
     found["bf16"] = Run(split=True, mixed_precision="bf16").train()
+    found["full"] = full_disk(rank, run.state.state_dict(), folder / "is_full_00000002.pth")
     torch.save(found, folder / f"{rank}.pt")
     with pytest.MonkeyPatch.context() as patch:
-        options = "--batch-size", 4, "--fsdp", "--end-step", 3, "--demo-every", 3
-        runs.call("train", *TRAIN, *options, folder=folder / "two", monkeypatch=patch)
+        # the end of a run, after which processes can't meet again at this port
+        patch.setattr(torch.distributed, "destroy_process_group", lambda *group: None)
+
+        def train(name, end, *options):
+            options = "--batch-size", 4, "--fsdp", "--save-every", 1, "--end-step", end, *options
+            runs.call("train", *TRAIN, *options, folder=folder / name, monkeypatch=patch)
+
+        train("two", 4, "--demo-every", 3)
+        for end in 3, 4, 4:
+            train("shards", end, "--save-sharded", "--demo-every", 100)
+            if rank == 0 and end == 4:  # of what process 1 alone reads: both go back to step 3
+                file = folder / "shards" / "a_00000004.dcp" / "__1_0.distcp"
+                file.exists() and os.truncate(file, 100)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where train.py ran for three steps in one process, then for the third one in two."""
+    """Where train.py ran for three steps in one process, then from the second one on in two.
+
+    These took two steps, and saved whole checkpoints, and in "shards" each its shards, where they
+    resumed from such a checkpoint.
+    """
     folder = tmp_path_factory.mktemp("sharding")
     section = {"optimizer": {"type": "muon", "lr": 2e-3}}
-    for name in "one", "two":
+    for name in "one", "two", "shards":
         (folder / name).mkdir()
         (folder / name / "tiny.json").write_text(json.dumps(runs.TINY | section))
     with pytest.MonkeyPatch.context() as patch:
@@ -132,8 +168,9 @@ def folder(tmp_path_factory):
         fix_noise(patch.setattr)
         options = "--batch-size", 8, "--end-step", 3, "--save-every", 2, "--demo-every", 10
         runs.call("train", *TRAIN, *options, folder=folder / "one", monkeypatch=patch)
-    shutil.copy(folder / "one" / "a_00000002.pth", folder / "two")
-    (folder / "two" / "a_state.json").write_text('{"latest_checkpoint": "a_00000002.pth"}')
+    for name in "two", "shards":
+        shutil.copy(folder / "one" / "a_00000002.pth", folder / name)
+        (folder / name / "a_state.json").write_text('{"latest_checkpoint": "a_00000002.pth"}')
     runs.in_two_processes(in_each_process, folder)
     return folder
 
@@ -208,6 +245,65 @@ def test_a_run_goes_on_on_another_number_of_processes(folder):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     close(two, one, rtol=1e-3, atol=1e-5)
     assert (folder / "two" / "a_demo_00000003.png").is_file()
+
+
+def test_shards_hold_the_state_that_a_whole_checkpoint_has(folder):
+    """Bit by bit, also a step after it was resumed from."""
+    for at in 3, 4:
+        paths = [folder / name / f"a_{at:08}.pth" for name in ("two", "shards")]
+        whole, shards = map(checkpoints.read_checkpoint, paths)
+        assert whole.pop("elapsed") != shards.pop("elapsed")
+        assert runs.differences(whole, shards) == []
+        averages = [path.with_name(f"a_{at:08}_ema0.1.safetensors") for path in paths]
+        assert runs.differences(*map(checkpoints.read_weights, averages)) == []
+
+
+def test_shards_are_exported_for_inference(folder, monkeypatch):
+    whole = runs.read(folder / "two" / "a_00000004.pth")["model_ema"]
+    loaded = K.load(folder / "shards" / "a")  # the run's latest
+    assert runs.differences(dict(loaded.inner_model.state_dict()), dict(whole)) == []
+    options = "a_00000003.pth", "--dtype", "fp32", "-o", "exported.safetensors"
+    runs.call("convert_for_inference", *options, folder=folder / "shards", monkeypatch=monkeypatch)
+    whole = runs.read(folder / "two" / "a_00000003.pth")["model_ema"]
+    exported = checkpoints.read_weights(folder / "shards" / "exported.safetensors")
+    assert runs.differences(exported, dict(whole)) == []
+
+
+def test_each_process_writes_its_part(folder):
+    path = folder / "shards" / "a_00000004.pth"
+    total = nbytes(checkpoints.read_checkpoint(path))
+    names = sorted(p.name for p in path.parent.glob("*.dcp"))
+    assert names == ["a_00000003.dcp", "a_00000004.2.dcp"]  # saved again, once it was damaged
+    sizes = [p.stat().st_size for p in (path.parent / names[1]).glob("__?_0.distcp")]
+    assert len(sizes) == 2
+    assert nbytes(runs.read(path)["shards"]) == 0
+    weights = [x for x in runs.read(path)["model"].values() if not x.is_meta]
+    assert nbytes(weights) < 0.01 * total  # buffers alone
+    # a tensor's frame takes about a thousand bytes, which counts in a model as tiny as this
+    assert max(sizes) < 0.55 * sum(sizes)
+
+
+def test_where_one_disk_is_full_the_first_process_says_so(folder, two):
+    assert "is_full_00000002.dcp: No space left on device; make space" in two[0]["full"]
+    assert two[1]["full"] is None
+    assert not list(folder.glob("*is_full*"))
+
+
+def test_one_process_goes_on_from_shards(folder, tmp_path, monkeypatch):
+    for name in "a_00000003.pth", "tiny.json":
+        shutil.copy(folder / "shards" / name, tmp_path)
+    shutil.copytree(folder / "shards" / "a_00000003.dcp", tmp_path / "a_00000003.dcp")
+    monkeypatch.setattr(generation, "STEPS", 2)
+    fix_noise(monkeypatch.setattr)
+    options = "--batch-size", 8, "--end-step", 4, "--demo-every", 100, "--keep", 1
+    runs.call("train", *TRAIN, *options, folder=tmp_path, monkeypatch=monkeypatch)
+    one, two = (runs.read(f / "a_00000004.pth") for f in (tmp_path, folder / "two"))
+    for state in one, two:
+        del state["elapsed"], state["run"]
+    losses = [state.pop("losses") for state in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    close(one["model_ema"], two["model_ema"], rtol=1e-3, atol=1e-4)
+    assert not list(tmp_path.glob("a_00000003*"))  # as --keep 1 says
 
 
 def config(**sections):

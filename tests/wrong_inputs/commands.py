@@ -56,6 +56,7 @@ ROWS = [
     Row("train", "--wandb-group us", "--wandb-group needs a --wandb-project", 2),
     Row("train", "--wandb-save-model", "--wandb-save-model needs a --wandb-project", 2),
     Row("train", "--resume a.pth --resume-inference a.safetensors", "pass one of them", 2),
+    Row("train", "--save-sharded", "writes the shards that --fsdp makes: pass both, or neither", 2),
     Row("train", "--gns", "pass --grad-accum-steps 2 with half the --batch-size", 2),
     Row("train", "--dry-run --mixed-precision fp16", "fp16 needs a GPU"),
     Row("sample", f"--seed {BIG}", "--seed: must be at most", 2),
