@@ -79,8 +79,8 @@ def warp(image: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.stack(channels))
 
 
-def warp_one_by_one(images: torch.Tensor, matrices: torch.Tensor) -> list[torch.Tensor]:
-    """What `splines.warp` computes together. images: (n, c, h, w). matrices: (n, 3, 3)."""
+def warp_one_by_one(images: Sequence[torch.Tensor], matrices: torch.Tensor) -> list[torch.Tensor]:
+    """What `splines.warp` computes together. images: n of (c, h, w). matrices: (n, 3, 3)."""
     return [warp(image, matrix) for image, matrix in zip(images, matrices)]
 
 
@@ -130,7 +130,9 @@ class KarrasAugmentationPipeline:
         self,
         originals: Sequence[torch.Tensor],
         numbers: torch.Tensor,
-        warp_all: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]] = splines.warp,
+        warp_all: Callable[
+            [Sequence[torch.Tensor], torch.Tensor], list[torch.Tensor]
+        ] = splines.warp,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """The augmented images, each (c, h, w), and their conditioning vectors, (n, 9).
 
@@ -143,7 +145,7 @@ class KarrasAugmentationPipeline:
         augmented = list(originals)
         turned = cond[:, 2:].any(1).nonzero().flatten().tolist()
         if turned:
-            warped = warp_all(torch.stack([originals[i] for i in turned]), matrices[turned])
+            warped = warp_all([originals[i] for i in turned], matrices[turned])
             for i, image in zip(turned, warped):
                 augmented[i] = image
         for i, (flip_x, flip_y) in enumerate(cond[:, :2].tolist()):
