@@ -55,12 +55,18 @@ class Recipe(NamedTuple):
 
 
 WARM = "lr_sched.warmup_steps=STEPS/20"
+MUON = "optimizer.type=muon", "optimizer.lr=LR"
 COSINE = "lr_sched.type=cosine", "lr_sched.num_steps=STEPS/1", WARM
+JIT = (
+    "model.prediction=x",
+    "model.loss_weighting=karras",  # it has one of its own
+    "model.sigma_sample_density.type=logit-normal",
+)
 RECIPES = {
     "adamw": Recipe("the config as it is: AdamW, exponential decay, soft-min-SNR"),
-    "muon": Recipe("Muon for the hidden matrices", ("optimizer.type=muon", "optimizer.lr=LR")),
+    "muon": Recipe("Muon for the hidden matrices", MUON),
     "cosine": Recipe("a cosine to 0 at the end", COSINE),
-    "muon + cosine": Recipe("both of these", ("optimizer.type=muon", "optimizer.lr=LR", *COSINE)),
+    "muon + cosine": Recipe("both of these", (*MUON, *COSINE)),
     "inverse-sqrt": Recipe(
         "constant, then falling as 1 / sqrt(step) from a fifth on",
         ("lr_sched.type=inverse-sqrt", "lr_sched.decay_start=STEPS/5", WARM),
@@ -71,14 +77,8 @@ RECIPES = {
     "sigmoid": Recipe(
         "soft-min-SNR with a cap of e^2", ("model.loss_weighting=sigmoid", "model.loss_bias=2")
     ),
-    "x-prediction": Recipe(
-        "JiT's loss and noise levels",
-        (
-            "model.prediction=x",
-            "model.loss_weighting=karras",  # it has one of its own
-            "model.sigma_sample_density.type=logit-normal",
-        ),
-    ),
+    "x-prediction": Recipe("JiT's loss and noise levels", JIT),
+    "muon + cosine + x-prediction": Recipe("all three", (*MUON, *COSINE, *JIT)),
     "power average": Recipe("a power-function average of width 0.1", width=0.1),
 }
 
