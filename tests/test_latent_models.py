@@ -11,7 +11,7 @@ from PIL import Image
 
 import k_diffusion as K
 from k_diffusion import generation
-from k_diffusion.data.latents import open_latents
+from k_diffusion.data.latent_sources import open_latents
 
 pytest.importorskip("accelerate")
 pytest.importorskip("sklearn")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ..data.latents import open_latents
+from ..data.latent_sources import open_latents
 from ..encoders.autoencoder import Autoencoder
 from ..encoders.text import StoredTexts, TextEncoder, Texts, load_open_clip, load_transformers
 from .images import (

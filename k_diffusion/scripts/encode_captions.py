@@ -8,7 +8,7 @@ from typing import Any
 from .. import conditions
 from ..common import options
 from ..config import check_code, load_config
-from ..data.latents import open_latents
+from ..data.latent_sources import open_latents
 from ..data.training_data import make_training_data
 from ..encoders.text import write_texts
 

@@ -20,7 +20,8 @@ from ..common.files import check_writable, writable, write_atomically
 from ..common.tensors import DTYPES
 from ..common.untrusted import get_safetensors_metadata
 from ..config import check_code, load_config
-from ..data.latents import INFO, LatentStatistics, open_latents, statistics_file
+from ..data.latent_sources import INFO, open_latents, statistics_file
+from ..data.latents import LatentStatistics
 from ..encoders.autoencoder import Autoencoder
 from ..encoders.text import TextEncoder, encode_texts, encoder_facts, pack_texts
 from ..evaluation.reals import RealImages

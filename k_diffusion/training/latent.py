@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from .. import conditions
-from ..data.latents import LatentSource, LatentStatistics, encoded, open_latents
+from ..data.latent_sources import LatentSource, open_latents
+from ..data.latents import LatentStatistics, encoded
 from ..data.training_data import make_training_data
 from ..encoders.autoencoder import Autoencoder
 from ..loading import make_autoencoder

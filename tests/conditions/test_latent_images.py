@@ -12,7 +12,8 @@ from PIL import Image
 
 import k_diffusion as K
 from k_diffusion import conditions, generation
-from k_diffusion.data.latents import latent_noise, open_latents
+from k_diffusion.data.latent_sources import open_latents
+from k_diffusion.data.latents import latent_noise
 from k_diffusion.data.training_data import make_training_data
 from k_diffusion.encoders.autoencoder import Autoencoder
 from k_diffusion.evaluation.reals import RealImages

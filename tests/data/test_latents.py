@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import k_diffusion as K
+from k_diffusion.data.latent_sources import open_latents
 from k_diffusion.data.latents import (
     Latents,
     LatentStatistics,
@@ -17,7 +18,6 @@ from k_diffusion.data.latents import (
     encoded,
     images_section,
     latent_noise,
-    open_latents,
 )
 from k_diffusion.data.training_data import TrainingData
 
@@ -84,7 +84,7 @@ def test_lightningdits_shards_are_read(tmp_path):
 
 
 def test_large_shards_are_read_row_by_row(tmp_path, monkeypatch):
-    import k_diffusion.data.latents as module
+    import k_diffusion.data.latent_sources as module
 
     write_lightning(tmp_path / "vavae")
     monkeypatch.setattr(module, "_IN_MEMORY", 0)

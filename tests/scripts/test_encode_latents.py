@@ -14,7 +14,7 @@ from PIL import Image
 
 import k_diffusion as K
 from k_diffusion import generation
-from k_diffusion.data.latents import open_latents
+from k_diffusion.data.latent_sources import open_latents
 from k_diffusion.encoders.text import StoredTexts, TextEncoder, load_transformers
 from k_diffusion.evaluation.reals import RealImages
 from k_diffusion.scripts import encode_captions
