@@ -1,13 +1,9 @@
 """The data sets that a config can name: a table of functions (section, transform, folder)."""
 
-import importlib.util
 import os
-import sys
-import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from ..common.files import PathLike, printable
 from ..common.images import CorruptImageError, convert_mode, open_image, unreadable, upright
 from ..common.text import need, unknown_name
 from .archives import tar_shards, zip_of_images
+from .custom import custom
 from .idx import IDXFolder, has_idx
 from .latents import Latents
 from .scan import IMG_EXTENSIONS, Paths, SizedFiles, images_below, in_split
@@ -134,62 +131,6 @@ def _digits(section: Mapping[str, Any], transform: Transform, folder: Path) -> D
             f"dataset.num_classes is {section['num_classes']}, but there are 10 digits"
         )
     return Digits(transform, section["split"])
-
-
-class Custom(Dataset[Any]):
-    """A data set made by a function of a Python file: `get_dataset(config, transform=...)`.
-
-    Pickles as the way to make it, so that worker processes started by spawn load the file anew.
-    """
-
-    def __init__(self, file: Path, function: str, config: Mapping[str, Any], transform: Transform):
-        self.recipe = (file, function, config, transform)
-        if not file.is_file():
-            raise ValueError(f"no data set file {file}; dataset.location is relative to the config")
-        name = f"k_diffusion_custom_{file.stem}"
-        spec = importlib.util.spec_from_file_location(name, file)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"{file} is not a Python file")
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        with _errors_of(file):
-            spec.loader.exec_module(module)
-        make = getattr(module, function, None)
-        if not callable(make):
-            raise ValueError(f"{file} has no function {function!r} (dataset.get_dataset)")
-        with _errors_of(file, f" in {function}(config, transform=...)"):
-            self.data = make(dict(config), transform=transform)
-        if not hasattr(self.data, "__getitem__") or not hasattr(self.data, "__len__"):
-            raise ValueError(
-                f"{function} of {file} must return a data set with __len__ and __getitem__, got "
-                f"{type(self.data).__name__}"
-            )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Custom, self.recipe
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Any:
-        with _errors_of(self.recipe[0], f" in item {index}"):
-            return self.data[index]
-
-
-@contextmanager
-def _errors_of(file: Path, where: str = "") -> Iterator[None]:
-    """Turns what a data set's file raises into a ValueError that says where it did."""
-    try:
-        yield
-    except (CorruptImageError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # sys.exit, too
-        lines = [
-            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        at = f"line {line} of {file}" if line else str(file)
-        said = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
-        raise ValueError(f"{at}{where}: {type(error).__name__}: {said}") from error
 
 
 def _imagefolder(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
@@ -356,11 +297,6 @@ def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path)
     return HuggingFace(data, section["image_key"], transform)
 
 
-def _custom(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:
-    file = (folder / section["location"]).resolve()
-    return Custom(file, section["get_dataset"], section["config"], transform)
-
-
 DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]] = {
     "digits": _digits,
     "imagefolder": _imagefolder,
@@ -374,7 +310,7 @@ DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]
         section["location"], transform, section["flip_prob"]
     ),
     "huggingface": _huggingface,
-    "custom": _custom,
+    "custom": custom,
 }
 
 
