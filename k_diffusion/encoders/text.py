@@ -114,6 +114,10 @@ def load_transformers(
 
 def _pretrained(kind: Any, location: PathLike, problem: str) -> Any:
     """`kind.from_pretrained` of a folder or repository; what it raises becomes a sentence."""
+    # The library replaces torch.linspace while it loads. torch lists its constructors, of tensors
+    # on a default device, at their first use: not then, or linspace would stay on the CPU for good.
+    with torch.device("meta"):
+        torch.empty(0)
     try:
         return kind.from_pretrained(str(location))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:

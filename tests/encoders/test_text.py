@@ -41,6 +41,14 @@ def test_it_is_frozen_and_cuts_off_long_texts(encoder):
     assert not made.tokens.requires_grad
 
 
+def test_loading_leaves_torch_as_it_was(folder):
+    """transformers replaces torch.linspace meanwhile."""
+    torch.utils._device._device_constructors.cache_clear()  # as in a new process
+    text.load_transformers(folder, max_length=6)
+    with torch.device("meta"):
+        assert torch.linspace(0, 1, 3).is_meta
+
+
 def test_without_a_pooled_output_it_is_the_mean(tmp_path):
     transformers = pytest.importorskip("transformers")
     tiny_text.save(tmp_path)
