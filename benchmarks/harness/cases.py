@@ -78,7 +78,7 @@ FFHQ = hourglass(1024, [2, 2, 2, 2, 2], [128, 256, 384, 768, 1024], 3, 0)
 CASES = {
     "cpu": [
         Case("flowers", "config_oxford_flowers_classes.json", (128, 128), 4),
-        Case("flowers, windows", WINDOWS, (128, 128), 4, ["compiled"]),
+        Case("flowers, windows", WINDOWS, (128, 128), 4),
         Case("mnist", "config_mnist_hourglass.json", (28, 28), 16),
         Case("digits", "config_digits_transformer.json", (8, 8), 64, ["compiled", "by-block"]),
     ],
