@@ -126,6 +126,12 @@ def prepare(accelerator: Any, model: nn.Module, opt: torch.optim.Optimizer) -> A
     if accelerator.mixed_precision == "bf16":
         _autocast(model, accelerator.device)
     prepared = accelerator.prepare(model, opt)
+    if accelerator.device.type == "cpu":  # torch 2.8's gloo sums up where it is to average
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in prepared[0].modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
     for group in opt.param_groups:
         group["params"] = [_shard_of(p) for p in group["params"]]
     return prepared
