@@ -65,11 +65,11 @@ def make_text_encoder(
     else:
         encoder = load_transformers(location, section["tokenizer"], section["max_length"])
     check_widths(config, encoder, location)
-    found, known = encoder.fingerprint(), section["fingerprint"]
-    if known not in {None, found}:
+    known = section["fingerprint"]
+    if known is not None and known != encoder.fingerprint():
         raise ValueError(
-            f"{location} is another text encoder (fingerprint {found}) than that of the model "
-            f"({known}); pass the one that it was trained with"
+            f"{location} is another text encoder (fingerprint {encoder.fingerprint()}) than that "
+            f"of the model ({known}); pass the one that it was trained with"
         )
     return encoder.freeze(device)
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,9 +50,14 @@ class TextEncoder(Frozen):
         sample = self(["a"])
         self.width, self.pooled_width = sample.tokens.shape[2], sample.pooled.shape[1]
 
-    def fingerprint(self) -> str:
-        """A digest of the weights, by which texts encoded beforehand name their encoder."""
+    @cached_property
+    def _digest(self) -> str:
         return digest(self.state_dict())[:16]
+
+    def fingerprint(self) -> str:
+        """A digest of the weights as they are when first asked for, by which texts encoded
+        beforehand name their encoder."""
+        return self._digest
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Texts:
