@@ -27,7 +27,9 @@ def test_all_configs_load_and_differ(recipes):
             name: recipes.make_config(path, recipe, 1000, ["optimizer.lr=0.002"])
             for name, recipe in recipes.RECIPES.items()
         }
-        assert {config["optimizer"]["lr"] for config in made.values()} == {0.002}
+        rates = {name: config["optimizer"]["lr"] for name, config in made.items()}
+        assert rates.pop("all three, tuned") == 0.005
+        assert set(rates.values()) == {0.002}
         assert {config["dataset"]["split"] for config in made.values()} == {"train"}
         assert made["cosine"]["lr_sched"]["num_steps"] == 1000
         assert made["cosine"]["lr_sched"]["warmup_steps"] == 50
