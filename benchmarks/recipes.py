@@ -89,8 +89,8 @@ RECIPES = {
     ),
     "x-prediction": Recipe("JiT's loss and noise levels", JIT),
     "muon + cosine + x-prediction": Recipe("all three", (*MUON, *COSINE, *JIT)),
-    "all three, tuned": Recipe(
-        "so that on digits both columns gain",
+    "tuned": Recipe(
+        "all three; rate and noise levels chosen on digits",
         (*MUON, *COSINE, *JIT, "optimizer.lr=5e-3", "model.sigma_sample_density.std=0.85"),
     ),
     "power average": Recipe("a power-function average of width 0.1", width=0.1),
