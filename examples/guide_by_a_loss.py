@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Sample a trained model towards a loss of your own: here, images whose left half is dark.
 
-    python examples/guide_by_a_loss.py digits_00002000.pth [--scale 20]
+    python examples/guide_by_a_loss.py digits_00000600.pth [--scale 20]
 
 Any differentiable function of the clean image will do: the distance to a sketch, a classifier's
 log-probability, a text's by CLIP (sample_clip_guided.py).

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Paint a part of an image anew: here, the half that a mask shows in white.
 
-    python examples/inpaint.py digits_00002000.pth image.png mask.png [--class 3]
+    python examples/inpaint.py digits_00000600.pth image.png mask.png [--class 3]
 
 `sample.py --init-image --mask` does the same; this is what to start from for masks, images or
 guidance of your own. docs/editing.md tells how it works.

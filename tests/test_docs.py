@@ -130,7 +130,7 @@ def run_command(words: list[str], folder: Path, monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A small class-conditional model of 8 x 8 digits: what pages call digits_00002000.pth."""
+    """A small class-conditional model of 8 x 8 digits: what pages call digits_00000600.pth."""
     folder = tmp_path_factory.mktemp("digits")
     config = folder / "tiny.json"
     config.write_text(json.dumps(runs.TINY))

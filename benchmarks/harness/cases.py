@@ -30,10 +30,11 @@ class Case:
     leave_out: Sequence[str] = ()
 
     def load(self) -> dict[str, Any]:
-        """The config with its defaults, at the size."""
+        """The config with its defaults, at the size, and AdamW: what the plain forms have."""
         given = self.config
         config = given if isinstance(given, dict) else ROOT / "configs" / given
-        return load_config(config, {"model": {"input_size": list(self.size)}})
+        at_size = {"input_size": list(self.size)}
+        return load_config(config, {"model": at_size, "optimizer": {"type": "adamw"}})
 
     def title(self, dtype: str) -> str:
         h, w = self.size

@@ -1,6 +1,6 @@
 """Models that one shares: images of them in a line, and folders and repositories with them.
 
-model = K.load("digits_00002000.pth")
+model = K.load("digits_00000600.pth")
 K.sample(model, n=16)[0].save("digit.png")
 K.push_to_hub(model, "me/digits")
 """
