@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ... import distributed
 from ...checkpoints.runs import find_checkpoint
@@ -30,6 +30,7 @@ from ...evaluation.registry import Options, label_of
 from .. import sample
 from . import inputs
 from .args import RECOGNITION, parse_args
+from .counter import Counter
 from .references import Reference, References
 
 __all__ = ["parse_args", "run"]
@@ -193,7 +194,7 @@ class Evaluation:
             say(f"wrote {path}")
         self._save()
 
-    def _batches(self, setting: argparse.Namespace, counter: "Counter") -> Iterator[Tensor]:
+    def _batches(self, setting: argparse.Namespace, counter: Counter) -> Iterator[Tensor]:
         """This process's share of the images."""
         if self.source.images is not None:
             mine = distributed.share(self.accelerator, self.n)
@@ -215,7 +216,7 @@ class Evaluation:
         references: dict[str, Reference],
         setting: argparse.Namespace,
         settings: dict[str, Any],
-        counter: "Counter",
+        counter: Counter,
     ) -> list[report.Row]:
         """The metrics of a set of samples."""
         rows = []
@@ -241,7 +242,7 @@ class Evaluation:
             return [f"{self.options.subsets} subsets of {self.options.subset_size:,}"]
         return [f"k = {self.options.k}"] if metric in PRDC._fields else []
 
-    def _how(self, setting: argparse.Namespace, counter: "Counter") -> dict[str, Any]:
+    def _how(self, setting: argparse.Namespace, counter: Counter) -> dict[str, Any]:
         if self.source.images is not None:
             return {}
         return {
@@ -376,33 +377,6 @@ class Evaluation:
         table = [tuple(heads), *(tuple(of + numbers) for of, numbers in lines)]
         print("\n".join(aligned(table)))
         print(f"wrote {self.folder / 'index.html'}, results.csv and results.json")
-
-
-class Counter:
-    """Counts a model's evaluations while it is watched."""
-
-    def __init__(self) -> None:
-        self.calls = self.batches = 0
-        self._handle: Any = None
-
-    def watch(self, model: nn.Module) -> None:
-        """Count the calls of the model from now on."""
-        self._handle = model.register_forward_pre_hook(self._count)
-
-    def _count(self, *_: Any) -> None:
-        self.calls += 1
-
-    @property
-    def per_image(self) -> int | None:
-        """Evaluations for one image."""
-        return round(self.calls / self.batches) if self.batches else None
-
-    def __enter__(self) -> "Counter":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._handle is not None:
-            self._handle.remove()
 
 
 def _plain(value: Any) -> Any:
