@@ -91,8 +91,8 @@ RECIPES = {
     "muon + cosine + x-prediction": Recipe("all three", (*MUON, *COSINE, *JIT)),
     "tuned": Recipe(
         "all three; rate, noise levels and cap of the weight by trial on digits",
-        (*MUON, *COSINE, *JIT, "optimizer.lr=5e-3", "model.loss_max_weight=25")
-        + ("model.sigma_sample_density.mean=-0.5", "model.sigma_sample_density.std=1.0"),
+        (*MUON, *COSINE, *JIT, "optimizer.lr=5e-3", "model.loss_max_weight=16")
+        + ("model.sigma_sample_density.mean=-0.7", "model.sigma_sample_density.std=0.9"),
     ),
     "power average": Recipe("a power-function average of width 0.1", width=0.1),
 }
