@@ -112,12 +112,16 @@ def read_snapshot(path: Path) -> Snapshot:
         raise CheckpointError(f"{path} is no snapshot of an average ({error})") from None
 
 
-def find_snapshots(run: Path, step: int | None = None) -> list[Snapshot]:
+def find_snapshots(
+    run: Path, step: int | None = None, width: float | None = None
+) -> list[Snapshot]:
     """The snapshots that led to the newest of a run, or to that of `step`, in their order.
 
     run: the run's name with its folder, a folder that holds one run, or a checkpoint of the run,
     whose step it then is. Snapshots of a run that was left for an earlier checkpoint are not on the
-    way. Raises CheckpointError where there are none.
+    way. All are of averages that began at one moment, as only these share their time: as that of
+    `width` did, if it is stored there, else the longest. Raises CheckpointError where there are
+    none.
     """
     folder, name = (run, None) if run.is_dir() else (run.parent, run.name)
     if name and (checkpoint := re.fullmatch(r"(.+)_(\d{8,})\.pth", name)):
@@ -137,8 +141,9 @@ def find_snapshots(run: Path, step: int | None = None) -> list[Snapshot]:
             f"{run} has no snapshot of step {step}; there are {', '.join(map(str, there))}"
         )
     way = lineage({s.step: s.since for s in found}, there[-1] if step is None else step)
-    began = {s.began for s in found if s.step == way[-1]}
-    kept = [s for s in found if s.step in way and s.began in began]
+    begun: dict[float | None, int] = {s.width: s.began for s in found if s.step == way[-1]}
+    began = begun.get(width, min(begun.values()))
+    kept = [s for s in found if s.step in way and s.began == began]
     return sorted(kept, key=lambda s: (s.images, s.width))
 
 
@@ -209,7 +214,7 @@ def reconstruct(run: Path, width: float, step: int | None = None) -> Average:
 
     run: as of `find_snapshots`. A stored width comes back as it was stored. Raises ValueError.
     """
-    snapshots = find_snapshots(run, step)
+    snapshots = find_snapshots(run, step, width)
     last = snapshots[-1]
     gammas = {s.width: gamma_of(s.width) for s in snapshots}
     target = float(last.images), gammas.get(width, gamma_of(width))

@@ -133,6 +133,27 @@ def test_a_stored_width_comes_back_bitwise(tmp_path):
     assert made.digest != snapshots.reconstruct(tmp_path, 0.05).digest
 
 
+def test_a_width_that_was_added_later_has_its_own_time(tmp_path):
+    def mean(width, began, step):  # of weights that are the number of images so far
+        gamma = gamma_of(width)
+        return began + (gamma + 1) / (gamma + 2) * (step - began)
+
+    for step in range(100, 2001, 100):
+        for width, began in ((0.05, 0), (0.1, 1000)):
+            if step > began:
+                weight = torch.full((5,), mean(width, began, step))
+                write(tmp_path, "run", step, width, weight, step - began, began=began)
+    for width, began in ((0.05, 0), (0.1, 1000)):
+        made = snapshots.reconstruct(tmp_path / "run", width)
+        assert torch.equal(made.weights["weight"], torch.full((5,), mean(width, began, 2000)))
+        assert [(s.width, s.step) for s in made.snapshots] == [(width, 2000)]
+    # others are of the whole run
+    for width, step in ((0.07, 2000), (0.1, 1000)):
+        made = snapshots.reconstruct(tmp_path / "run", width, step)
+        assert {s.width for s in made.snapshots} == {0.05}
+        assert made.weights["weight"][0] == pytest.approx(mean(width, 0, step), rel=0.02)
+
+
 def test_snapshots_of_a_run_that_was_left_are_not_on_the_way(tmp_path):
     # a run that saved at 5, 10 and 15; one that went on from 5 and saved at 7, 10 and 17
     since = {5: 0, 7: 5, 10: 5, 15: 0, 17: 5}
