@@ -23,6 +23,21 @@ def steps_of(name: str) -> dict[Path, int]:
     return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
 
 
+def _named(state: Path) -> Path:
+    """The checkpoint that a state file names; an empty path where it can't be read."""
+    try:
+        return Path(json.loads(state.read_text())["latest_checkpoint"])
+    except (ValueError, KeyError, TypeError):
+        return Path()
+
+
+def latest_step(name: str) -> int | None:
+    """The step of the checkpoint that NAME_state.json names, which may be gone; None without."""
+    state = state_path(name)
+    found = re.search(r"_(\d{8,})\.pth$", _named(state).name) if state.exists() else None
+    return int(found[1]) if found else None
+
+
 def find_checkpoints(name: str) -> list[Path]:
     """A run's checkpoints, in the order in which to try them.
 
@@ -32,10 +47,7 @@ def find_checkpoints(name: str) -> list[Path]:
     state, steps = state_path(name), steps_of(name)
     if not state.exists():
         return list(steps)
-    try:
-        latest = Path(json.loads(state.read_text())["latest_checkpoint"])
-    except (ValueError, KeyError, TypeError):
-        latest = Path()
+    latest = _named(state)
     # a moved folder has its own checkpoints; the path counts from the working directory
     named = [p for p in (state.parent / latest.name, latest) if p.is_file()][:1]
     # those after it belong to a run that was left for an earlier checkpoint

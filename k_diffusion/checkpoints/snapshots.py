@@ -18,6 +18,7 @@ import torch
 
 from ..common.untrusted import get_safetensors_metadata
 from . import CheckpointError, read_weights, write_inference
+from .runs import latest_step
 
 MAX_WIDTH = 12**-0.5  # gamma 0: all weights count the same
 
@@ -115,13 +116,14 @@ def read_snapshot(path: Path) -> Snapshot:
 def find_snapshots(
     run: Path, step: int | None = None, width: float | None = None
 ) -> list[Snapshot]:
-    """The snapshots that led to the newest of a run, or to that of `step`, in their order.
+    """The snapshots that led to a run's latest checkpoint, or to that of `step`, in their order.
 
     run: the run's name with its folder, a folder that holds one run, or a checkpoint of the run,
-    whose step it then is. Snapshots of a run that was left for an earlier checkpoint are not on the
-    way. All are of averages that began at one moment, as only these share their time: as that of
-    `width` did, if it is stored there, else the longest. Raises CheckpointError where there are
-    none.
+    whose step it then is. The latest checkpoint is the one that NAME_state.json names; without that
+    file it is the newest snapshot. Snapshots of a run that was left for an earlier checkpoint are
+    not on the way. All are of averages that began at one moment, as only these share their time: as
+    that of `width` did, if it is stored there, else the longest. Raises CheckpointError where there
+    are none.
     """
     folder, name = (run, None) if run.is_dir() else (run.parent, run.name)
     if name and (checkpoint := re.fullmatch(r"(.+)_(\d{8,})\.pth", name)):
@@ -136,12 +138,17 @@ def find_snapshots(
         raise CheckpointError(
             f"{run} has no snapshots of averages; train.py --power-ema 0.05 0.1 writes them"
         )
-    if step is not None and step not in there:
+    if step is None:
+        latest = latest_step(str(folder / names[0]))
+        # those after it are of a run that was left, or of a checkpoint that wasn't finished
+        on = [s for s in there if latest is None or s <= latest]
+        step = on[-1] if on else latest
+    if step is None or step not in there:
         raise CheckpointError(
             f"{run} has no snapshot of step {step}; there are {', '.join(map(str, there))}"
         )
-    way = lineage({s.step: s.since for s in found}, there[-1] if step is None else step)
-    begun: dict[float | None, int] = {s.width: s.began for s in found if s.step == way[-1]}
+    way = lineage({s.step: s.since for s in found}, step)
+    begun: dict[float | None, int] = {s.width: s.began for s in found if s.step == step}
     began = begun.get(width, min(begun.values()))
     kept = [s for s in found if s.step in way and s.began == began]
     return sorted(kept, key=lambda s: (s.images, s.width))
@@ -210,7 +217,7 @@ class Average:
 
 
 def reconstruct(run: Path, width: float, step: int | None = None) -> Average:
-    """The average of any width over a run, up to its newest snapshot or that of `step`.
+    """The average of any width over a run, up to its latest checkpoint or that of `step`.
 
     run: as of `find_snapshots`. A stored width comes back as it was stored. Raises ValueError.
     """

@@ -19,7 +19,7 @@ def _parse_args() -> argparse.Namespace:
     p.add_argument("run", type=options.path, metavar="RUN_OR_FOLDER", help=text)
     text = "sigma_rel of the average, e.g. 0.07"
     p.add_argument("--width", type=options.of(parse_width), required=True, metavar="X", help=text)
-    text = "up to this step, of which there must be a snapshot; else the newest"
+    text = "up to this step, of which there must be a snapshot; else that of the latest checkpoint"
     p.add_argument("--step", type=options.steps, metavar="N", help=text)
     text = "the inference checkpoint to write (.safetensors)"
     p.add_argument("--output", "-o", type=options.path, required=True, metavar="FILE", help=text)

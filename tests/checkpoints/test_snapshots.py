@@ -166,6 +166,25 @@ def test_snapshots_of_a_run_that_was_left_are_not_on_the_way(tmp_path):
     assert [s.step for s in snapshots.find_snapshots(tmp_path)] == [7, 10, 17]
 
 
+def test_a_run_that_went_back_ends_at_its_latest_checkpoint(tmp_path):
+    for step, start, value in ((10, 0, 1), (50, 0, 5), (15, 10, 3)):
+        write(tmp_path, "run", step, 0.05, torch.full((5,), value), step, since=start)
+    state = tmp_path / "run_state.json"
+    state.write_text(json.dumps({"latest_checkpoint": "run_00000015.pth"}))
+    made = snapshots.reconstruct(tmp_path, 0.05)
+    assert (made.step, made.weights["weight"][0]) == (15, 3)
+    assert [s.step for s in snapshots.find_snapshots(tmp_path / "run")] == [10, 15]
+    assert snapshots.reconstruct(tmp_path / "run", 0.05, 50).weights["weight"][0] == 5
+    # it went on without averages, or from before them
+    state.write_text(json.dumps({"latest_checkpoint": "run_00000020.pth"}))
+    assert snapshots.reconstruct(tmp_path, 0.05).step == 15
+    state.write_text(json.dumps({"latest_checkpoint": "run_00000004.pth"}))
+    with pytest.raises(checkpoints.CheckpointError, match="no snapshot of step 4; there are 10"):
+        snapshots.reconstruct(tmp_path, 0.05)
+    state.unlink()
+    assert snapshots.reconstruct(tmp_path, 0.05).step == 50
+
+
 def test_what_has_no_snapshots_says_so(tmp_path):
     with pytest.raises(checkpoints.CheckpointError, match="no snapshots of averages; train.py"):
         snapshots.find_snapshots(tmp_path / "run")
