@@ -18,11 +18,16 @@ COLUMNS = [
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a run's CSV by step; where a resumed run wrote a step again, its last row."""
+    """The rows of a run's CSV by step, without those that a run which went back has left behind."""
+    rows: list[dict[str, str]] = []
     with path.open(newline="") as file:
-        # a row may be cut off where a run was killed
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]
-    return [row for _, row in sorted({int(row["step"]): row for row in rows}.items())]
+        for row in csv.DictReader(file):
+            if None in row.values():  # cut off where a run was killed
+                continue
+            while rows and int(rows[-1]["step"]) >= int(row["step"]):
+                rows.pop()
+            rows.append(row)
+    return rows
 
 
 def plot_loss(csv_path: Path, path: Path) -> None:

@@ -319,6 +319,15 @@ def test_the_last_row_of_a_step_counts(tmp_path):
     assert [(int(r["step"]), float(r["loss"])) for r in rows] == [(1, 5.0), (2, 3.0), (3, 2.0)]
 
 
+def test_rows_of_a_branch_that_was_left_are_left_out(tmp_path):
+    path = tmp_path / "a.csv"
+    write_rows(path, *(row(step, 9.0) for step in (10, 20, 30, 40)), row(25, 3.0), row(28, 2.0))
+    rows = log.read_rows(path)
+    assert [(int(r["step"]), float(r["loss"])) for r in rows] == [
+        (10, 9.0), (20, 9.0), (25, 3.0), (28, 2.0),
+    ]  # fmt: skip
+
+
 def test_the_loss_curve(tmp_path):
     path = tmp_path / "a.csv"
     write_rows(path)
