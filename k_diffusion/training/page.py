@@ -155,15 +155,18 @@ def points(
 
 
 def split_by_protocol(panel: Panel, rows: Rows) -> list[tuple[str, Rows]]:
-    """(title, rows) of each protocol that a metric was measured by; of other panels, all rows."""
+    """(title, rows) of each protocol that a metric was measured by; of other panels, all rows.
+
+    The published columns have no protocol: the title is then the panel's alone.
+    """
     if not set(panel.columns) & set(_METRICS):
         return [(panel.title, rows)]
     measured = [row for row in rows if any(row.get(column) for column in panel.columns)]
-    names = dict.fromkeys(row["protocol"] for row in measured)
+    names = dict.fromkeys(row.get("protocol", "") for row in measured)
     return [
         (
-            f"{panel.title} [{name}]",
-            [row for row in measured if row["protocol"] == name],
+            f"{panel.title} [{name}]" if name else panel.title,
+            [row for row in measured if row.get("protocol", "") == name],
         )
         for name in names
     ]
@@ -287,7 +290,9 @@ def summary(rows: Rows, end_step: int | None = None) -> dict[str, str]:
     out = {"step": done}
     if last.get("samples"):
         out["images"] = number(int(last["samples"]))
-    out |= {"epoch": last["epoch"], "time": tqdm.format_interval(float(last["time"]))}
+    if last.get("epoch"):
+        out["epoch"] = last["epoch"]
+    out |= {"time": tqdm.format_interval(float(last["time"]))}
     steps, rates = points(rows, RATE)
     if rates:
         recent = sorted(rates[-9:])[len(rates[-9:]) // 2]

@@ -62,6 +62,18 @@ def test_the_page_overlays_runs(folder, monkeypatch):
     assert 'data-scale="40 120 ' in loss  # images: 10 to 30 steps of 4
 
 
+def test_a_run_of_the_published_package(folder, monkeypatch, capsys):
+    """Its CSV has the first five columns."""
+    text = "step,time,loss,fid,kid\n25,10.0,0.5,,\n50,20.0,0.4,9.5,0.25\n"
+    (folder / "old_metrics.csv").write_text(text)
+    call(monkeypatch, "old", "own")
+    heads, old, _ = capsys.readouterr().out.splitlines()[:3]
+    assert old.split() == ["old", "50", "00:20", "9.5", "at", "50", "0.25", "at", "50"]
+    assert heads.split()[:5] == ["run", "step", "time", "FD,", "best"]
+    titles = Titles((folder / "compare.html").read_text()).titles
+    assert {"FD", "FD [edm]", "KID"} <= set(titles)
+
+
 def test_what_is_no_run(folder, monkeypatch):
     with pytest.raises(SystemExit, match="missing is no run: there is no missing_metrics.csv"):
         call(monkeypatch, "own", "missing")
