@@ -47,7 +47,8 @@ def plot_loss(csv_path: Path, path: Path) -> None:
     average = [float(row["loss_avg"]) for row in rows]
     axes.plot(steps, loss, color="tab:blue", alpha=0.35, label="loss")
     axes.plot(steps, average, color="tab:blue", label="moving average")
-    axes.set_yscale("log")
+    if min(*loss, *average) > 0:  # a learned weighting adds the logarithm of the uncertainty
+        axes.set_yscale("log")
     axes.set_xlabel("step")
     axes.set_ylabel("training loss")
     axes.grid(True, which="both", alpha=0.25)

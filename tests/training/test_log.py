@@ -333,11 +333,13 @@ def test_the_loss_curve(tmp_path):
     write_rows(path)
     log.plot_loss(path, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
-    write_rows(path, *(row(i, math.exp(-i / 10)) for i in range(1, 30)))
-    log.plot_loss(path, tmp_path / "a.png")
-    pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
-    blue = (pixels[..., 2] > pixels[..., 0] + 60).any(1).nonzero()[0]
-    assert len(blue) > 100  # an exponential on a logarithmic axis: a line over the whole height
+    # an exponential on a logarithmic axis, and below 0 a straight line: over the whole height
+    for loss in (lambda i: math.exp(-i / 10)), (lambda i: -i / 10):
+        write_rows(path, *(row(i, loss(i)) for i in range(1, 30)))
+        log.plot_loss(path, tmp_path / "a.png")
+        pixels = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+        blue = (pixels[..., 2] > pixels[..., 0] + 60).any(1).nonzero()[0]
+        assert len(blue) > 100
 
 
 def test_a_run_without_matplotlib(folder, monkeypatch, capsys):
