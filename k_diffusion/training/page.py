@@ -77,7 +77,7 @@ def facts_of(args: argparse.Namespace, accelerator: Any, state: TrainState) -> d
     return {
         "name": Path(args.name).name,
         "end_step": args.end_step,
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *resuming(sys.argv)]),
         "working directory": str(Path.cwd()),
         "parameters": n_params(state.model),
         "run": {**state.run, "seed": state.seed},
@@ -91,6 +91,22 @@ def facts_of(args: argparse.Namespace, accelerator: Any, state: TrainState) -> d
         },
         "config": state.config,
     }
+
+
+def resuming(words: Sequence[str]) -> list[str]:
+    """The command that goes on with the run that `words` have started.
+
+    Without the flags that would go back to a file, average anew, or only evaluate.
+    """
+    kept, left = [], iter(words)
+    for word in left:
+        # argparse takes any beginning that is of one flag only
+        if word.startswith("--resum"):
+            if "=" not in word:
+                next(left, None)  # its file
+        elif not word.startswith(("--rese", "--evaluate-o")):
+            kept.append(word)
+    return kept
 
 
 def make_page(args: argparse.Namespace, accelerator: Any, state: TrainState) -> "Page | None":

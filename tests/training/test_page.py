@@ -110,6 +110,20 @@ def test_rates_pass_over_a_clock_that_stands_and_rows_of_older_versions():
     assert page.points(rows, page.RATE) == ([4.0], [20.0])
 
 
+def test_the_command_that_goes_on_leaves_out_what_goes_back():
+    words = ["train.py", "--resume", "a b.pth", "--name", "a", "--resume=x", "--seed", "1"]
+    words += [
+        "--resume-inf",
+        "x.safetensors",
+        "--reset-ema",
+        "--evaluate-only",
+        "--evaluate-n",
+        "5",
+    ]
+    wanted = ["train.py", "--name", "a", "--seed", "1", "--evaluate-n", "5"]
+    assert page.resuming(words) == wanted == page.resuming(wanted)
+
+
 def test_means_of_a_long_curve():
     rows = [{"step": str(i), "loss": str(i % 2)} for i in range(1000)]
     xs, ys = page.points(rows, "loss", means=True)
