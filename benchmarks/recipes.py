@@ -72,6 +72,11 @@ JIT = (
     "model.loss_weighting=karras",  # it has one of its own
     "model.sigma_sample_density.type=logit-normal",
 )
+TUNED = (
+    "model.loss_max_weight=16",
+    "model.sigma_sample_density.mean=-0.7",
+    "model.sigma_sample_density.std=0.9",
+)
 RECIPES = {
     "adamw": Recipe("AdamW, exponential decay, soft-min-SNR"),
     "muon": Recipe("Muon for the hidden matrices", MUON),
@@ -91,8 +96,7 @@ RECIPES = {
     "muon + cosine + x-prediction": Recipe("all three", (*MUON, *COSINE, *JIT)),
     "tuned": Recipe(
         "all three; rate, noise levels and cap of the weight by trial on digits",
-        (*MUON, *COSINE, *JIT, "optimizer.lr=5e-3", "model.loss_max_weight=16")
-        + ("model.sigma_sample_density.mean=-0.7", "model.sigma_sample_density.std=0.9"),
+        (*MUON, *COSINE, *JIT, "optimizer.lr=5e-3", *TUNED),
     ),
     "power average": Recipe("a power-function average of width 0.1", width=0.1),
 }
