@@ -92,9 +92,17 @@ def make_repository(repo: str, private: bool = False) -> None:
         hub.HfApi().create_repo(repo, private=private, exist_ok=True)
 
 
-def upload(folder: Path, repo: str) -> str:
-    """Uploads a folder's files in one commit; its address. Raises HubError, ImportError."""
+def upload(folder: Path, repo: str, files: Sequence[str]) -> str:
+    """Uploads files of a folder in one commit; its address. Raises HubError, ImportError.
+
+    files: their names; whatever else lies in the folder stays on this machine.
+    """
     with _hub(f"push to {repo}", "write a folder and upload it later") as hub:
         message = "Upload a k-diffusion model"
-        commit = hub.HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        commit = hub.HfApi().upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=list(files),
+        )
     return str(commit.commit_url)

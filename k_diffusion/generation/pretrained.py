@@ -137,14 +137,15 @@ def push_to_hub(
     """Upload what `save_pretrained` writes to a repository of the Hugging Face hub.
 
     repo_id: OWNER/NAME, made if need be. private: a new repository is seen by its owner alone.
-    folder: keeps the files there. The other arguments: as of `save_pretrained`. Returns the
-    commit's address. Raises HubError where the hub refuses or can't be reached, before it samples.
+    folder: keeps the files there; others that lie there are not uploaded. The other arguments: as
+    of `save_pretrained`. Returns the commit's address. Raises HubError where the hub refuses or
+    can't be reached, before it samples.
     """
     rows = _rows(metrics)
     hub.make_repository(repo_id, private)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        _write(model, Path(place), repo_id, rows, dtype, samples)
-        return hub.upload(Path(place), repo_id)
+        files = _write(model, Path(place), repo_id, rows, dtype, samples)
+        return hub.upload(Path(place), repo_id, files)
 
 
 def _write(
@@ -154,13 +155,16 @@ def _write(
     metrics: Sequence[Mapping[str, Any]],
     dtype: str,
     samples: int,
-) -> None:
-    """Writes the files of `save_pretrained`; the card calls the model `name`."""
-    path = writable(folder / WEIGHTS)
-    with_autoencoder = _write_autoencoder(model, folder)
-    checkpoints.write_inference(path, with_autoencoder, model.inner_model.state_dict(), dtype)
-    config = json.dumps(with_autoencoder, indent=2)
-    write_atomically(folder / CONFIG, lambda file: file.write(config.encode()))
+) -> list[str]:
+    """Writes the files of `save_pretrained`, whose names it returns; the card calls it `name`."""
+    files = [WEIGHTS, CONFIG, "README.md"]
+    path, config = writable(folder / WEIGHTS), model.config
+    if _brings_autoencoder(model):
+        config = _write_autoencoder(model, folder)
+        files.append(AUTOENCODER)
+    checkpoints.write_inference(path, config, model.inner_model.state_dict(), dtype)
+    as_json = json.dumps(config, indent=2).encode()
+    write_atomically(folder / CONFIG, lambda file: file.write(as_json))
     texts = model.config.get("text")
     told = model.config.get("image_condition") or (texts and not texts["prompts"])
     pictures = samples > 0 and model.image_shape[0] in PIL_MODES and not told
@@ -170,18 +174,21 @@ def _write(
         columns = grid_columns(model.num_classes, samples, *model.image_shape[1:])
         grid = image_grid(images, columns, labels=labels)
         write_atomically(folder / GRID, lambda file: grid.save(file, "PNG"))
+        files.append(GRID)
     card = model_card(model, name, metrics, GRID if pictures else None)
     write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
+    return files
+
+
+def _brings_autoencoder(model: Loaded) -> bool:
+    """Whether the files have the model's autoencoder. One of diffusers stays where it is."""
+    return model.autoencoder is not None and isinstance(model.autoencoder.network, KLAutoencoder)
 
 
 def _write_autoencoder(model: Loaded, folder: Path) -> dict[str, Any]:
-    """Writes the autoencoder of a latent model, and returns the config that names it there.
-
-    One of diffusers stays where it is: whoever loads the model needs it by that name.
-    """
+    """Writes the autoencoder of a latent model, and returns the config that names it there."""
     autoencoder = model.autoencoder
-    if autoencoder is None or not isinstance(autoencoder.network, KLAutoencoder):
-        return model.config
+    assert autoencoder is not None
     weights, path = autoencoder.network.state_dict(), folder / AUTOENCODER
     if autoencoder.config is not None:
         checkpoints.write_inference(path, autoencoder.config, weights, "fp32")

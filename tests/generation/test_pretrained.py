@@ -169,8 +169,10 @@ def hub(monkeypatch):
                 raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required.")
             sent.repositories.append((repo, options))
 
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            sent.folders.append((repo_id, {p.name: p.read_bytes() for p in folder_path.iterdir()}))
+        def upload_folder(self, *, repo_id, folder_path, commit_message, allow_patterns):
+            names = [path.name for path in folder_path.iterdir()]
+            names = huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns)
+            sent.folders.append((repo_id, {n: (folder_path / n).read_bytes() for n in names}))
             return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
@@ -209,7 +211,9 @@ def test_the_conversion_script_shares_a_model(hub, model, tmp_path, monkeypatch,
     assert "FD[lite0]" in (tmp_path / "new/README.md").read_text()
     assert K.load(tmp_path / "new").num_classes == 10
     assert hub.folders == []
-    convert("a.pth", "--push-to-hub", "me/a", "--output-folder", "kept", "--samples", 0)
-    assert hub.folders[0][1].keys() == {path.name for path in (tmp_path / "kept").iterdir()}
+    # into the folder of the run, whose own files nobody asked to publish
+    convert("a.pth", "--push-to-hub", "me/a", "--output-folder", ".", "--samples", 0)
+    assert hub.folders[0][1].keys() == {"README.md", "config.json", "model.safetensors"}
+    assert (tmp_path / "README.md").read_bytes() == hub.folders[0][1]["README.md"]
     assert "pushed https://hub/me/a/commit/1" in capsys.readouterr().out
     assert not (tmp_path / "a.safetensors").exists()
