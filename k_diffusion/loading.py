@@ -152,7 +152,8 @@ def _find(source: str, revision: str | None) -> Path:
             f"there is no file or folder {source}; a repository of the hub would be OWNER/NAME"
         )
     repo, file = named[1], named[2]
-    folder = hub.download(repo, revision, [file or "*.safetensors", CONFIG])
+    beside = [str(Path(file).with_name(name)) for name in (CONFIG, AUTOENCODER)] if file else []
+    folder = hub.download(repo, revision, [file, *beside] if file else ["*.safetensors", CONFIG])
     if not file:
         return _weights_in(folder, repo)
     if not (folder / file).is_file():

@@ -121,9 +121,12 @@ def test_a_repository(hub, folder):
 
 def test_a_file_of_a_repository(hub):
     assert K.load("me/one/a.safetensors").num_classes == 10
-    assert hub.calls[0][1]["allow_patterns"] == ["a.safetensors", "config.json"]
+    names = ["a.safetensors", "config.json", "autoencoder.safetensors"]
+    assert hub.calls[0][1]["allow_patterns"] == names
     with pytest.raises(FileNotFoundError, match="the repository me/one has no file sub/b.pth"):
         K.load("me/one/sub/b.pth")
+    names = ["sub/b.pth", "sub/config.json", "sub/autoencoder.safetensors"]
+    assert hub.calls[1][1]["allow_patterns"] == names
 
 
 def test_a_repository_without_weights(hub):
