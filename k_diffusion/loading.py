@@ -121,8 +121,8 @@ def load(
     one of its files. What is here goes before the hub.
     revision: the hub's branch, tag or commit; a commit is the same model for ever. text_encoder:
     where that of a model of texts is, if not where its config says; it is loaded once it is needed.
-    autoencoder: of a latent model, where it isn't at the location that its config names nor beside
-    the checkpoint.
+    autoencoder: of a latent model, where it is neither beside the checkpoint nor at the location
+    that its config names.
 
     Returns the denoiser in float32 and evaluation mode, on the device. Raises ValueError for a
     damaged file, a folder or repository without weights or with several; FileNotFoundError; and
@@ -234,7 +234,7 @@ def _make(
             f"{source} is a model of pixels, which has no use for the autoencoder {autoencoder}"
         )
     if config.get("autoencoder"):
-        denoiser.autoencoder = make_autoencoder(config, autoencoder, source.parent)
+        denoiser.autoencoder = make_autoencoder(config, autoencoder, [source.parent, "."])
     return denoiser
 
 
@@ -242,22 +242,26 @@ def _make(
 
 
 def make_autoencoder(
-    config: Mapping[str, Any], path: str | Path | None = None, beside: str | Path = "."
+    config: Mapping[str, Any],
+    path: str | Path | None = None,
+    folders: Sequence[str | Path] = (".",),
 ) -> Autoencoder:
     """The autoencoder of a latent model's config, in the units of the model.
 
-    path: in place of the config's location. beside: a folder to look for it in as well. Without
-    statistics in the config its own convention stands for them. Raises ValueError for another one
-    than the config's fingerprint tells of, or one whose latents don't fit the model.
+    path: in place of the config's location. folders: that the location is relative to, in turn; of
+    one found in none of them the name alone is looked for. Without statistics in the config its own
+    convention stands for them. Raises FileNotFoundError, ValueError for another one than the
+    config's fingerprint tells of, or one whose latents don't fit the model.
     """
     section, model = config["autoencoder"], config["model"]
     named = Path(section["location"] if path is None else path)
-    places = named, Path(beside) / named, Path(beside) / named.name
+    places = [Path(folder) / name for name in (named, named.name) for folder in folders]
     found = named if path is not None else next((p for p in places if p.exists()), None)
     if found is None:
         raise FileNotFoundError(
-            f"no autoencoder at {named} (autoencoder.location), nor beside the checkpoint; pass "
-            "--autoencoder PATH, or autoencoder=PATH to K.load"
+            f"no autoencoder at {named} (autoencoder.location), nor beside the checkpoint or "
+            "config; pass --autoencoder PATH, or autoencoder=PATH to K.load; to train or encode, "
+            "pass --set autoencoder.location=PATH"
         )
     options = {"input_range": section["input_range"], "tile": section["tile"]}
     autoencoder = load_autoencoder(found, **options)

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
             f"{config['dataset']['type']!r}"
         )
     check_writable(args.output / INFO)
-    autoencoder = make_autoencoder(config, beside=args.config.parent)
+    autoencoder = make_autoencoder(config, folders=[".", args.config.parent])
     fingerprint = autoencoder.fingerprint
     autoencoder.to(device or accelerator.device)
     model = config["model"]

@@ -28,7 +28,7 @@ def prepare(config: dict[str, Any], folder: Path, device: Any) -> Autoencoder | 
     section = config.get("autoencoder")
     if section is None:
         return None
-    autoencoder = make_autoencoder(config, beside=folder).to(device)
+    autoencoder = make_autoencoder(config, folders=[".", folder]).to(device)
     section["fingerprint"] = autoencoder.fingerprint
     conditions.check_images(config, autoencoder)
     if config["dataset"]["type"] == "latents":

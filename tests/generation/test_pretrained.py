@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import latents as tiny
 import numpy as np
 import pytest
 import runs
@@ -16,8 +17,8 @@ from k_diffusion.common.images import to_pil_image
 from k_diffusion.generation import pretrained
 
 
-def make(**sections):
-    config = runs.tiny_config(**sections)
+def make(config=None, **sections):
+    config = config or runs.tiny_config(**sections)
     torch.manual_seed(0)
     model = K.config.make_model(config)
     for p in model.parameters():  # some begin at 0
@@ -29,6 +30,16 @@ def make(**sections):
 @pytest.fixture(scope="module")
 def model():
     return make()
+
+
+def make_latent(folder, seed=0):
+    """A model of latents, whose autoencoder's random weights are of the seed."""
+    tiny.write_autoencoder(folder / "ae.safetensors", seed)
+    model = make(K.config.load_config(tiny.config()))
+    made = K.loading.make_autoencoder(model.config, folders=[folder])
+    model.config["autoencoder"]["fingerprint"] = made.fingerprint
+    model.denoiser.autoencoder = made
+    return model
 
 
 def pixels(images):
@@ -136,6 +147,24 @@ def test_half_precision_and_no_grid(model, tmp_path):
     assert torch.float16 in {x.dtype for x in weights.values()}
     assert not (tmp_path / "samples.png").exists()
     assert "| FID | 2 |" in (tmp_path / "README.md").read_text()
+
+
+def test_the_autoencoder_that_came_along_goes_before_the_working_directorys(tmp_path, monkeypatch):
+    for seed, name in enumerate(["here", "there"]):
+        K.save_pretrained(make_latent(tmp_path, seed), tmp_path / name, samples=0)
+    monkeypatch.chdir(tmp_path / "here")
+    own, other = K.load("."), K.load("../there")
+    assert own.autoencoder.fingerprint != other.autoencoder.fingerprint
+    config = own.config | {"autoencoder": own.config["autoencoder"] | {"fingerprint": None}}
+    train = K.loading.make_autoencoder(config, folders=[".", tmp_path / "there"])
+    assert train.fingerprint == own.autoencoder.fingerprint
+    (tmp_path / "there/autoencoder.safetensors").unlink()
+    with pytest.raises(ValueError, match="is another autoencoder"):
+        K.load("../there")
+    (tmp_path / "here/autoencoder.safetensors").unlink()
+    says = r"--autoencoder PATH, .* to train or encode, pass --set autoencoder.location=PATH"
+    with pytest.raises(FileNotFoundError, match=says):
+        K.load("../there")
 
 
 @pytest.mark.parametrize(
