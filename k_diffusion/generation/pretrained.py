@@ -233,10 +233,13 @@ def model_card(
     """
     config, data = model.config["model"], model.config["dataset"]["type"]
     texts = model.config.get("text")
-    told = texts or model.config.get("image_condition")
+    images = model.config.get("image_condition")
+    told = texts or images
     kind = "Class-conditional" if model.num_classes else "Conditional" if told else "Unconditional"
-    prompts = f", prompts={json.dumps(texts['prompts'][:2] or ['...'])}" if texts else ""
-    task = "unconditional-image-generation"
+    given = f", prompts={json.dumps(texts['prompts'][:2] or ['...'])}" if texts else ""
+    given += ', condition_images=["photo.png"]' if images else ""
+    task = "text-to-image" if texts else "unconditional-image-generation"
+    task = "image-to-image" if images else task
     header: dict[str, Any] = {
         "library_name": "k-diffusion",
         "pipeline_tag": task,
@@ -252,16 +255,21 @@ def model_card(
         index = [{"name": name, "results": [result | {"metrics": measured}]}]
         header["model-index"] = index
     c, h, w = model.image_shape
-    latents = {}
-    if model.autoencoder is not None:
-        latents = {"latents": " x ".join(map(str, model.shape))}
+    latents, needs = {}, ""
+    if (coder := model.autoencoder) is not None:
+        which = AUTOENCODER
+        if not _brings_autoencoder(model):
+            location = model.config["autoencoder"]["location"]
+            needs = ', autoencoder="PATH"'
+            which = f"{location}, of diffusers, not among the files, fingerprint {coder.fingerprint}"
+        latents = {"latents": " x ".join(map(str, model.shape)), "autoencoder": which}
     facts = {
         "images": f"{h} x {w} pixels, {c} channel{'s' if c > 1 else ''}, in [-1, 1]",
         **latents,
         "classes": str(model.num_classes or "none"),
         "texts": f"{texts['type']}, {texts['location']}" if texts else "none",
         "data set": data,
-        "network": f"{config['type']}, {n_params(model):,} parameters",
+        "network": f"{config['type']}, {n_params(model.inner_model):,} parameters",
         "noise levels": f"{model.sigma_min:g} to {model.sigma_max:g}",
         "standard deviation of the data": f"{config['sigma_data']:g}",
     }
@@ -278,8 +286,8 @@ def model_card(
         "```python",
         "import k_diffusion as K",
         "",
-        f"model = K.load({json.dumps(name)})",
-        f"images = K.sample(model, n=16, seed=0{prompts})  # PIL images",
+        f"model = K.load({json.dumps(name)}{needs})",
+        f"images = K.sample(model, n=16, seed=0{given})  # PIL images",
         "```",
         "",
         *_table([("", ""), *facts.items()]),

@@ -141,6 +141,56 @@ def test_the_cards_header_is_what_the_hub_reads(model):
     assert "samples" not in card.text
 
 
+@pytest.mark.parametrize(
+    ("sections", "task", "call"),
+    [
+        ({}, "unconditional-image-generation", "seed=0)"),
+        (
+            {
+                "model": {"mapping_cond_dim": 12},
+                "text": {"type": "transformers", "location": "t5", "prompts": ["a", "b", "c"]},
+            },
+            "text-to-image",
+            'seed=0, prompts=["a", "b"])',
+        ),
+        (
+            {"image_condition": {"type": "downsampled", "factor": 2}},
+            "image-to-image",
+            'seed=0, condition_images=["photo.png"])',
+        ),
+    ],
+)
+def test_the_card_says_how_to_sample_each_kind(sections, task, call):
+    card = pretrained.model_card(make(**sections), "me/x")
+    assert f'pipeline_tag: "{task}"\n' in card
+    assert f"K.sample(model, n=16, {call}" in card
+    assert 'K.load("me/x")' in card
+    assert "autoencoder" not in card
+
+
+def test_the_card_of_a_latent_model_tells_of_its_autoencoder(tmp_path):
+    model = make_latent(tmp_path)
+    size = sum(p.numel() for p in model.inner_model.parameters())
+    card = pretrained.model_card(model, "me/x")
+    assert f"| image_transformer_v2, {size:,} parameters |" in card  # the autoencoder's apart
+    assert "| autoencoder | autoencoder.safetensors |" in card
+    assert 'K.load("me/x")' in card
+    coder = model.autoencoder
+    coder.network = NotOurs(coder.network)  # as one of diffusers, which doesn't come along
+    card = pretrained.model_card(model, "me/x")
+    says = f"ae.safetensors, of diffusers, not among the files, fingerprint {coder.fingerprint}"
+    assert f"| autoencoder | {says} |" in card
+    assert 'K.load("me/x", autoencoder="PATH")' in card
+
+
+class NotOurs(torch.nn.Module):
+    """An autoencoder of another class."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.factor = network, network.factor
+
+
 def test_half_precision_and_no_grid(model, tmp_path):
     K.save_pretrained(model, tmp_path, {"FID": 2}, dtype="fp16", samples=0)
     weights = checkpoints.read_weights(tmp_path / "model.safetensors")
