@@ -42,6 +42,10 @@ def parse_args() -> argparse.Namespace:
     add("--metrics", type=options.path, metavar="FILE", help=text)
     text = "images on the grid; 0: no grid"
     add("--samples", type=options.non_negative, default=16, metavar="N", help=text)
+    text = "of a latent model, if it isn't where its config says"
+    add("--autoencoder", type=options.path, metavar="PATH", help=text)
+    text = "that makes the grid of a model of texts, if not where the config says"
+    add("--text-encoder", type=options.text, metavar="PATH", help=text)
     return p.parse_args()
 
 
@@ -52,8 +56,11 @@ def main() -> None:
     check_readable(args.checkpoint, "checkpoint")
     if args.output_folder or args.push_to_hub:
         return share(args)
-    if args.metrics or args.private:
-        raise options.UsageError("--metrics and --private need --output-folder or --push-to-hub")
+    if args.metrics or args.private or args.autoencoder or args.text_encoder:
+        raise options.UsageError(
+            "--metrics, --private, --autoencoder and --text-encoder need --output-folder or "
+            "--push-to-hub"
+        )
     output = args.output or args.checkpoint.with_suffix(".safetensors")
     if output.resolve() == args.checkpoint.resolve():
         raise options.UsageError(
@@ -86,8 +93,8 @@ def share(args: argparse.Namespace) -> None:
     here = torch.accelerator.is_available()
     device = torch.accelerator.current_accelerator() if here else "cpu"
     print(f"reading {args.checkpoint} ...")
-    denoiser, config = K.loading.load_denoiser(args.checkpoint, args.config)
-    model = K.loading.Loaded(denoiser, config).to(device)
+    denoiser, config = K.loading.load_denoiser(args.checkpoint, args.config, args.autoencoder)
+    model = K.loading.Loaded(denoiser, config, args.text_encoder).to(device)
     choices = {"metrics": args.metrics, "dtype": args.dtype, "samples": args.samples}
     if args.push_to_hub:
         where = {"private": args.private, "folder": args.output_folder}

@@ -200,6 +200,12 @@ def test_the_shared_folder_and_the_slim_file(folder):
     with pytest.raises(FileNotFoundError, match=r"no autoencoder at ae.safetensors .*--autoencod"):
         K.load(folder / "stored_00000001.pth")
     K.load(folder / "stored_00000001.pth", autoencoder=folder / "moved.safetensors")
+    line = "stored_00000001.pth --output-folder again --samples 0"
+    with pytest.raises(SystemExit, match="no autoencoder at ae.safetensors"):
+        call("convert_for_inference", line, folder)
+    assert not (folder / "again").exists()
+    call("convert_for_inference", f"{line} --autoencoder moved.safetensors", folder)
+    assert K.load(folder / "again").autoencoder is not None
     tiny.write_autoencoder(folder / "ae.safetensors", seed=1)
     says = (
         r"is another autoencoder \(fingerprint \w+\) than that of the model \(\w+\); pass the one"

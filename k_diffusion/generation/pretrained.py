@@ -121,7 +121,8 @@ def save_pretrained(
     text encoder is not among the files. Files are model.safetensors, config.json, README.md and
     samples.png. Raises OSError, ValueError.
     """
-    _write(model, Path(folder), Path(folder).resolve().name, _rows(metrics), dtype, samples)
+    name, rows, samples = Path(folder).resolve().name, _rows(metrics), _on_grid(model, samples)
+    _write(model, Path(folder), name, rows, dtype, samples)
 
 
 def push_to_hub(
@@ -141,11 +142,25 @@ def push_to_hub(
     of `save_pretrained`. Returns the commit's address. Raises HubError where the hub refuses or
     can't be reached, before it samples.
     """
-    rows = _rows(metrics)
+    rows, samples = _rows(metrics), _on_grid(model, samples)
     hub.make_repository(repo_id, private)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         files = _write(model, Path(place), repo_id, rows, dtype, samples)
         return hub.upload(Path(place), repo_id, files)
+
+
+def _on_grid(model: Loaded, samples: int) -> int:
+    """The number of samples that the grid will have, 0 for none; their text encoder is loaded.
+
+    So that a missing one is known before anything is written.
+    """
+    texts = model.config.get("text")
+    told = model.config.get("image_condition") or (texts and not texts["prompts"])
+    if told or model.image_shape[0] not in PIL_MODES:
+        return 0
+    if samples:
+        model.given(device=next(model.parameters()).device)
+    return samples
 
 
 def _write(
@@ -156,7 +171,10 @@ def _write(
     dtype: str,
     samples: int,
 ) -> list[str]:
-    """Writes the files of `save_pretrained`, whose names it returns; the card calls it `name`."""
+    """Writes the files of `save_pretrained`, whose names it returns; the card calls it `name`.
+
+    samples: as `_on_grid` has it.
+    """
     files = [WEIGHTS, CONFIG, "README.md"]
     path, config = writable(folder / WEIGHTS), model.config
     if _brings_autoencoder(model):
@@ -165,17 +183,14 @@ def _write(
     checkpoints.write_inference(path, config, model.inner_model.state_dict(), dtype)
     as_json = json.dumps(config, indent=2).encode()
     write_atomically(folder / CONFIG, lambda file: file.write(as_json))
-    texts = model.config.get("text")
-    told = model.config.get("image_condition") or (texts and not texts["prompts"])
-    pictures = samples > 0 and model.image_shape[0] in PIL_MODES and not told
-    if pictures:
+    if samples:
         images = torch.stack([from_pil_image(image) for image in sample(model, samples)])
         labels = [i % model.num_classes for i in range(samples)] if model.num_classes else None
         columns = grid_columns(model.num_classes, samples, *model.image_shape[1:])
         grid = image_grid(images, columns, labels=labels)
         write_atomically(folder / GRID, lambda file: grid.save(file, "PNG"))
         files.append(GRID)
-    card = model_card(model, name, metrics, GRID if pictures else None)
+    card = model_card(model, name, metrics, GRID if samples else None)
     write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
     return files
 
@@ -261,7 +276,9 @@ def model_card(
         if not _brings_autoencoder(model):
             location = model.config["autoencoder"]["location"]
             needs = ', autoencoder="PATH"'
-            which = f"{location}, of diffusers, not among the files, fingerprint {coder.fingerprint}"
+            which = (
+                f"{location}, of diffusers, not among the files, fingerprint {coder.fingerprint}"
+            )
         latents = {"latents": " x ".join(map(str, model.shape)), "autoencoder": which}
     facts = {
         "images": f"{h} x {w} pixels, {c} channel{'s' if c > 1 else ''}, in [-1, 1]",

@@ -7,6 +7,7 @@ import latents as tiny
 import numpy as np
 import pytest
 import runs
+import tiny_text
 import torch
 from PIL import Image
 
@@ -181,6 +182,29 @@ def test_the_card_of_a_latent_model_tells_of_its_autoencoder(tmp_path):
     says = f"ae.safetensors, of diffusers, not among the files, fingerprint {coder.fingerprint}"
     assert f"| autoencoder | {says} |" in card
     assert 'K.load("me/x", autoencoder="PATH")' in card
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+def test_the_text_encoder_is_found_before_anything_is_written(hub, tmp_path, monkeypatch):
+    tiny_text.save(tmp_path / "encoder")
+    section = {"type": "transformers", "location": "gone", "max_length": 4, "prompts": ["a one"]}
+    model = make(model={"mapping_cond_dim": 12}, text=section)
+    with pytest.raises(ValueError, match="no text encoder at gone"):
+        K.push_to_hub(model, "me/x", folder=tmp_path / "new")
+    assert hub.repositories == []
+    weights = model.inner_model.state_dict()
+    state = {"config": dict(model.config), "model": weights, "model_ema": weights}
+    checkpoints.write_checkpoint(tmp_path / "a.pth", state)
+
+    def convert(*args):
+        words = "a.pth", "--output-folder", "new", "--samples", 1, *args
+        runs.call("convert_for_inference", *words, folder=tmp_path, monkeypatch=monkeypatch)
+
+    with pytest.raises(SystemExit, match="no text encoder at gone"):
+        convert()
+    assert not (tmp_path / "new").exists()
+    convert("--text-encoder", "encoder")
+    assert (tmp_path / "new/samples.png").exists()
 
 
 class NotOurs(torch.nn.Module):

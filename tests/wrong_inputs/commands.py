@@ -165,6 +165,7 @@ ROWS = [
     Row("convert_for_inference", "a.pth --output-folder tiny.json", "can't make the folder"),
     Row("convert_for_inference", "a.pth --output-folder new --private", "needs --push-to-hub", 2),
     Row("convert_for_inference", "a.pth --metrics gone.json", "need --output-folder or", 2),
+    Row("convert_for_inference", "a.pth --autoencoder x", "need --output-folder or", 2),
     Row("convert_for_inference", "a.pth --output-folder new --metrics gone.json", "no file of"),
     Row("convert_for_inference", "a.pth --output-folder new --samples -1", "at least 0", 2),
     Row("convert_for_inference", ["a.pth", "--push-to-hub", ""], "must not be empty", 2),
