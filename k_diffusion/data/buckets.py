@@ -54,7 +54,7 @@ def make_buckets(data: Any, sizes: Sequence[Size]) -> Buckets:
     """The buckets of a data set, which must tell its images' sizes, `image_size(index)`.
 
     An image that can't be read is put in the first bucket, and skipped when its turn comes. Of many
-    images, the sizes are kept in the cache folder.
+    images, the sizes are kept in the cache folder, if all could be read.
     """
     size_of: Callable[[int], Size] = data.image_size
     digest = hashlib.sha256()
@@ -72,7 +72,8 @@ def make_buckets(data: Any, sizes: Sequence[Size]) -> Buckets:
 
         with ThreadPoolExecutor(_THREADS) as pool:
             known = list(pool.map(read, range(len(data)), chunksize=64))
-        if worth_keeping(len(known)):
+        # an image may be unreadable for a moment
+        if worth_keeping(len(known)) and None not in known:
             remember("sizes", key, known)
     chosen: dict[Any, int] = {}
     which = np.empty(len(known), dtype=np.int64)

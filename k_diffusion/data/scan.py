@@ -76,8 +76,11 @@ class SizedFiles:
         return image_size(self.paths[index])
 
     def image_names(self) -> Iterable[str]:
-        """What tells the images from others."""
-        return [str(self.paths.root), *self.paths.names]
+        """What tells the images from others, and from those that lay there before."""
+        root = self.paths.root.resolve()
+        folders = dict.fromkeys(map(os.path.dirname, self.paths.names))
+        times = [f"{name} {os.stat(os.path.join(root, name)).st_mtime_ns}" for name in folders]
+        return [str(root), *times, *self.paths.names]
 
 
 class Folder(NamedTuple):

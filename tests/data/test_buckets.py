@@ -140,6 +140,51 @@ def test_sizes_of_many_images_are_kept(folder, cache, monkeypatch):
     assert np.array_equal(first.buckets.which, again.buckets.which)
 
 
+def test_kept_sizes_are_of_these_images(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(scan, "_WORTH_KEEPING", 1)
+
+    def write(name, size):
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            file.unlink()
+        for i in range(3):
+            Image.new("L", size[::-1]).save(folder / f"{i}.png")
+
+    def sizes(location):
+        return made(location)[0].buckets.sizes
+
+    # the same names below the same location, as seen from two folders
+    write("p1/data/x", (20, 40))
+    write("p2/data/x", (40, 20))
+    for project, size in ("p1", (8, 16)), ("p2", (16, 8)), ("p1", (8, 16)):
+        monkeypatch.chdir(tmp_path / project)
+        assert sizes("data") == [size]
+    assert sizes(tmp_path / "p1/data") == [(8, 16)]
+    assert len(list((cache / "sizes").iterdir())) == 2
+    # the same names, made anew
+    write("p1/data/x", (40, 20))
+    assert sizes("data") == [(16, 8)]
+
+
+def test_a_size_that_could_not_be_read_is_read_again(folder, cache, monkeypatch):
+    monkeypatch.setattr(scan, "_WORTH_KEEPING", 20)
+    first, _ = made(folder)
+    (kept,) = (cache / "sizes").iterdir()
+    kept.unlink()
+    read = scan.SizedFiles.image_size
+
+    def fails_for_one(self, index):
+        if index == first.buckets.groups[2][0]:
+            raise OSError("no route to host")
+        return read(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan.SizedFiles, "image_size", fails_for_one)
+        assert [len(group) for group in made(folder)[0].buckets.groups] == [10, 8, 2]
+    assert np.array_equal(made(folder)[0].buckets.which, first.buckets.which)
+
+
 def test_sizes_that_the_model_cannot_take(folder):
     with pytest.raises(ConfigError, match=r"dataset.buckets\[1\]: the model can't .*\[8, 10\]"):
         made(folder, buckets=[(8, 8), (8, 10)])
