@@ -75,7 +75,7 @@ class ArchivedImages(Dataset[dict[str, Any]]):
         name = f"{member.name} of {printable(self.files[file])}"
         try:
             content = self._content(index)
-        except (OSError, struct.error, zlib.error) as error:
+        except OSError as error:
             raise unreadable(name, error) from error
         draft = getattr(self.transform, "draft", None)
         image = decode_image(content, name, None, draft)
@@ -110,17 +110,23 @@ class ArchivedImages(Dataset[dict[str, Any]]):
         return [*files, *(f"{i} {member.name}" for i, member in self.places)]
 
     def _content(self, index: int) -> bytes:
+        """An image's file. Raises OSError for one that is damaged."""
         file, member = self.places[index]
         with self.files[file].open("rb") as archive:
             archive.seek(member.offset)
             if member.crc is not None:
                 header = archive.read(_LOCAL_HEADER)
+                if len(header) < _LOCAL_HEADER:
+                    raise OSError("the archive ends before it")
                 archive.seek(sum(struct.unpack("<2H", header[26:])), 1)
             content = archive.read(member.size)
         if len(content) < member.size:
             raise OSError("the archive ends before it")
         if member.packed:
-            content = zlib.decompress(content, -15)
+            try:
+                content = zlib.decompress(content, -15)
+            except zlib.error as error:
+                raise OSError(str(error)) from error
         if member.crc not in (None, zlib.crc32(content)):
             raise OSError("its checksum is another")
         return content
