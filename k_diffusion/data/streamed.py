@@ -59,6 +59,6 @@ def rows_of(data: Any, split: str, window: int, length: int | None) -> StreamedR
     if not length:
         raise ValueError(
             "dataset.num_examples: a streamed data set has to say how many rows its split "
-            f"{split!r} has, and this one doesn't; set it"
+            f"{split!r} has, and this one doesn't; set it, for dataset.split"
         )
     return StreamedRows(data, length, window)

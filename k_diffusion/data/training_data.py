@@ -174,6 +174,12 @@ def as_stored(section: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in section.items() if k not in (*TRANSFORM_KEYS, "buckets")}
 
 
+def of_split(section: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """A config's `dataset` section for a split; `num_examples` is of the one that it names."""
+    other = "num_examples" in section and split != section["split"]
+    return {**section, "split": split, **({"num_examples": None} if other else {})}
+
+
 def make_training_data(
     config: Mapping[str, Any],
     folder: Any = ".",

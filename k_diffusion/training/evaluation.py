@@ -11,6 +11,7 @@ from torch import nn
 
 from ..conditions import Given
 from ..data.latents import images_section
+from ..data.training_data import of_split
 from ..distributed import any_process, end_together
 from ..encoders import inception
 from ..encoders.autoencoder import Autoencoder
@@ -95,7 +96,7 @@ class Evaluator:
                     "--evaluate-split test: the run trains on split all, the held-out images among "
                     "it; pass --set dataset.split=train"
                 )
-            section = {**section, "split": args.evaluate_split}
+            section = of_split(section, args.evaluate_split)
         model = config["model"]
         shape = model["input_channels"], *model["input_size"]
         c, h, w = shape if autoencoder is None else autoencoder.image_shape(shape)

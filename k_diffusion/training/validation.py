@@ -8,7 +8,7 @@ from torch import nn
 
 from ..common.seeds import derive_seed
 from ..conditions import Encode, of_batch
-from ..data.training_data import as_stored, make_training_data
+from ..data.training_data import as_stored, make_training_data, of_split
 from ..densities import enable_stratified
 from ..distributed import any_process
 from ..encoders.autoencoder import Autoencoder
@@ -63,7 +63,7 @@ class Validation:
         held_out = {
             **config,
             "model": {**config["model"], "augment_prob": 0.0},
-            "dataset": {**as_stored(config["dataset"]), "split": "test"},
+            "dataset": of_split(as_stored(config["dataset"]), "test"),
         }
         shape = data_shape(config, autoencoder)
         data = make_training_data(held_out, args.config.parent, strict=True, shape=shape)

@@ -91,6 +91,25 @@ def test_another_row_of_the_window_stands_in_for_a_corrupt_one():
     assert training._after(4) == 0
 
 
+def test_another_split_has_a_number_of_rows_of_its_own(hub):
+    library = pytest.importorskip("datasets")
+    features = library.Features({"image": library.Image(), "label": library.ClassLabel(23)})
+    rows = {"image": [Image.new("L", (8, 8))] * 3, "label": [20, 21, 22]}
+    library.Dataset.from_dict(rows, features=features).to_parquet(str(hub / "test-0.parquet"))
+    splits = "".join(
+        f"  - name: {k}\n    num_examples: {n}\n" for k, n in (("train", 23), ("test", 3))
+    )
+    (hub / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
+    section = {"type": "huggingface", "location": str(hub), "streaming": True, "num_classes": 23}
+    loaded = load_config(
+        {"model": tiny_config()["model"], "dataset": {**section, "num_examples": 23}}
+    )
+    for split, n in ("train", 23), ("test", 3):
+        loaded["dataset"] = training_data.of_split(loaded["dataset"], split)
+        data = training_data.make_training_data(loaded)
+        assert (len(data), data[n - 1, 0]["class"]) == (n, 22)
+
+
 def test_lengths_that_are_wrong_or_not_known(hub):
     with pytest.raises(ValueError, match="fewer than the 40 rows"):
         made(hub, num_examples=40)[39, 0]

@@ -98,6 +98,22 @@ def test_the_images_are_those_held_out():
     assert {x.numpy().tobytes() for x in seen} <= {x.numpy().tobytes() for x in known}
 
 
+def test_a_streamed_sets_number_of_rows_is_of_the_split_that_it_trains_on(monkeypatch):
+    read = []
+
+    def make_data(config, *args, **kwargs):
+        read.append(config["dataset"])
+        raise ValueError("offline")
+
+    monkeypatch.setattr(validation, "make_training_data", make_data)
+    section = {"type": "huggingface", "location": "x", "num_classes": 10, "streaming": True}
+    config = runs.tiny_config(dataset={**section, "num_examples": 40})
+    assert make(config=config) is None
+    (held_out,) = read
+    assert (held_out["split"], held_out["num_examples"]) == ("test", None)
+    assert config["dataset"]["num_examples"] == 40
+
+
 def test_where_there_is_none():
     assert make(config=runs.tiny_config()) is None  # split all: nothing is held out
     assert make(validate_every=0) is None

@@ -13,6 +13,7 @@ from ...checkpoints.snapshots import find_snapshots
 from ...common.files import check_readable, sha256
 from ...config import load_config
 from ...data.latents import images_section
+from ...data.training_data import of_split
 from ...evaluation.extraction import Eye
 from ...evaluation.images import SampleImages
 from ...evaluation.protocols import Protocol
@@ -162,7 +163,7 @@ class Against(NamedTuple):
         reals = self.images()
         if split is None or split == reals.section.get("split"):
             return reals
-        section = {**reals.section, "split": split}
+        section = of_split(reals.section, split)
         return RealImages(section, reals.size, reals.channels, self.folder)
 
     def images(self) -> RealImages:
@@ -204,7 +205,7 @@ def find_data(args: argparse.Namespace, source: Source) -> Against:
     if args.split is not None:
         if "split" not in section:
             raise ValueError(f"--split: a data set of type {section['type']} has no splits")
-        section = {**section, "split": args.split}
+        section = of_split(section, args.split)
     channels, h, w = source.shape(args)
     split = section.get("split")
     name = f"{path or section['type']}" + (f" ({split})" if split else "")
