@@ -61,28 +61,32 @@ def start_trackers(accelerator: Any, args: argparse.Namespace, state: TrainState
     """Start the accelerator's trackers, and tell them the flags, the run's seed and its config.
 
     Raises OSError for one that can't start, as without a key or its folder. A run that goes on from
-    a checkpoint says so and does without: nobody may be there to mend it.
+    a checkpoint says so and does without it: nobody may be there to mend it.
     """
-    if not accelerator.log_with:
-        return
     flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     flags |= {"seed": state.seed, "config_file": flags.pop("config")}
     options = {"entity": args.wandb_entity, "group": args.wandb_group}
-    try:
-        accelerator.init_trackers(
-            args.wandb_project or args.name,
-            config={**flags, "parameters": n_params(state.model), "config": state.config},
-            init_kwargs={"wandb": {k: v for k, v in options.items() if v}},
-        )
-    except Exception as error:  # of the tracker's own kinds: no network, no key
-        said = " ".join(str(error).split()) or type(error).__name__
-        if state.step:
+    # one by one: Accelerate keeps those that failed, and starts none after them
+    asked = accelerator.log_with
+    started: list[Any] = []
+    for tracker in asked:
+        accelerator.log_with, accelerator.trackers = [tracker], []
+        try:
+            accelerator.init_trackers(
+                args.wandb_project or args.name,
+                config={**flags, "parameters": n_params(state.model), "config": state.config},
+                init_kwargs={"wandb": {k: v for k, v in options.items() if v}},
+            )
+            started += accelerator.trackers
+        except Exception as error:  # of the tracker's own kinds: no network, no key
+            said = " ".join(str(error).split()) or type(error).__name__
+            if not state.step:
+                raise OSError(
+                    f"a tracker can't start ({said}); for wandb, run `wandb login` or set "
+                    "WANDB_MODE=offline, or leave out its flag, --wandb-project or --tensorboard"
+                ) from error
             accelerator.print(f"a tracker can't start ({said}); going on without it")
-            return
-        raise OSError(
-            f"a tracker can't start ({said}); for wandb, run `wandb login` or set "
-            "WANDB_MODE=offline, or leave out its flag, --wandb-project or --tensorboard"
-        ) from error
+    accelerator.log_with, accelerator.trackers = asked, started
 
 
 def run_facts(args: argparse.Namespace, accelerator: Any, images: int) -> dict[str, Any]:
