@@ -36,7 +36,7 @@ def plot_loss(csv_path: Path, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_rows(csv_path)
+    rows = [row for row in read_rows(csv_path) if row["loss"]]
     if not rows:
         return
     figure = Figure(figsize=(7, 4), layout="constrained")

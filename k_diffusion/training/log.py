@@ -97,7 +97,7 @@ class Log:
         self.csv_path = Path(f"{name}_metrics.csv")
         self.csv: CSVLogger | None = None  # from the first row on
         self.rows: list[list[Any]] = []  # of the CSV, not yet written
-        self.last_row: dict[str, Any] = {}
+        self.last_row = self._row_in_csv(state.step)
         # a file gets a line a minute instead of a bar
         self.bar = tqdm(
             total=end_step,
@@ -106,6 +106,15 @@ class Log:
             dynamic_ncols=True,
             disable=None if main else True,
         )
+
+    def _row_in_csv(self, step: int) -> dict[str, Any]:
+        """What the run, before it was resumed, wrote of the step at which it goes on; else {}."""
+        rows: list[dict[str, str]] = []
+        if self.accelerator.is_main_process and self.csv_path.exists():
+            with suppress(OSError, ValueError, KeyError):  # it may be of another program
+                rows = read_rows(self.csv_path)
+        found = next((row for row in rows if row["step"] == str(step)), {})
+        return {**found, "step": step} if found else {}
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on the main process."""
@@ -232,34 +241,36 @@ class Log:
         if not state.losses:  # all of them were skipped
             return
         loss, state.losses = math.fsum(state.losses) / len(state.losses), []
-        row = {
+        row = self._row(state, loss)
+        self.write_row({**self._row_so_far(state), **row})
+        self.track({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
+        self.show(state, loss)
+
+    def _row(self, state: TrainState, loss: float | str) -> dict[str, Any]:
+        """Where a run is, by COLUMNS, without what is measured. loss: "" where there is none."""
+        return {
             "step": state.step,
             "time": round(state.elapsed, 3),
             "loss": loss,
-            "fid": "",
-            "kid": "",
             "epoch": state.epoch,
-            "loss_avg": state.ema_stats["loss"],
+            "loss_avg": state.ema_stats.get("loss", ""),
             "lr": state.sched.get_last_lr()[0],
             "ema_decay": state.ema_sched.get_value(),
             "grad_norm": "" if self.norm is None else float(self.norm),
             "gns": "" if state.noise_scale is None else state.noise_scale.estimate.get_gns(),
-            "cmmd": "",
-            "protocol": "",
-            "evaluate_n": "",
             "samples": state.samples,
-            "val_loss": "",
             **state.levels.take(),
         }
-        self.write_row(row)
-        self.track({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
-        self.show(state, loss)
+
+    def _row_so_far(self, state: TrainState) -> dict[str, Any]:
+        """The row that the step has already; else {}."""
+        return self.last_row if self.last_row.get("step") == state.step else {}
 
     def write_row(self, row: dict[str, Any]) -> None:
-        """Append a row to the CSV, on the main process."""
+        """Append a row to the CSV, on the main process. row: by COLUMNS, which may lack some."""
         self.last_row = row
         if self.accelerator.is_main_process:
-            self.rows.append(list(row.values()))
+            self.rows.append([row.get(column, "") for column in COLUMNS])
             self.attempt(str(self.csv_path), self.write_rows)
             self.update_page()
 
@@ -274,13 +285,17 @@ class Log:
             self.attempt(tracker.name, partial(tracker.log, numbers, step=step))
 
     def evaluated(self, state: TrainState, metrics: dict[str, Any]) -> None:
-        """Write what was measured, `fid` or `val_loss` among COLUMNS, into the step's row."""
-        if self.last_row.get("step") != state.step:
-            self.write(state)
+        """Write what was measured, `fid` or `val_loss` among COLUMNS, into the step's row.
+
+        One without a loss, where no step was taken since the run was resumed, or all were skipped.
+        """
+        self.write(state)
         if not metrics:
             return
-        if self.last_row.get("step") == state.step:
-            self.write_row({**self.last_row, **metrics})
+        row = self._row_so_far(state) or self._row(state, "")
+        if "protocol" in metrics:  # a row has one: what was measured by another isn't of it
+            row = {**row, "fid": "", "kid": "", "cmmd": ""}
+        self.write_row({**row, **metrics})
         by = f"[{metrics['protocol']}]" if "protocol" in metrics else ""
         numbers = {f"{k}{by}": v for k, v in metrics.items() if isinstance(v, float)}
         self.track(numbers, state.step)

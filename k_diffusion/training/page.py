@@ -110,8 +110,11 @@ def resuming(words: Sequence[str]) -> list[str]:
 
 
 def make_page(args: argparse.Namespace, accelerator: Any, state: TrainState) -> "Page | None":
-    """The page of a run with an --output-dir; None for others."""
-    return Page(args.name, facts_of(args, accelerator, state)) if args.output_dir else None
+    """The page of a run with an --output-dir that trains; None for others."""
+    # an evaluation writes into the CSV; its command and its end aren't those of the run
+    if not args.output_dir or getattr(args, "evaluate_only", False):
+        return None
+    return Page(args.name, facts_of(args, accelerator, state))
 
 
 class Page:

@@ -56,6 +56,22 @@ def test_rows_between_log_steps(train, folder):
     assert all(row["fid"] and row["loss"] for row in rows)
 
 
+def test_evaluate_only_adds_to_the_runs_numbers_and_leaves_its_page(train, folder):
+    args = "--output-dir", "own", "--end-step", 2, "--log-every", 1
+    train(*args, "--evaluate-every", 0)
+    (before,) = (
+        row for row in log.read_rows(folder / "own/model_metrics.csv") if row["step"] == "2"
+    )
+    kept = {name: (folder / "own" / name).read_bytes() for name in ("model_run.json", "index.html")}
+    train(*args, *EVALUATE, "--evaluate-only")
+    row = log.read_rows(folder / "own/model_metrics.csv")[-1]
+    measured = {k: row[k] for k in ("fid", "kid", "protocol", "evaluate_n")}
+    assert row == {**before, **measured}
+    assert (float(row["fid"]) > 0, row["protocol"], row["evaluate_n"]) == (True, "random", "9")
+    for name, content in kept.items():
+        assert (folder / "own" / name).read_bytes() == content
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["random", "lite0"])
 def test_evaluate_only_on_two_processes(train, folder, protocol):

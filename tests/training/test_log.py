@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from k_diffusion.training import log
+from k_diffusion.training import log, page
 from k_diffusion.training.noise_levels import LossByLevel
 from k_diffusion.training.state import TrainState
 
@@ -139,6 +139,41 @@ def test_what_is_measured_joins_the_row_of_its_step(folder):
         (3, {"val_loss": 0.25}),
         (3, {"fid[lite0]": 3.0}),
     ]
+
+
+def test_what_is_measured_later_joins_the_row_that_the_step_has(folder):
+    state = make_state()
+    logger = log.Log(Accelerator(), "a", state, None, every=2)
+    steps(logger, state, [1, 3])
+    logger.evaluated(state, {"val_loss": 0.25})
+    logger.evaluated(state, {"fid": 3.0, "kid": 0.5, "protocol": "lite0", "evaluate_n": 9})
+    for left in [], [5.0]:  # of steps that have no row, as a checkpoint may hold them
+        state.losses = left
+        later = log.Log(Accelerator(), "a", state, None, every=2)
+        later.accelerator.trackers = [Tracker()]
+        later.evaluated(state, {"cmmd": 2.0, "protocol": "clip", "evaluate_n": 8})
+        later.write(state)
+        (row,) = log.read_rows(folder / "a_metrics.csv")
+        assert row["loss"] == ("5.0" if left else "2.0")
+        assert (row["val_loss"], row["cmmd"], row["protocol"]) == ("0.25", "2.0", "clip")
+        assert (row["fid"], row["kid"], row["evaluate_n"]) == ("", "", "8")
+        assert later.accelerator.trackers[0].logged[-1] == (2, {"cmmd[clip]": 2.0})
+        assert len(later.accelerator.trackers[0].logged) == 1 + len(left)
+
+
+def test_what_is_measured_without_a_loss_has_a_row(folder):
+    state = make_state()
+    state.step = 7
+    logger = log.Log(Accelerator(), "a", state, None)
+    logger.evaluated(state, {"fid": 3.0, "protocol": "lite0"})
+    (row,) = log.read_rows(folder / "a_metrics.csv")
+    assert (row["step"], row["loss"], row["loss_avg"], row["fid"]) == ("7", "", "", "3.0")
+    steps(logger, state, [2])
+    logger.write(state)
+    assert page.summary(log.read_rows(folder / "a_metrics.csv"))["FD [lite0], best"] == "3 at 7"
+    logger.plot()
+    assert not logger.failed
+    assert (folder / "a_loss.png").exists()
 
 
 class BrokenPage:
