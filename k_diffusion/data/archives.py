@@ -1,8 +1,8 @@
 """Images in archives, read at their places: zip files of EDM's layout, tar shards of WebDataset.
 
 Their tables of contents are read once, and kept in the cache folder where they are long. So every
-image can be had by its index, and a run resumes at the sample, as with a folder; that takes no
-package, and archives that are files.
+image can be had by its index: a run shuffles all of them and resumes at the sample, as with a
+folder. That takes no package, and archives that are files, tar shards uncompressed.
 """
 
 import glob
