@@ -1,6 +1,7 @@
 """The numbers of a run by step: the columns of its CSV, reading them, and NAME_loss.png."""
 
 import csv
+from bisect import bisect_left
 from pathlib import Path
 
 from ..common.files import write_atomically
@@ -18,15 +19,23 @@ COLUMNS = [
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a run's CSV by step, without those that a run which went back has left behind."""
+    """The rows of a run's CSV by step, without those that a run which went back has left behind.
+
+    What an evaluation of an earlier checkpoint measured leaves none behind: its row repeats that of
+    the step, or has no loss.
+    """
     rows: list[dict[str, str]] = []
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             if None in row.values():  # cut off where a run was killed
                 continue
-            while rows and int(rows[-1]["step"]) >= int(row["step"]):
-                rows.pop()
-            rows.append(row)
+            at = bisect_left(rows, int(row["step"]), key=lambda other: int(other["step"]))
+            same = [other for other in rows[at : at + 1] if other["step"] == row["step"]]
+            repeated = [(other["time"], other["loss"]) for other in same]
+            if not row["loss"] or (row["time"], row["loss"]) in repeated:
+                rows[at : at + len(same)] = [row]
+            else:
+                rows[at:] = [row]
     return rows
 
 

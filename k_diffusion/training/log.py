@@ -87,7 +87,7 @@ class Log:
         self.skipped: set[str] = set()
         self.said = False  # a line of the loss
         self.unsaid = ""  # the latest line, where one was said less than a minute ago
-        self.end_step = end_step
+        self.begin, self.end_step = state.step, end_step
         now = time.monotonic()
         self.started = now - state.elapsed
         self.waited = 0.0  # seconds, for data
@@ -238,11 +238,12 @@ class Log:
     def write(self, state: TrainState) -> None:
         """Write a row: the mean loss since the last one, its moving average, and where we are."""
         self.read(state)
-        if not state.losses:  # all of them were skipped
+        # none where all were skipped; those from before this run wait for its first step
+        if not state.losses or state.step == self.begin:
             return
         loss, state.losses = math.fsum(state.losses) / len(state.losses), []
         row = self._row(state, loss)
-        self.write_row({**self._row_so_far(state), **row})
+        self.write_row(row)
         self.track({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
         self.show(state, loss)
 
@@ -261,10 +262,6 @@ class Log:
             "samples": state.samples,
             **state.levels.take(),
         }
-
-    def _row_so_far(self, state: TrainState) -> dict[str, Any]:
-        """The row that the step has already; else {}."""
-        return self.last_row if self.last_row.get("step") == state.step else {}
 
     def write_row(self, row: dict[str, Any]) -> None:
         """Append a row to the CSV, on the main process. row: by COLUMNS, which may lack some."""
@@ -292,7 +289,8 @@ class Log:
         self.write(state)
         if not metrics:
             return
-        row = self._row_so_far(state) or self._row(state, "")
+        known = self.last_row.get("step") == state.step
+        row = self.last_row if known else self._row(state, "")
         if "protocol" in metrics:  # a row has one: what was measured by another isn't of it
             row = {**row, "fid": "", "kid": "", "cmmd": ""}
         self.write_row({**row, **metrics})

@@ -154,11 +154,27 @@ def test_what_is_measured_later_joins_the_row_that_the_step_has(folder):
         later.evaluated(state, {"cmmd": 2.0, "protocol": "clip", "evaluate_n": 8})
         later.write(state)
         (row,) = log.read_rows(folder / "a_metrics.csv")
-        assert row["loss"] == ("5.0" if left else "2.0")
+        assert row["loss"] == "2.0"
         assert (row["val_loss"], row["cmmd"], row["protocol"]) == ("0.25", "2.0", "clip")
         assert (row["fid"], row["kid"], row["evaluate_n"]) == ("", "", "8")
-        assert later.accelerator.trackers[0].logged[-1] == (2, {"cmmd[clip]": 2.0})
-        assert len(later.accelerator.trackers[0].logged) == 1 + len(left)
+        assert later.accelerator.trackers[0].logged == [(2, {"cmmd[clip]": 2.0})]
+    assert state.losses == [5.0]  # of the next row
+
+
+def test_what_is_measured_of_an_earlier_checkpoint_leaves_later_rows(folder):
+    state = make_state()
+    steps(log.Log(Accelerator(), "a", state, None, every=2), state, [1, 3, 2, 2, 4, 4])
+    for step, loss in (2, "2.0"), (3, ""):
+        state.step = step
+        later = log.Log(Accelerator(), "a", state, None)
+        later.evaluated(state, {"fid": 3.0, "protocol": "lite0"})
+        row = next(r for r in log.read_rows(folder / "a_metrics.csv") if r["step"] == str(step))
+        assert (row["loss"], row["fid"]) == (loss, "3.0")
+    rows = log.read_rows(folder / "a_metrics.csv")
+    assert [row["step"] for row in rows] == ["2", "3", "4", "6"]
+    steps(log.Log(Accelerator(), "a", state, None, every=1), state, [7])  # a branch does
+    rows = log.read_rows(folder / "a_metrics.csv")
+    assert [(row["step"], row["loss"]) for row in rows] == [("2", "2.0"), ("3", ""), ("4", "7.0")]
 
 
 def test_what_is_measured_without_a_loss_has_a_row(folder):
