@@ -168,13 +168,15 @@ def test_the_likelihood_of_latents_is_their_densitys():
             self.std = std
             self.autoencoder = K.encoders.autoencoder.Autoencoder(Same(), scale=2.0)
 
-        def forward(self, x, sigma):
+        def forward(self, x, sigma, unet_cond=0.0, mapping_cond=torch.zeros(4, 1)):
             s = sigma[:, None, None, None] ** 2
-            return x * self.std**2 / (self.std**2 + s)
+            mean = unet_cond + mapping_cond[..., None, None]
+            return mean + (x - mean) * self.std**2 / (self.std**2 + s)
 
     images = torch.randn(4, 1, 2, 2)
+    items = {"image": images, "class": torch.zeros(4), "caption": ["", "a", "aa", "aaa"]}
     reals = SimpleNamespace(
-        spaced=lambda n: range(n), batches=lambda *_: [(images, torch.zeros(4))]
+        spaced=lambda n: range(n), items=lambda *_: [dict(items)], section={"type": "digits"}
     )
     one = SimpleNamespace(
         is_main_process=True, num_processes=1, process_index=0, device=torch.device("cpu")
@@ -186,6 +188,18 @@ def test_the_likelihood_of_latents_is_their_densitys():
     bits = real_likelihood(one, Normal(2.0), config, reals, 4)
     law = torch.distributions.Normal(0.0, 2.0)
     want = -law.log_prob(2 * images).flatten(1).mean(1) / torch.tensor(2.0).log()
+    torch.testing.assert_close(bits, want, atol=0.01, rtol=0)
+
+    # of a model that is told the image itself and its caption, by which it is wrong
+    config["image_condition"] = {"type": "grayscale"}
+    config["model"] |= {"mapping_cond_dim": 1, "sigma_max": 4000.0}  # a mean of 9 is none there
+    config["dataset"]["type"] = "latents"
+
+    def encode(texts):
+        return None, None, torch.tensor([[float(len(text))] for text in texts])
+
+    bits = real_likelihood(one, Normal(2.0), config, reals, 4, encode=encode)
+    want = -law.log_prob(torch.arange(4.0)) / torch.tensor(2.0).log()
     torch.testing.assert_close(bits, want, atol=0.01, rtol=0)
 
 
