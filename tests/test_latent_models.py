@@ -35,6 +35,7 @@ def made(tmp_path_factory):
     return folder
 
 
+NOTHING = torch.zeros(4, 1)
 STORED = ["--set=dataset.type=latents", "--set=dataset.location=stored"]
 
 
@@ -65,6 +66,15 @@ def test_training_on_the_fly_is_training_on_stored_latents(folder):
     sections = stored["config"]["autoencoder"], fly["config"]["autoencoder"]
     for key in ("mean", "std"):
         assert sections[0][key] == pytest.approx(sections[1][key], abs=1e-5)
+
+
+def test_a_run_stays_with_its_autoencoder(folder):
+    tiny.write_autoencoder(folder / "ae.safetensors", seed=1)
+    says = (
+        r"stored_00000001.pth was trained on the latents of another autoencoder \(fingerprint \w+"
+    )
+    with pytest.raises(SystemExit, match=rf"{says}\) than ae.safetensors \(\w+\); pass the one"):
+        call("train", f"{TRAIN} --name stored", folder)
 
 
 def test_demo_grids_are_pictures(made):
@@ -168,7 +178,7 @@ def test_the_likelihood_of_latents_is_their_densitys():
             self.std = std
             self.autoencoder = K.encoders.autoencoder.Autoencoder(Same(), scale=2.0)
 
-        def forward(self, x, sigma, unet_cond=0.0, mapping_cond=torch.zeros(4, 1)):
+        def forward(self, x, sigma, unet_cond=0.0, mapping_cond=NOTHING):
             s = sigma[:, None, None, None] ** 2
             mean = unet_cond + mapping_cond[..., None, None]
             return mean + (x - mean) * self.std**2 / (self.std**2 + s)
