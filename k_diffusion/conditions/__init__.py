@@ -81,7 +81,7 @@ def make_training_encoder(
 
     It is text.precomputed, what latents on disk have of their captions, or the text encoder. That
     of latents is loaded once: to encode the prompts, and to see that it is the config's. Raises
-    ValueError where it is another one.
+    ValueError where it is another one, or text.precomputed lacks a prompt.
     """
     section = config.get("text")
     if section is None:
@@ -104,6 +104,7 @@ def make_training_encoder(
     section["fingerprint"] = stored.fingerprint
     if encoder is not None:
         stored.add(encoder, section["prompts"])
+    stored(section["prompts"])  # a missing one is known before anything is trained
     return stored
 
 
