@@ -94,6 +94,13 @@ def test_guidance_needs_dropout():
     assert large["unet_cond"].shape == (1, 1, 16, 24)
     both = config(image_condition={"type": "grayscale"}, dataset={"num_classes": 0})
     assert "unet_cond" not in conditions.null(both, "cfg")  # which was always there
+    classes = runs.tiny_config(dataset={"cond_dropout_rate": 0.0})
+    with pytest.raises(ValueError, match=r"at times, but dataset\.cond_dropout_rate was 0$"):
+        conditions.null(classes, "cfg")
+    del classes["dataset"]["cond_dropout_rate"]
+    assert list(conditions.null(classes, "cfg")) == ["class_cond"]
+    told = config(dataset={"cond_dropout_rate": 0.0})  # the class stays, the text goes
+    assert {"class_cond", "cross_cond"} & conditions.null(told, "cfg").keys() == {"cross_cond"}
 
 
 def test_stored_texts_have_the_prompts_from_the_start(tmp_path):
