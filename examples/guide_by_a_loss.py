@@ -30,15 +30,14 @@ def loss(images: torch.Tensor) -> torch.Tensor:
     return (left + 1).square().mean(dim=(1, 2, 3))  # -1 is black
 
 
-denoiser, config = K.loading.load_denoiser(args.checkpoint)
-guided = K.guidance.GradientGuidedDenoiser(denoiser.to(device), loss, args.scale)
+model = K.load(args.checkpoint, device=device)
+guided = K.guidance.GradientGuidedDenoiser(model, lambda x: loss(model.decode(x)), args.scale)
 
-model, classes = config["model"], config["dataset"]["num_classes"]
 torch.manual_seed(0)
-sigmas = K.sampling.get_sigmas_karras(args.steps, model["sigma_min"], model["sigma_max"])
-shape = args.n, model["input_channels"], *model["input_size"]
-x = torch.randn(shape, device=device) * sigmas[0]
-cond = {"class_cond": torch.arange(args.n, device=device) % classes} if classes else {}
-images = K.sampling.sample_dpmpp_2m(guided, x, sigmas.to(device), extra_args=cond)
+sigmas = K.sampling.get_sigmas_karras(args.steps, model.sigma_min, model.sigma_max, device=device)
+x = torch.randn(args.n, *model.shape, device=device) * sigmas[0]
+label = torch.arange(args.n, device=device) % (model.num_classes or 1)
+cond = {"class_cond": label} if model.num_classes else {}
+images = model.decode(K.sampling.sample_dpmpp_2m(guided, x, sigmas, extra_args=cond))
 image_grid(images).save(args.output)
 print(f"mean loss {loss(images.clamp(-1, 1)).mean():.4f}; wrote {args.output}")

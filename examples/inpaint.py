@@ -16,8 +16,8 @@ from k_diffusion.common.images import image_grid
 
 p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 p.add_argument("model", help="a checkpoint, a folder or a repository of the Hugging Face hub")
-p.add_argument("image", help="scaled and cropped to the model's size")
-p.add_argument("mask", help="black and white, of the model's size; white is painted")
+p.add_argument("image", help="scaled and cropped to the size of the model's")
+p.add_argument("mask", help="black and white, of that size; white is painted")
 p.add_argument("--class", dest="label", type=int, default=0)
 p.add_argument("--correction", type=float, default=0.5, help="0 needs no gradient, and is faster")
 p.add_argument("-n", type=int, default=16)
@@ -27,8 +27,11 @@ args = p.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 model = K.load(args.model, device=device)
-image = K.editing.read_image(args.image, model.shape).to(device)
-mask = K.editing.read_mask(args.mask, model.shape[1:]).to(device)
+image = K.editing.read_image(args.image, model.image_shape).to(device)
+mask = K.editing.read_mask(args.mask, model.image_shape[1:]).to(device)
+if coder := model.autoencoder:  # latents, of which any pixel is painted
+    image = coder.sample(coder.encode(image), noise=torch.zeros(1, *model.shape, device=device))
+    mask = torch.nn.functional.max_pool2d(mask.float(), coder.factor) > 0
 sigma_data = model.config["model"]["sigma_data"]
 painter = K.guidance.InpaintingDenoiser(model, image, mask, args.correction, sigma_data)
 
@@ -39,5 +42,5 @@ x = image * ~mask + noise * sigmas[0]  # the image noised where it is known, noi
 label = torch.full((args.n,), args.label, device=device)
 cond = {"class_cond": label} if model.num_classes else {}
 images = painter.keep(K.sampling.sample_dpmpp_2m(painter, x, sigmas, extra_args=cond))
-image_grid(torch.cat([image, images])).save(args.output)
+image_grid(model.decode(torch.cat([image, images]))).save(args.output)
 print(f"wrote {args.output}: the image, then {args.n} ways to paint the mask")

@@ -97,7 +97,7 @@ def test_runs_that_differ_have_names_that_differ():
 
 # ------------------------------------------------------------------------------ pages that run
 
-NOT_RUN = "<!-- not run by the tests:"  # the line before a block of shell, with the reason
+NOT_RUN = "<!-- not run by the tests:"  # the line before a block, with the reason
 # Of train.py and sample.py, appended to the command that a page shows.
 SMALL = {
     "train": ["--end-step=1", "--sample-n=2", "--batch-size=4", "--num-workers=0"],

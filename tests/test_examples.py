@@ -5,6 +5,7 @@ import re
 import runpy
 import sys
 
+import latents
 import numpy as np
 import pytest
 import runs
@@ -94,6 +95,33 @@ def test_inpaint(tmp_path, monkeypatch):
     assert (given == levels).all()
     assert (painted[:, :4] == levels[:, :4]).all()
     assert (painted[:, 4:] != levels[:, 4:]).any()
+
+
+def test_latent_models_are_painted_and_guided_as_pictures(tmp_path, monkeypatch, capsys):
+    raw = latents.config(autoencoder={"mean": [0.0, 0.0], "std": [1.0, 1.0]})
+    config = K.config.load_config(raw)
+    torch.manual_seed(0)
+    model = K.config.make_model(config)
+    latents.write_autoencoder(tmp_path / "ae.safetensors")
+    checkpoints.write_inference(tmp_path / "a.safetensors", config, model.state_dict(), "fp32")
+    mask = Image.new("L", (8, 8))
+    mask.putpixel((5, 0), 255)  # one pixel, and so the latent above it
+    mask.save(tmp_path / "mask.png")
+    Image.new("L", (8, 8), 99).save(tmp_path / "image.png")
+    args = "a.safetensors", "image.png", "mask.png", "-n", 1, "--steps", 3
+    run_here("inpaint.py", *args, folder=tmp_path, monkeypatch=monkeypatch)
+    grid = np.asarray(Image.open(tmp_path / "painted.png"))
+    assert grid.shape == (2 * 50 + 2, 50 + 2)
+    given, painted = grid[2:50:6, 2:50:6], grid[52:100:6, 2:50:6]
+    assert (given != painted).any()
+
+    losses = []
+    for scale in 0, 20:
+        args = "a.safetensors", "--scale", scale, "-n", 4, "--steps", 5
+        run_here("guide_by_a_loss.py", *args, folder=tmp_path, monkeypatch=monkeypatch)
+        losses.append(float(re.search(r"mean loss ([\d.]+)", capsys.readouterr().out)[1]))
+    assert losses[1] < 0.9 * losses[0]
+    assert Image.open(tmp_path / "guided.png").size == (2 * 50 + 2, 2 * 50 + 2)
 
 
 def test_text_conditional_toy(tmp_path, monkeypatch, capsys):

@@ -35,6 +35,7 @@ def made(tmp_path_factory):
     return folder
 
 
+NOTHING = torch.zeros(4, 1)
 STORED = ["--set=dataset.type=latents", "--set=dataset.location=stored"]
 
 
@@ -65,6 +66,15 @@ def test_training_on_the_fly_is_training_on_stored_latents(folder):
     sections = stored["config"]["autoencoder"], fly["config"]["autoencoder"]
     for key in ("mean", "std"):
         assert sections[0][key] == pytest.approx(sections[1][key], abs=1e-5)
+
+
+def test_a_run_stays_with_its_autoencoder(folder):
+    tiny.write_autoencoder(folder / "ae.safetensors", seed=1)
+    says = (
+        r"stored_00000001.pth was trained on the latents of another autoencoder \(fingerprint \w+"
+    )
+    with pytest.raises(SystemExit, match=rf"{says}\) than ae.safetensors \(\w+\); pass the one"):
+        call("train", f"{TRAIN} --name stored", folder)
 
 
 def test_demo_grids_are_pictures(made):
@@ -168,13 +178,15 @@ def test_the_likelihood_of_latents_is_their_densitys():
             self.std = std
             self.autoencoder = K.encoders.autoencoder.Autoencoder(Same(), scale=2.0)
 
-        def forward(self, x, sigma):
+        def forward(self, x, sigma, unet_cond=0.0, mapping_cond=NOTHING):
             s = sigma[:, None, None, None] ** 2
-            return x * self.std**2 / (self.std**2 + s)
+            mean = unet_cond + mapping_cond[..., None, None]
+            return mean + (x - mean) * self.std**2 / (self.std**2 + s)
 
     images = torch.randn(4, 1, 2, 2)
+    items = {"image": images, "class": torch.zeros(4), "caption": ["", "a", "aa", "aaa"]}
     reals = SimpleNamespace(
-        spaced=lambda n: range(n), batches=lambda *_: [(images, torch.zeros(4))]
+        spaced=lambda n: range(n), items=lambda *_: [dict(items)], section={"type": "digits"}
     )
     one = SimpleNamespace(
         is_main_process=True, num_processes=1, process_index=0, device=torch.device("cpu")
@@ -186,6 +198,18 @@ def test_the_likelihood_of_latents_is_their_densitys():
     bits = real_likelihood(one, Normal(2.0), config, reals, 4)
     law = torch.distributions.Normal(0.0, 2.0)
     want = -law.log_prob(2 * images).flatten(1).mean(1) / torch.tensor(2.0).log()
+    torch.testing.assert_close(bits, want, atol=0.01, rtol=0)
+
+    # of a model that is told the image itself and its caption, by which it is wrong
+    config["image_condition"] = {"type": "grayscale"}
+    config["model"] |= {"mapping_cond_dim": 1, "sigma_max": 4000.0}  # a mean of 9 is none there
+    config["dataset"]["type"] = "latents"
+
+    def encode(texts):
+        return None, None, torch.tensor([[float(len(text))] for text in texts])
+
+    bits = real_likelihood(one, Normal(2.0), config, reals, 4, encode=encode)
+    want = -law.log_prob(torch.arange(4.0)) / torch.tensor(2.0).log()
     torch.testing.assert_close(bits, want, atol=0.01, rtol=0)
 
 

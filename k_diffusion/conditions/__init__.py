@@ -81,7 +81,7 @@ def make_training_encoder(
 
     It is text.precomputed, what latents on disk have of their captions, or the text encoder. That
     of latents is loaded once: to encode the prompts, and to see that it is the config's. Raises
-    ValueError where it is another one.
+    ValueError where it is another one, or text.precomputed lacks a prompt.
     """
     section = config.get("text")
     if section is None:
@@ -104,6 +104,7 @@ def make_training_encoder(
     section["fingerprint"] = stored.fingerprint
     if encoder is not None:
         stored.add(encoder, section["prompts"])
+    stored(section["prompts"])  # a missing one is known before anything is trained
     return stored
 
 
@@ -337,8 +338,11 @@ def null(config: Mapping[str, Any], what: str, size: Sequence[int] | None = None
     if size is not None:
         config["model"]["input_size"] = list(size)
     missing: Condition = {}
-    if num_classes := config["dataset"]["num_classes"]:
-        missing["class_cond"] = torch.tensor([num_classes])
+    rates, section = [], config["dataset"]
+    if num_classes := section["num_classes"]:
+        rates.append("dataset.cond_dropout_rate")
+        if section.get("cond_dropout_rate") != 0:  # unknown of others' models
+            missing["class_cond"] = torch.tensor([num_classes])
     there = {key: names for key, names in KINDS.items() if config.get(key) is not None}
     for name, x in blank(config, 1).items():
         key = next(key for key, names in there.items() if name in names)
@@ -346,9 +350,10 @@ def null(config: Mapping[str, Any], what: str, size: Sequence[int] | None = None
             missing[name] = x
     if missing:
         return missing
-    if not there:
+    rates += [f"{key}.dropout_rate" for key in there]
+    if not rates:
         raise ValueError(f"{what} needs a class-conditional model; this one has no classes")
-    rates = " and ".join(f"{key}.dropout_rate" for key in there)
     raise ValueError(
-        f"{what} needs a model that was trained without its conditions at times, but {rates} was 0"
+        f"{what} needs a model that was trained without its conditions at times, but "
+        f"{' and '.join(rates)} was 0"
     )

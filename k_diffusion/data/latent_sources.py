@@ -82,7 +82,7 @@ class LatentSource:
 
     def statistics(self) -> tuple[Statistic, Statistic] | None:
         """The mean and standard deviation of the raw latents, if they were written."""
-        for file in _statistics_file(self.path), self.path / INFO:
+        for file in statistics_file(self.path), self.path / INFO:
             if file.is_file():
                 try:
                     found = json.loads(file.read_text(encoding="utf-8"))["statistics"]
@@ -283,11 +283,6 @@ def open_latents(path: PathLike) -> LatentSource:
     return NumpyLatents(path)
 
 
-def _statistics_file(path: Path) -> Path:
-    """Where the statistics of other programs' latents are kept."""
+def statistics_file(path: Path) -> Path:
+    """The file that `--statistics` writes for the latents at a path."""
     return path / _STATISTICS if path.is_dir() else path.with_name(f"{path.name}.{_STATISTICS}")
-
-
-def statistics_file(source: LatentSource) -> Path:
-    """The file that `--statistics` writes for latents."""
-    return _statistics_file(source.path)

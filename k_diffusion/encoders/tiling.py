@@ -60,7 +60,6 @@ class _Measured(Exception):
     """A network was run up to the group norm whose statistics were asked for."""
 
 
-@torch.no_grad()
 def tiled(
     function: Callable[[Tensor], Tensor],
     network: nn.Module,
@@ -71,13 +70,14 @@ def tiled(
     multiple: int = 1,
     exact: bool = True,
 ) -> Tensor:
-    """function(x), tile by tile, in the memory of a tile.
+    """function(x), tile by tile, in the memory of a tile, or of all of them for a gradient.
 
     Neighbouring tiles share a quarter of their side and are blended there. Away from seams the
     result is function(x), but for what convolutions see from further than a tile's edge, and for
     attention, which sees a tile alone. Group norms would, too: `exact` runs the network once more
     for each of them, up to it, to collect the statistics of the whole picture; without, it is
-    faster by half their number, and contrast and colour may differ from tile to tile.
+    faster by half their number, and contrast and colour may differ from tile to tile. The gradient
+    takes the statistics for constants.
 
     network: holds the group norms that the function applies. x: (n, c, h, w). tile: its side, a
     multiple of `multiple`, as h and w are. scale: from the size of x to that of the result
@@ -122,7 +122,11 @@ def _shared_norms(
     def hook(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x = args[0]
         if module not in known:
-            core = widen(_core(x, row, column)).unflatten(1, (module.num_groups, -1)).flatten(2)
+            core = (
+                widen(_core(x.detach(), row, column))
+                .unflatten(1, (module.num_groups, -1))
+                .flatten(2)
+            )
             count = torch.full_like(core[..., 0], core.shape[2])
             found = torch.stack([count, core.sum(2), core.square().sum(2)])
             sums[module] = sums[module] + found if module in sums else found

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..common.seeds import derive_seed
+from ..conditions import Encode, of_batch
 from ..distributed import gather_shares, share
 from ..encoders.autoencoder import Autoencoder, find_autoencoder
 from ..likelihood import bits_per_dim, log_likelihood
@@ -28,16 +29,19 @@ def real_likelihood(
     batch_size: int = 64,
     bins: int = 256,
     device: torch.device | str = "cpu",
+    encode: Encode | None = None,
 ) -> Tensor | None:
     """Bits per dimension of n real images, (n,), evenly spaced, on the main process; else None.
 
     Images are cut into batches, and each has its own random numbers, so that the result doesn't
-    depend on the number of processes. Of a class-conditional model it is that given the class, and
-    of a latent model that of the density of latents, in the units of sigma_data: it is relative to
-    the autoencoder, may be negative, and can't be compared with that of images.
+    depend on the number of processes. Of a conditional model it is that given the class, the
+    caption and the image beside it: reals hold them, and encode is of a model that takes texts. Of
+    a latent model it is that of the density of latents, in the units of sigma_data: it is relative
+    to the autoencoder, may be negative, and can't be compared with that of images.
     """
     model, num_classes = config["model"], config["dataset"]["num_classes"]
     autoencoder = find_autoencoder(denoiser)
+    told = {**config, "dataset": reals.section}  # of images, where latents were trained on
     indices = reals.spaced(n)
     count = math.ceil(n / batch_size)
     rows = []
@@ -45,9 +49,13 @@ def real_likelihood(
     hidden = None if accelerator.is_main_process else True
     for b in tqdm(mine, desc="likelihood", unit="batch", leave=None, disable=hidden):
         part = indices[b * batch_size : (b + 1) * batch_size]
-        ((images, classes),) = reals.batches(part, len(part), device)
+        (items,) = reals.items(part, len(part))
+        images = items["original"] = items["image"].to(device)
+        cond = of_batch(items, told, encode, autoencoder, "original")
+        if num_classes:
+            cond["class_cond"] = items["class"]
+        cond = {name: x.to(device) for name, x in cond.items()}
         torch.manual_seed(derive_seed(seed, b))
-        cond = {"class_cond": classes.to(images.device)} if num_classes else {}
         if autoencoder is not None:
             bits = _latent_bits(denoiser, autoencoder, images, cond, model)
         else:

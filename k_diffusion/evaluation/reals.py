@@ -62,7 +62,7 @@ class RealImages(Dataset[dict[str, Any]]):
     ):
         section = as_stored(section)
         model = {"input_size": size, "input_channels": channels, "augment_prob": 0.0}
-        config = {"model": model, "dataset": dict(section), **told}
+        config = {"model": model, "dataset": {"caption_key": "txt", **section}, **told}
         self.section, self.size, self.channels = dict(section), size, channels
         self.data: TrainingData = make_training_data(config, folder, strict=True)
         self.num_classes = self.data.num_classes

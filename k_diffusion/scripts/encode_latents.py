@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.statistics:
         source = open_latents(args.statistics)
-        file = statistics_file(source)
+        file = statistics_file(source.path)
         check_writable(file)
         found = measure(source.chunks(), args.per_element)
         text = json.dumps({"statistics": found}).encode()
@@ -187,6 +187,8 @@ class Shards:
             for k in distributed.share(accelerator, self.count)
             if not (self._path(k).exists() and self._check(self._path(k)))
         ]
+        if todo and self.folder.is_dir():  # what --statistics measured of the files before
+            statistics_file(self.folder).unlink(missing_ok=True)
         sizes = [len(self._rows(k)) for k in todo]
         if accelerator.is_main_process:
             kept = self.count - len(todo) if accelerator.num_processes == 1 else 0

@@ -29,6 +29,7 @@ def resume(
                 raise CheckpointError(f"{error}{_others(name, path)}") from error
             say(f"{error}; going back to the checkpoint before it")
             continue
+        _check_autoencoder(checkpoint["config"], state.config, candidate)
         for line in config_differences(checkpoint["config"], state.config):
             say(f"the config differs from the checkpoint's: {line}")
         for line in config_differences(checkpoint.get("run", {}), state.run):
@@ -45,6 +46,17 @@ def resume(
             f"none of the checkpoints of {name!r} can be read; pass another --name to start anew"
         )
     return None
+
+
+def _check_autoencoder(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError where a run was trained on the latents of another autoencoder."""
+    prints = [(x.get("autoencoder") or {}).get("fingerprint") for x in (old, new)]
+    if all(prints) and prints[0] != prints[1]:
+        raise CheckpointError(
+            f"{path} was trained on the latents of another autoencoder (fingerprint {prints[0]}) "
+            f"than {new['autoencoder']['location']} ({prints[1]}); pass the one that it was "
+            "trained with, or another --name to start anew"
+        )
 
 
 def _read(path: Path, like: Any) -> tuple[dict[str, Any] | None, CheckpointError | None]:

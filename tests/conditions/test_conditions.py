@@ -11,7 +11,7 @@ import k_diffusion as K
 from k_diffusion import conditions
 from k_diffusion.data.captions import caption_of
 from k_diffusion.data.training_data import make_training_data
-from k_diffusion.encoders.text import Texts
+from k_diffusion.encoders.text import TextEncoder, Texts, write_texts
 from k_diffusion.training.step import batch_loss
 
 MODEL = {"cross_cond_dim": 3, "mapping_cond_dim": 2, "cross_attn_depths": [False, True]}
@@ -94,6 +94,23 @@ def test_guidance_needs_dropout():
     assert large["unet_cond"].shape == (1, 1, 16, 24)
     both = config(image_condition={"type": "grayscale"}, dataset={"num_classes": 0})
     assert "unet_cond" not in conditions.null(both, "cfg")  # which was always there
+    classes = runs.tiny_config(dataset={"cond_dropout_rate": 0.0})
+    with pytest.raises(ValueError, match=r"at times, but dataset\.cond_dropout_rate was 0$"):
+        conditions.null(classes, "cfg")
+    del classes["dataset"]["cond_dropout_rate"]
+    assert list(conditions.null(classes, "cfg")) == ["class_cond"]
+    told = config(dataset={"cond_dropout_rate": 0.0})  # the class stays, the text goes
+    assert {"class_cond", "cross_cond"} & conditions.null(told, "cfg").keys() == {"cross_cond"}
+
+
+def test_stored_texts_have_the_prompts_from_the_start(tmp_path):
+    path = tmp_path / "texts.safetensors"
+    write_texts(path, TextEncoder("lengths", torch.nn.Linear(1, 1), encode, 4), ["a", "aa"])
+    made = config(text={**TEXT, "precomputed": str(path), "prompts": ["aa"]})
+    assert conditions.make_training_encoder(made)(["a"]).pooled[0].tolist() == [1, 1]
+    made["text"]["prompts"] = ["aa", "b"]
+    with pytest.raises(ValueError, match=r"has no text 'b' among its 2; write it anew"):
+        conditions.make_training_encoder(made)
 
 
 def test_samples_have_prompts_in_turn():

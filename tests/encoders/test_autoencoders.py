@@ -126,17 +126,19 @@ def test_pixels_are_brought_to_the_range_of_the_network():
     torch.testing.assert_close(ranged.decode(latents), plain.decode(latents) * 2 - 1)
 
 
-def test_it_is_frozen_and_computes_in_its_own_type():
-    made = small()
+@pytest.mark.parametrize("tile", [None, 8])
+def test_it_is_frozen_and_computes_in_its_own_type(tile):
+    made = small(tile=tile)
     images = torch.rand(1, 1, 8, 8)
     exact = made.encode(images)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(made.encode(images), exact)
     assert not made.train().network.training
     assert not any(p.requires_grad for p in made.parameters())
-    latents = torch.randn(1, 2, 4, 4, requires_grad=True)
-    made.decode(latents).sum().backward()  # as guidance by a loss needs it
+    latents = torch.randn(1, 2, 4, 9, requires_grad=True)  # of three tiles
+    made.decode(latents).square().sum().backward()  # as guidance by a loss needs it
     assert latents.grad.isfinite().all()
+    assert (latents.grad != 0).all()
     half = copy.deepcopy(made).to(torch.bfloat16)
     assert half.encode(images).dtype == torch.bfloat16
     torch.testing.assert_close(half.encode(images).float(), exact, atol=0.05, rtol=0.05)
@@ -186,7 +188,11 @@ def test_convolutions_alone_are_equal_but_for_seams():
     x = torch.randn(1, 1, 50, 70)
     found = tiled(network, network, x, tile=24, scale=1)
     torch.testing.assert_close(found[..., :13, :15], network(x)[..., :13, :15])  # the next begin
-    torch.testing.assert_close(tiled(lambda x: x, network, x, tile=24, scale=1), x)  # shares of 1
+    x.requires_grad_()
+    same = tiled(lambda x: x, network, x, tile=24, scale=1)  # shares of 1
+    torch.testing.assert_close(same, x)
+    slopes = torch.randn_like(x)
+    torch.testing.assert_close(torch.autograd.grad(same, x, slopes)[0], slopes)
 
 
 def test_without_exact_norms_a_tile_has_its_own_contrast():

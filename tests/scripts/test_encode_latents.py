@@ -126,6 +126,13 @@ def test_statistics_of_latents_that_are_there(encode, tmp_path, monkeypatch):
     runs.call("encode_latents", *words, folder=tmp_path, monkeypatch=monkeypatch)
     means = torch.tensor(source.statistics()[0]).mean((1, 2))
     assert means.tolist() == pytest.approx(mean, abs=1e-6)
+    encode("--no-flips")
+    assert (tmp_path / "out/statistics.json").exists()  # of the same latents
+    for path in (tmp_path / "out").glob("latents*"):
+        path.unlink()
+    tiny.write_autoencoder(tmp_path / "ae.safetensors", seed=1)
+    other = encode("--no-flips")
+    assert other.statistics() == tuple(other.info["statistics"][key] for key in ("mean", "std"))
 
 
 @pytest.mark.parametrize(

@@ -321,3 +321,18 @@ def test_samples_are_told_the_captions_of_the_data(told, evaluate):
         samples("none")
     samples("given", "--prompt", "a one")
     assert not (told / "none").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+def test_the_likelihood_is_given_the_captions(told, evaluate):
+    """Of the same images with other captions, by a model that reads them."""
+    values = []
+    for folder, captions in ("ones", ["a one"] * 2), ("twos", ["a two"] * 2):
+        for i, caption in enumerate(captions):
+            (told / folder).mkdir(exist_ok=True)
+            Image.new("L", (8, 8), 50 + 90 * i).save(told / folder / f"{i}.png")
+            (told / folder / f"{i}.txt").write_text(caption)
+        flags = "--checkpoint", "told.safetensors", "--data", folder, "--output-dir", f"of_{folder}"
+        evaluate(*flags, "--likelihood", 2, "--split", "all", "-n", 2, "--steps", 1)
+        values += [x["value"] for x in results(told, f"of_{folder}") if x["key"] == "bits_per_dim"]
+    assert values[0] != values[1]

@@ -16,6 +16,7 @@ from ...checkpoints.runs import find_checkpoint
 from ...common.files import check_writable, writable, write_atomically
 from ...common.images import grid_columns, image_grid
 from ...common.text import aligned
+from ...conditions import make_text_encoder
 from ...encoders.autoencoder import find_autoencoder
 from ...encoders.digits import MAX_IMAGES, Recognizer
 from ...evaluation import report
@@ -295,8 +296,8 @@ class Evaluation:
 
     def _likelihood(self) -> None:
         """Bits per dimension of real images: held-out ones, unless --split says otherwise."""
-        reals = self.against.held_out(self.args.split)
         denoiser, config = self.source.checkpoint()
+        reals = self.against.held_out(self.args.split, config)
         n = self.args.likelihood
         if n > len(reals):
             raise ValueError(f"--likelihood {n}: the data set has {len(reals)} held-out images")
@@ -325,6 +326,7 @@ class Evaluation:
             seed=self.args.seed,
             batch_size=self.args.batch_size,
             device=self.device,
+            encode=make_text_encoder(config, self.device, self.args.text_encoder),
         )
         if bits is None:
             return

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...checkpoints.snapshots import find_snapshots
 from ...common.files import check_readable, sha256
+from ...conditions import KINDS
 from ...config import load_config
 from ...data.latents import images_section
 from ...data.training_data import of_split
@@ -149,22 +150,26 @@ class Against(NamedTuple):
     name: str = ""
     folder: Path = Path()
 
-    def held_out(self, split: str | None) -> RealImages:
-        """The images of a split; by default the held-out ones, where the data set has a part."""
+    def held_out(self, split: str | None, config: Mapping[str, Any]) -> RealImages:
+        """The images of a split; by default the held-out ones, where the data set has a part.
+
+        With them comes what a model of the config is told.
+        """
         reals = self.images()
         asked = split or ("test" if reals.section.get("split") in {"all", "train"} else None)
-        return self._of(asked)
+        told = {key: config[key] for key in KINDS if config.get(key) is not None}
+        return self._of(asked, told)
 
     def trained_on(self) -> RealImages:
         """The images a model is trained on: where the held-out ones are compared, the others."""
         return self._of("train" if self.images().section.get("split") == "test" else None)
 
-    def _of(self, split: str | None) -> RealImages:
+    def _of(self, split: str | None, told: Mapping[str, Any] = {}) -> RealImages:
         reals = self.images()
-        if split is None or split == reals.section.get("split"):
+        if not told and split in {None, reals.section.get("split")}:
             return reals
-        section = of_split(reals.section, split)
-        return RealImages(section, reals.size, reals.channels, self.folder)
+        section = of_split(reals.section, split) if split else reals.section
+        return RealImages(section, reals.size, reals.channels, self.folder, told)
 
     def images(self) -> RealImages:
         """The real images. Raises ValueError for a file, which holds none."""
