@@ -2,11 +2,9 @@
 real digits that it was not trained on.
 
 Prints the tables and, with --write, puts them between their markers in docs/samplers.md. About ten
-minutes on two free cores, after the model's training:
+minutes on two free cores, after the model's training, whose command stands there:
 
-    python train.py --config configs/config_digits_transformer.json --set dataset.split=train \\
-        --name digits_split --end-step 600 --seed 0
-    python benchmarks/digits_samplers.py digits_split_00000600.pth [--write]
+    python benchmarks/digits_samplers.py digits_split_00002000.pth [--write]
 """
 
 import k_diffusion.common.cpu  # before torch, which loads OpenMP
