@@ -184,6 +184,8 @@ def _nuclear_norm(m: Tensor) -> Tensor:
     They are the roots of the eigenvalues of mᵀ m, which take a third of the time. Rounding moves
     these by about eps times the largest. Where that shows, singular values are computed as such.
     """
+    if not m.numel():  # all of one set are the same
+        return m.new_zeros(())
     m = m if m.shape[0] >= m.shape[1] else m.mT
     squares = torch.linalg.eigvalsh(m.mT @ m)
     roots = squares.clamp(min=0).sqrt()

@@ -77,6 +77,19 @@ def test_fid_of_identical_sets_is_0(n, d, dtype):
     assert torch.autograd.grad(E.fid(y, x), y)[0].isfinite().all()
 
 
+def test_fid_of_a_set_that_is_one_point():
+    """Its covariance is 0: what remains is the other's trace, and the shift."""
+    x, y = features(0, 12, 4), torch.ones(9, 4, dtype=torch.float64)
+    wanted = torch.cov(x.T).trace() + (x.mean(0) - 1).square().sum()
+    torch.testing.assert_close(E.fid(x, y), wanted)
+    torch.testing.assert_close(E.fid(y, x), wanted)
+    assert E.fid(y, y) == 0
+    distance = E.fid(x.requires_grad_(), y)
+    distance.backward()
+    torch.testing.assert_close(distance.detach(), wanted.detach())
+    torch.testing.assert_close(x.grad, 2 * (x - x.mean(0)) / 11 + 2 * (x.mean(0) - 1) / 12)
+
+
 def test_the_bias_of_fid_with_n():
     """About 2 d / n + d (d + 1) / (2 n) for n samples a side of one Gaussian."""
     d, n = 8, 400
