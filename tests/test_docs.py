@@ -157,7 +157,7 @@ def test_page_runs_from_top_to_bottom(page, checkpoint, tmp_path, monkeypatch):
         pytest.importorskip("transformers")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     commands = "".join(code for language, code in blocks(page) if language == "sh")
-    for step in (500, 2000):
+    for step in (200, 600):
         if "--name digits " not in commands:  # else the page's run would resume from them
             shutil.copy(checkpoint, tmp_path / f"digits_{step:08}.pth")
     monkeypatch.chdir(tmp_path)
