@@ -29,9 +29,9 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 model = K.load(args.model, device=device)
 image = K.editing.read_image(args.image, model.image_shape).to(device)
 mask = K.editing.read_mask(args.mask, model.image_shape[1:]).to(device)
-if coder := model.autoencoder:  # latents, of which any pixel is painted
-    image = coder.sample(coder.encode(image), noise=torch.zeros(1, *model.shape, device=device))
-    mask = torch.nn.functional.max_pool2d(mask.float(), coder.factor) > 0
+image = K.conditions.as_told(image, model.autoencoder)
+if model.autoencoder:  # latents of which any pixel is painted
+    mask = torch.nn.functional.max_pool2d(mask.float(), model.autoencoder.factor) > 0
 sigma_data = model.config["model"]["sigma_data"]
 painter = K.guidance.InpaintingDenoiser(model, image, mask, args.correction, sigma_data)
 

@@ -36,7 +36,7 @@ def of_images(
 
 
 def as_told(images: Tensor, autoencoder: Autoencoder | None) -> Tensor:
-    """Images as a model is told them: as they are, or as the means of their latents.
+    """Images as a model is told or edits them: as they are, or as the means of their latents.
 
     images: (n, c, h, w) in [-1, 1]. autoencoder: of a latent model, in whose units latents are.
     """

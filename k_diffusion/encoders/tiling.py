@@ -122,11 +122,8 @@ def _shared_norms(
     def hook(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x = args[0]
         if module not in known:
-            core = (
-                widen(_core(x.detach(), row, column))
-                .unflatten(1, (module.num_groups, -1))
-                .flatten(2)
-            )
+            core = widen(_core(x.detach(), row, column))
+            core = core.unflatten(1, (module.num_groups, -1)).flatten(2)
             count = torch.full_like(core[..., 0], core.shape[2])
             found = torch.stack([count, core.sum(2), core.square().sum(2)])
             sums[module] = sums[module] + found if module in sums else found

@@ -22,7 +22,13 @@ from .registry import FeatureSet
 from .statistics import FeatureStatistics
 
 # What a `dataset` section says beyond type and location, for a folder that has no config.
-_PLAIN = {"image_key": 0, "class_key": 1, "background": "white", "split": "all"}
+_PLAIN = {
+    "image_key": 0,
+    "class_key": 1,
+    "caption_key": "txt",
+    "background": "white",
+    "split": "all",
+}
 
 
 def folder_section(folder: Path) -> dict[str, Any]:
@@ -62,7 +68,7 @@ class RealImages(Dataset[dict[str, Any]]):
     ):
         section = as_stored(section)
         model = {"input_size": size, "input_channels": channels, "augment_prob": 0.0}
-        config = {"model": model, "dataset": {"caption_key": "txt", **section}, **told}
+        config = {"model": model, "dataset": section, **told}
         self.section, self.size, self.channels = dict(section), size, channels
         self.data: TrainingData = make_training_data(config, folder, strict=True)
         self.num_classes = self.data.num_classes
@@ -110,7 +116,7 @@ class RealImages(Dataset[dict[str, Any]]):
 
     def captions(self, indices: Sequence[int]) -> list[str]:
         """The captions of images. Raises ValueError where one has none."""
-        key = self.section.get("caption_key", "txt")
+        key = self.section["caption_key"]
         remedy = "set dataset.caption_key, or pass --prompt"
         return [caption_at(self.data.data, i, key, remedy) for i in indices]
 

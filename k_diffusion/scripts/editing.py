@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import guidance, sampling
 from ..common import options
-from ..conditions import Given
+from ..conditions import Given, as_told
 from ..encoders.autoencoder import find_autoencoder
 from ..generation import editing
 
@@ -110,10 +110,7 @@ def prepare(
     autoencoder = find_autoencoder(denoiser)
     pixels = shape if autoencoder is None else autoencoder.image_shape(shape)
     image = editing.read_image(args.init_image, pixels, say).to(device)
-    if autoencoder is not None:
-        with torch.no_grad():
-            moments = autoencoder.encode(image).float()
-            image = autoencoder.sample(moments, noise=moments.new_zeros(1, *shape))
+    image = as_told(image, autoencoder)
     default = 1.0 if args.mask or args.invert else 0.6
     sigmas = editing.partial_schedule(sigmas, args.strength or default)
     if args.invert:

@@ -311,7 +311,7 @@ def summary(rows: Rows, end_step: int | None = None) -> dict[str, str]:
         out["images"] = number(int(last["samples"]))
     if last.get("epoch"):
         out["epoch"] = last["epoch"]
-    out |= {"time": tqdm.format_interval(float(last["time"]))}
+    out["time"] = tqdm.format_interval(float(last["time"]))
     steps, rates = points(rows, RATE)
     if rates:
         recent = sorted(rates[-9:])[len(rates[-9:]) // 2]
