@@ -1,7 +1,7 @@
 """How well models of docs/conditioning.md do what they are told, as a classifier reads it.
 
-    python benchmarks/digits_conditions.py pairs pairs_00002000.pth
-    python benchmarks/digits_conditions.py super-resolution sr_00002000.pth
+    python benchmarks/digits_conditions.py pairs pairs_00000600.pth
+    python benchmarks/digits_conditions.py super-resolution sr_00000600.pth
 
 The judge is scikit-learn's SVC fitted to the real digits (`digits_accuracy.py`). Of pairs it reads
 both halves of a picture, apart for captions that were trained on and for those held out. Of
