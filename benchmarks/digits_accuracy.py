@@ -4,7 +4,7 @@ The judge is the encoder `digits`, scikit-learn's SVC fitted to the real digits;
 sees it. For scale, the script first prints how well a judge of four fifths of the real digits reads
 the others.
 
-    python benchmarks/digits_accuracy.py digits_00001000.pth [-n 1000] [--cfg-scale 1]
+    python benchmarks/digits_accuracy.py digits_00000600.pth [-n 1000] [--cfg-scale 1]
 """
 
 import k_diffusion.common.cpu  # before torch, which loads OpenMP
