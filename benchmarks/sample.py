@@ -27,11 +27,12 @@ from k_diffusion.config import make_denoiser_wrapper
 from k_diffusion.models import flops
 
 SAMPLER = "dpmpp_2m"
-# A row's name, and what is compiled, of `compile_model`.
-WAYS = {
-    "eager": ("eager", None),
-    "compiled": ("compiled", "model"),
-    "by-block": ("compiled by block", "block"),
+# A row's name, and the arguments of `compile_model`.
+WAYS: dict[str, tuple[str, dict[str, str]]] = {
+    "eager": ("eager", {}),
+    "compiled": ("compiled", {"unit": "model"}),
+    "cuda-graphs": ("compiled, CUDA graphs", {"unit": "model", "mode": K.models.CUDA_GRAPHS}),
+    "by-block": ("compiled by block", {"unit": "block"}),
 }
 
 COLUMNS: bench.Columns = {
@@ -84,8 +85,8 @@ def measure(case: Case, names: Sequence[str], args: Any, budget: float) -> Secti
     runs: dict[str, bench.Run] = {}
     two_steps: dict[str, bench.Run] = {}  # for what doesn't depend on their number
     for name in names:
-        model, unit = copy.deepcopy(inner, dict(tensors)), WAYS[name][1]
-        model = K.models.compile_model(model, unit) if unit else model
+        model, how = copy.deepcopy(inner, dict(tensors)), WAYS[name][1]
+        model = K.models.compile_model(model, **how) if how else model
         runs[name] = sampling(case, model, args.steps, args.device, args.dtype)
         two_steps[name] = sampling(case, model, 2, args.device, args.dtype)
     took = first(two_steps, args.device)
@@ -118,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = cases.rows(p, args, WAYS)
     sections = {}
     for case in () if args.no_run else cases.choose(args):
-        names = asked or [name for name in WAYS if name not in case.leave_out]
+        leave_out = [*case.leave_out, *(["cuda-graphs"] if args.device.type != "cuda" else [])]
+        names = asked or [name for name in WAYS if name not in leave_out]
         title = f"{case.title(args.dtype)}, {args.steps} steps of {SAMPLER}"
         sections[title] = measure(case, names, args, 0.0 if args.quick else 5.0)
         print(bench.text(title, sections[title], COLUMNS), end="\n\n", flush=True)

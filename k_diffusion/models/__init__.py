@@ -6,7 +6,11 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .compiling import UNITS as UNITS, compile_model as compile_model
+from .compiling import (
+    CUDA_GRAPHS as CUDA_GRAPHS,
+    UNITS as UNITS,
+    compile_model as compile_model,
+)
 from .flags import checkpointing as checkpointing, get_checkpointing as get_checkpointing
 
 if TYPE_CHECKING:
@@ -50,6 +54,7 @@ _SUBMODULES = (
 )
 
 __all__ = [
+    "CUDA_GRAPHS",
     "UNITS",
     "ImageDenoiserModelV1",
     "ImageTransformerDenoiserModelV1",

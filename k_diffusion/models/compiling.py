@@ -7,6 +7,7 @@ from torch import nn
 from . import flags
 
 UNITS = ("model", "block")
+CUDA_GRAPHS = "reduce-overhead"  # the mode of torch.compile that makes them
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

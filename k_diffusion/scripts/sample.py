@@ -92,6 +92,8 @@ def add_choices(p: argparse.ArgumentParser, *, sampler: str, steps: int) -> None
     add("--dtype", choices=list(DTYPES), default="fp32", help="of the model's matrix products")
     add("--device", type=options.text, help="cpu, cuda, ...; else the best there is")
     options.add_compile(add, models.UNITS)
+    text = "with --compile: launch an evaluation of the model at once, as a CUDA graph"
+    add("--cuda-graphs", action="store_true", help=text)
 
     add = p.add_argument_group("how to sample").add_argument
     add("--sampler", type=sampler_name, default=sampler, metavar="NAME", help="see --list-samplers")
@@ -162,9 +164,15 @@ def run(args: argparse.Namespace, guide: Guide | None = None) -> None:
 
 
 def ready(denoiser: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """The denoiser on its device, compiled where the flags say so."""
+    """The denoiser on its device, compiled where the flags say so.
+
+    Raises ValueError for CUDA graphs on another device.
+    """
+    if args.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a CUDA device, got {device.type}; leave it out")
     if args.compile:
-        models.compile_model(denoiser.inner_model, args.compile)  # type: ignore[arg-type]
+        mode = {"mode": models.CUDA_GRAPHS} if args.cuda_graphs else {}
+        models.compile_model(denoiser.inner_model, args.compile, **mode)  # type: ignore[arg-type]
     return denoiser.to(device)
 
 
@@ -296,6 +304,8 @@ def check_choices(args: argparse.Namespace) -> None:
         raise options.UsageError("--autoguidance-scale needs --autoguidance CHECKPOINT")
     if args.perturbed_scale is not None and not (args.skip_layers or args.identity_attention):
         raise options.UsageError("--perturbed-scale needs --skip-layers or --identity-attention")
+    if args.cuda_graphs and args.compile != models.UNITS[0]:
+        raise options.UsageError("--cuda-graphs needs --compile, of the whole model")
     sampler_options(args)
 
 

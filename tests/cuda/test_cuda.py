@@ -124,6 +124,22 @@ def test_compiled_models_have_no_graph_breaks(unit, dtype):
     assert_near(got, want, 1e-4 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "heun"])
+def test_cuda_graphs_draw_what_eager_models_draw(sampler):
+    """With a history, and with several evaluations in a step, though a graph reuses its memory."""
+    model = hourglass().eval().requires_grad_(False)
+    sigmas = K.sampling.get_sigmas_karras(5, 0.1, 10, device="cuda")
+
+    def draw():
+        denoiser = K.Denoiser(model, 0.5)
+        x = K.sampling.randn_per_seed(range(2), (3, 32, 32), device="cuda") * sigmas[0]
+        return [K.sampling.sample(denoiser, x, sigmas, sampler, disable=True) for _ in range(2)]
+
+    want = draw()
+    compile_model(model, mode=K.models.CUDA_GRAPHS)
+    assert_near(draw(), want, 1e-3)
+
+
 @pytest.mark.parametrize("keep_attention", [False, True])
 @pytest.mark.parametrize("unit", [None, "block"])
 def test_checkpointing_changes_no_gradient(unit, keep_attention):

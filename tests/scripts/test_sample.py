@@ -199,15 +199,30 @@ def test_image_i_of_a_seed_is_the_same_in_any_batch(script):
 
 def test_the_model_is_compiled_where_a_flag_says_so(script, monkeypatch):
     compiled = []
-    monkeypatch.setattr(models, "compile_model", lambda net, unit: compiled.append((net, unit)))
+    monkeypatch.setattr(
+        models, "compile_model", lambda net, unit, **how: compiled.append((net, unit, how))
+    )
     model = write_model(Path("m.safetensors"))
     flags = ("a", "--checkpoint", model, "-n", 3, "--batch-size", 2, "--steps", 2, "--seed", 4)
     script(*flags, "--compile", "--prefix", "whole")
     script(*flags, "--compile", "block", "--prefix", "blocks")
     script(*flags, "--prefix", "eager")
-    assert [unit for _, unit in compiled] == ["model", "block"]
-    assert all(isinstance(net, nn.Module) and hasattr(net, "param_groups") for net, _ in compiled)
+    assert [(unit, how) for _, unit, how in compiled] == [("model", {}), ("block", {})]
+    assert all(isinstance(net, nn.Module) and hasattr(net, "param_groups") for net, *_ in compiled)
     assert (images("whole", 3) - images("eager", 3)).abs().max() <= 1
+
+
+def test_cuda_graphs_are_of_a_whole_model_on_a_gpu(script, monkeypatch):
+    made = []
+    monkeypatch.setattr(models, "compile_model", lambda net, unit, **how: made.append((unit, how)))
+    args = argparse.Namespace(compile="model", cuda_graphs=True)
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
+    wrapped = nn.Module()
+    wrapped.inner_model = nn.Identity()
+    assert sample.ready(wrapped, args, torch.device("cuda")) is wrapped
+    assert made == [("model", {"mode": "reduce-overhead"})]
+    with pytest.raises(ValueError, match="--cuda-graphs needs a CUDA device, got cpu"):
+        sample.ready(wrapped, args, torch.device("cpu"))
 
 
 def test_a_grid_of_a_class_conditional_model(script):
@@ -232,6 +247,8 @@ def test_errors_are_sentences_and_come_before_the_work(script, monkeypatch, caps
         (("--cfg-scale", "2"), "needs a class-conditional model"),
         (("--cfg-interval", "1", "2"), "needs a --cfg-scale"),
         (("--cfg-rule", "apg"), "--cfg-rule needs a --cfg-scale"),
+        (("--cuda-graphs",), "--cuda-graphs needs --compile"),
+        (("--cuda-graphs", "--compile", "block"), "--cuda-graphs needs --compile"),
         (("--add-prompt", "b", "much"), "a prompt's weight must be a number, got 'much'"),
         (("--image-prompt", "file", "1"), "can't read the image file"),
     ]:
