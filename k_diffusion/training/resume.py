@@ -10,6 +10,9 @@ from ..distributed import broadcast, end_together, first_error
 from .run_files import find_checkpoints, state_path
 from .state import TrainState
 
+# The sections of a config that name a frozen encoder, and what it gives a run.
+_ENCODERS = {"autoencoder": "latents of another autoencoder", "text": "texts of another encoder"}
+
 
 def resume(
     state: TrainState, name: str, path: Path | None, say: Callable[[str], object]
@@ -29,7 +32,7 @@ def resume(
                 raise CheckpointError(f"{error}{_others(name, path)}") from error
             say(f"{error}; going back to the checkpoint before it")
             continue
-        _check_autoencoder(checkpoint["config"], state.config, candidate)
+        _check_encoders(checkpoint["config"], state.config, candidate)
         for line in config_differences(checkpoint["config"], state.config):
             say(f"the config differs from the checkpoint's: {line}")
         for line in config_differences(checkpoint.get("run", {}), state.run):
@@ -48,15 +51,16 @@ def resume(
     return None
 
 
-def _check_autoencoder(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
-    """Raises CheckpointError where a run was trained on the latents of another autoencoder."""
-    prints = [(x.get("autoencoder") or {}).get("fingerprint") for x in (old, new)]
-    if all(prints) and prints[0] != prints[1]:
-        raise CheckpointError(
-            f"{path} was trained on the latents of another autoencoder (fingerprint {prints[0]}) "
-            f"than {new['autoencoder']['location']} ({prints[1]}); pass the one that it was "
-            "trained with, or another --name to start anew"
-        )
+def _check_encoders(old: Mapping[str, Any], new: Mapping[str, Any], path: Path) -> None:
+    """Raises CheckpointError where a run was trained with another autoencoder or text encoder."""
+    for key, what in _ENCODERS.items():
+        theirs, ours = ((x.get(key) or {}).get("fingerprint") for x in (old, new))
+        if theirs and ours and theirs != ours:
+            source = new[key].get("precomputed") or new[key]["location"]
+            raise CheckpointError(
+                f"{path} was trained on the {what} (fingerprint {theirs}) than {source} ({ours}); "
+                "pass the one that it was trained with, or another --name to start anew"
+            )
 
 
 def _read(path: Path, like: Any) -> tuple[dict[str, Any] | None, CheckpointError | None]:

@@ -83,6 +83,16 @@ def test_captions_encoded_beforehand_train_alike(trained, monkeypatch):
     assert len(losses(trained, "told")) == 2
 
 
+def test_a_run_stays_with_its_text_encoder(trained, monkeypatch):
+    tiny_text.save(trained / "second", seed=1)
+    says = (
+        r"told_00000002.pth was trained on the texts of another encoder \(fingerprint \w{16}\) "
+        r"than second \(\w{16}\); pass the one that it was trained with, or another --name"
+    )
+    with pytest.raises(SystemExit, match=says):
+        train(trained, monkeypatch, "told", "--set", "text.location=second", "--end-step", 3)
+
+
 def test_held_out_images_are_told_theirs(tmp_path, monkeypatch):
     """A run that keeps images for validation: of digits at a quarter of their size."""
     config = {**runs.TINY, "image_condition": {"type": "downsampled", "factor": 4}}
