@@ -1,6 +1,8 @@
 """The flags of the sampling scripts on guidance, and the denoiser that they make."""
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +10,10 @@ from torch import nn
 
 from .. import conditions, guidance
 from ..common import options
-from ..encoders.autoencoder import find_autoencoder
+from ..encoders.autoencoder import Autoencoder, find_autoencoder
 from ..loading import load_denoiser
+
+_ALIKE = 1e-3  # of the units of latents
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -48,7 +52,8 @@ def make_guidance(
     """A denoiser with the guidance that the flags ask for.
 
     Raises ValueError where the model has no conditions to guide by, or no such blocks, the
-    checkpoint of the weaker model is one of other images or classes, or flags don't go together.
+    checkpoint of the weaker model is one of other images, latents, classes or texts, or flags
+    don't go together.
     """
     model = denoiser
     if args.autoguidance is not None:
@@ -64,12 +69,8 @@ def make_guidance(
                     f"{args.autoguidance} has {key} {other[part][key]}, but the model it is to "
                     f"guide has {config[part][key]}"
                 )
-        prints = [x and x.fingerprint for x in map(find_autoencoder, (weak, denoiser))]
-        if prints[0] != prints[1]:
-            raise ValueError(
-                f"{args.autoguidance} has the autoencoder {prints[0]}, but the model it is to "
-                f"guide {prints[1]}; both must be of one kind of latents"
-            )
+        _check_latents(args.autoguidance, find_autoencoder(weak), find_autoencoder(denoiser))
+        _check_texts(args.autoguidance, other, config)
         scale = 2.0 if args.autoguidance_scale is None else args.autoguidance_scale
         denoiser = guidance.AutoguidedDenoiser(denoiser, weak.to(device), scale)
     if args.skip_layers or args.identity_attention:
@@ -87,3 +88,33 @@ def make_guidance(
     rule = guidance.RULES[args.cfg_rule](config["model"]["sigma_data"])
     guided = guidance.CFGDenoiser(denoiser, args.cfg_scale, combine=rule, **null)
     return guidance.IntervalDenoiser(guided, *args.cfg_interval) if args.cfg_interval else guided
+
+
+def _check_latents(path: Path, weak: Autoencoder | None, model: Autoencoder | None) -> None:
+    """Raises ValueError unless the weaker model at `path` has the model's latents in its units."""
+    prints = [x and x.fingerprint for x in (weak, model)]
+    if prints[0] != prints[1]:
+        raise ValueError(
+            f"{path} has the autoencoder {prints[0]}, but the model it is to guide {prints[1]}; "
+            "both must be of one kind of latents"
+        )
+    if weak is None or model is None:
+        return
+    # what is measured twice may differ in its last digits
+    unit, zero, other = (x.cpu() for x in (model.scale, model.shift, weak.shift))
+    same = torch.allclose(weak.scale.cpu(), unit, rtol=_ALIKE, atol=0)
+    if not same or not torch.allclose(other * unit, zero * unit, rtol=0, atol=_ALIKE):
+        raise ValueError(
+            f"{path} has its latents in other units (autoencoder.mean, autoencoder.std, "
+            "model.sigma_data) than the model it is to guide; train it with the same"
+        )
+
+
+def _check_texts(path: Path, weak: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Raises ValueError where two models with these configs are told texts by other encoders."""
+    prints = [(config.get("text") or {}).get("fingerprint") for config in (weak, model)]
+    if all(prints) and prints[0] != prints[1]:
+        raise ValueError(
+            f"{path} has the text encoder {prints[0]}, but the model it is to guide {prints[1]}; "
+            "both must be told by the same"
+        )

@@ -16,7 +16,8 @@ from torch import nn
 
 from k_diffusion import checkpoints, config, guidance, loading, models
 from k_diffusion.encoders import clip
-from k_diffusion.scripts import sample
+from k_diffusion.encoders.autoencoder import find_autoencoder
+from k_diffusion.scripts import guiding, sample
 
 pytest.importorskip("accelerate")
 
@@ -332,6 +333,39 @@ def test_a_weaker_model_of_other_latents_is_an_error(tmp_path):
     says = "other.safetensors has the autoencoder {}, but the model it is to guide {}; both must"
     with pytest.raises(ValueError, match=says.format(*prints)):
         build(loaded, denoiser=denoiser, autoguidance=other)
+
+
+def stub_weak(monkeypatch, denoiser, config):
+    monkeypatch.setattr(guiding, "load_denoiser", lambda *args, **kwargs: (denoiser, config))
+
+
+def test_a_weaker_model_of_latents_in_other_units_is_an_error(tmp_path, monkeypatch):
+    denoiser, loaded = loading.load_denoiser(write_latent_model(tmp_path / "m.safetensors"))
+    weak, _ = loading.load_denoiser(tmp_path / "m.safetensors")
+    stub_weak(monkeypatch, weak, loaded)
+    coder = find_autoencoder(weak)
+    coder.normalize([0.0, 1e-5], [0.10001, 0.1], 0.5)  # measured anew
+    build(loaded, denoiser=denoiser, autoguidance="weak")
+    for other in (
+        ([0.0, 0.02], [0.1, 0.1], 0.5),
+        ([0.0, 0.0], [0.1, 0.2], 0.5),
+        ([0.0, 0.0], [0.1, 0.1], 1.0),
+        (0.0, torch.full((2, 8, 8), 0.2), 0.5),
+    ):
+        coder.normalize(*other)
+        with pytest.raises(ValueError, match=r"^weak has its latents in other units \(autoencoder"):
+            build(loaded, denoiser=denoiser, autoguidance="weak")
+
+
+def test_a_weaker_model_of_another_text_encoder_is_an_error(tmp_path, monkeypatch):
+    denoiser, loaded = loading.load_denoiser(write_model(tmp_path / "m.safetensors"))
+    told = {**loaded, "text": {"fingerprint": "1"}}
+    for text in (None, {"fingerprint": None}, {"fingerprint": "1"}):
+        stub_weak(monkeypatch, denoiser, {**loaded, "text": text})
+        build(told, autoguidance="weak")
+    stub_weak(monkeypatch, denoiser, {**loaded, "text": {"fingerprint": "2"}})
+    with pytest.raises(ValueError, match=r"^weak has the text encoder 2, but the .* to guide 1;"):
+        build(told, autoguidance="weak")
 
 
 class ClassAsLevel(nn.Module):
