@@ -71,7 +71,7 @@ def train(args: argparse.Namespace, config: dict[str, Any], accelerator: Any) ->
         shape = latent.data_shape(config, coder)
         strict = args.strict_data
         train_data = training_data.make_training_data(config, args.config.parent, strict, shape)
-        encode = conditions.make_training_encoder(config, accelerator.device)
+        encode = conditions.make_training_encoder(config, accelerator.device, train_data)
     config["dataset"]["num_classes"] = train_data.num_classes
     given = conditions.of_data(train_data, config, encode, accelerator.device, coder)
     inner = K.config.make_model(config)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ..data.latent_sources import open_latents
+from ..data.training_data import TrainingData
 from ..encoders.autoencoder import Autoencoder
 from ..encoders.text import StoredTexts, TextEncoder, Texts, load_open_clip, load_transformers
 from .images import (
@@ -75,13 +76,16 @@ def make_text_encoder(
 
 
 def make_training_encoder(
-    config: Mapping[str, Any], device: torch.device | str = "cpu"
+    config: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    data: TrainingData | None = None,
 ) -> Encode | None:
     """What encodes the captions of training, whose fingerprint the config gets.
 
     It is text.precomputed, what latents on disk have of their captions, or the text encoder. That
     of latents is loaded once: to encode the prompts, and to see that it is the config's. Raises
-    ValueError where it is another one, or text.precomputed lacks a prompt.
+    ValueError where it is another one, or the encoded captions lack a prompt or, as far as that is
+    soon known, a caption of the data.
     """
     section = config.get("text")
     if section is None:
@@ -104,7 +108,8 @@ def make_training_encoder(
     section["fingerprint"] = stored.fingerprint
     if encoder is not None:
         stored.add(encoder, section["prompts"])
-    stored(section["prompts"])  # a missing one is known before anything is trained
+    stored.check(section["prompts"])  # a missing one is known before anything is trained
+    stored.check(data.known_captions() if data is not None else ())
     return stored
 
 

@@ -100,6 +100,10 @@ class ArchivedImages(Dataset[dict[str, Any]]):
                     f"the caption of {image} is not UTF-8 text: {error.reason}"
                 ) from None
 
+    def without_caption(self, ending: str) -> list[str]:
+        """The images without a text of that ending, which is that of `keys`."""
+        return [member.name for _, member in self.places if member.caption is None]
+
     def image_size(self, index: int) -> tuple[int, int]:
         """(h, w) of an image as it is stored, upright."""
         return image_size(io.BytesIO(self._content(index)))

@@ -10,16 +10,27 @@ from .datasets import FolderOfImages
 from .latents import Latents
 from .transforms import ImageTransform
 
-_REMEDY = "set dataset.caption_key, or leave out the section text"
+REMEDY = "set dataset.caption_key, or leave out the section text"
 
 
-def caption_at(data: Any, index: int, key: int | str, remedy: str = _REMEDY) -> str:
+def check_captions(data: Any, key: int | str, remedy: str = REMEDY) -> None:
+    """Raises ValueError, with the remedy, where images have no caption, as far as the data set
+    knows it without reading them. key: as of `caption_of`."""
+    missing = data.without_caption(str(key)) if hasattr(data, "without_caption") else []
+    if missing:
+        raise ValueError(
+            f"{len(missing):,} of {len(data):,} images have no caption at {key!r}, such as "
+            f"{missing[0]}; {remedy}"
+        )
+
+
+def caption_at(data: Any, index: int, key: int | str, remedy: str = REMEDY) -> str:
     """As `caption_of`, but no image in a file is read for it."""
     item = None if hasattr(data, "paths") else data[index]
     return caption_of(data, item, index, key, remedy)
 
 
-def caption_of(data: Any, item: Any, index: int, key: int | str, remedy: str = _REMEDY) -> str:
+def caption_of(data: Any, item: Any, index: int, key: int | str, remedy: str = REMEDY) -> str:
     """The caption of an item of a data set.
 
     key: where the item holds it; of images in files, the ending of the text file beside each.

@@ -249,6 +249,16 @@ class HuggingFace(Dataset[dict[str, Any]]):
         """How many rows of a streamed data set are shuffled together; None of another."""
         return getattr(self.data, "window", None)
 
+    def without_caption(self, column: str) -> list[str]:
+        """The rows without a text in that column, if it is one of texts and isn't streamed."""
+        known = {} if self.window is not None else self.data.features
+        if "string" not in getattr(known.get(column), "dtype", ""):
+            return []
+        texts = self.data.with_format("arrow")[column][:]  # mapped, not read
+        if not texts.null_count:
+            return []
+        return [f"row {i}" for i, missing in enumerate(texts.is_null().to_pylist()) if missing]
+
     def __len__(self) -> int:
         return len(self.data)
 

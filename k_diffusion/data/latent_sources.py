@@ -68,6 +68,10 @@ class LatentSource:
         """The caption of an image, where there are captions."""
         raise NotImplementedError
 
+    def texts(self) -> Iterator[str]:
+        """All captions, each at least once, where there are captions."""
+        raise NotImplementedError
+
     def check_captions(self) -> None:
         """Raises ValueError where there are no captions."""
         if not self.captions:
@@ -183,6 +187,10 @@ class ShardedLatents(LatentSource):
         shard, place = self._place(index)
         texts, places = self._handle((shard, "captions"), lambda: self._texts(shard))
         return texts[int(places[place])]
+
+    def texts(self) -> Iterator[str]:
+        for shard in range(len(self.files)):
+            yield from self._texts(shard)[0]
 
     def _texts(self, shard: int) -> tuple[list[str], Tensor]:
         """The texts of a file, each once, and which of them each of its images has."""

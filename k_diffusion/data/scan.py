@@ -75,6 +75,17 @@ class SizedFiles:
         """(h, w) of an image as it is stored, upright."""
         return image_size(self.paths[index])
 
+    def without_caption(self, ending: str) -> list[str]:
+        """The images with no text file of that ending beside them. Each folder is listed once."""
+        root, ending = os.fspath(self.paths.root), f".{ending.removeprefix('.')}"
+        texts: set[str] = set()
+        for folder in dict.fromkeys(map(os.path.dirname, self.paths.names)):
+            with os.scandir(os.path.join(root, folder)) as entries:
+                found = (entry.name for entry in entries if entry.name.endswith(ending))
+                texts.update(os.path.join(folder, name) for name in found)
+        missing = (n for n in self.paths.names if os.path.splitext(n)[0] + ending not in texts)
+        return [os.path.join(root, name) for name in missing]
+
     def image_names(self) -> Iterable[str]:
         """What tells the images from others, and from those that lay there before."""
         root = self.paths.root.resolve()

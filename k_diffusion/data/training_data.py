@@ -1,7 +1,7 @@
 """A data set as training sees it: items drawn by (index, seed)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from ..common import memory
 from ..common.images import CorruptImageError
 from .buckets import Buckets, make_buckets
-from .captions import PairedImages, PairedLatents, caption_at, caption_of
+from .captions import REMEDY, PairedImages, PairedLatents, caption_at, caption_of, check_captions
 from .datasets import make_dataset
 from .latents import Latents, LatentTransform
 from .streamed import StreamedRows
@@ -19,6 +19,7 @@ from .transforms import ImageTransform, Unaugmented
 # Those of a config's `dataset` section that aren't of reading it.
 TRANSFORM_KEYS = ("random_crop", "horizontal_flip", "jpeg_draft")
 _MAX_CORRUPT_IN_A_ROW = 1000
+_READ_AT_ONCE = 100_000  # captions in files, in seconds
 
 
 class TrainingData(Dataset[dict[str, Any]]):
@@ -39,12 +40,14 @@ class TrainingData(Dataset[dict[str, Any]]):
         class_key: int | str = 1,
         strict: bool = False,
         caption_key: int | str | None = None,
+        caption_remedy: str = REMEDY,
         paired: PairedImages | PairedLatents | None = None,
         transform: ImageTransform | None = None,
         buckets: Buckets | None = None,
     ):
         self.data, self.transform, self.buckets = data, transform, buckets
-        self.caption_key, self.paired = caption_key, paired
+        self.caption_key, self.caption_remedy = caption_key, caption_remedy
+        self.paired = paired
         self.num_classes = num_classes
         self.image_key, self.class_key = image_key, class_key
         self.strict = strict
@@ -55,7 +58,16 @@ class TrainingData(Dataset[dict[str, Any]]):
     def caption(self, index: int) -> str:
         """The caption of an item, for which no image file is read. Raises ValueError without."""
         assert self.caption_key is not None
-        return caption_at(self.data, index, self.caption_key)
+        return caption_at(self.data, index, self.caption_key, self.caption_remedy)
+
+    def known_captions(self) -> Iterable[str]:
+        """Captions that are soon read: of latents all, of image files at most 100,000, evenly
+        spaced; of other data none."""
+        if isinstance(self.data, Latents):
+            yield from self.data.source.texts()
+        elif hasattr(self.data, "paths"):
+            n = min(len(self), _READ_AT_ONCE)
+            yield from (self.caption(i * len(self) // n) for i in range(n))
 
     def describe(self) -> str:
         """What the data set has to say of itself beyond its size, such as images by class."""
@@ -100,7 +112,8 @@ class TrainingData(Dataset[dict[str, Any]]):
         if self.num_classes:
             out["class"] = self._class_of(item, index)
         if self.caption_key is not None:
-            out["caption"] = caption_of(self.data, item, index, self.caption_key)
+            key, remedy = self.caption_key, self.caption_remedy
+            out["caption"] = caption_of(self.data, item, index, key, remedy)
         return {**out, **paired, "skipped": "\n".join(skipped)}
 
     def _choose_size(self, index: int) -> None:
@@ -218,8 +231,11 @@ def make_training_data(
         num_classes = found.num_classes if hasattr(data, "num_classes") else len(found.counts)
     keys = section["image_key"], section["class_key"]
     more: dict[str, Any] = {}
-    if config.get("text") is not None:
+    if (text := config.get("text")) is not None:
         more["caption_key"] = section["caption_key"]
+        if not text:  # captions alone are asked for, by a flag of encode_latents.py
+            more["caption_remedy"] = "set dataset.caption_key, or leave out --captions"
+        check_captions(data, *more.values())
     condition = config.get("image_condition") or {}
     if condition and isinstance(data, Latents):
         more["paired"] = PairedLatents(data)

@@ -252,16 +252,22 @@ class StoredTexts:
             unique = unpack_texts(made["texts"])
             self._add(unique, made["starts"], made["tokens"], made["pooled"])
 
+    def check(self, texts: Iterable[str]) -> None:
+        """Raises ValueError where texts are not among these."""
+        missing = [*dict.fromkeys(text for text in texts if text not in self.places)]
+        if missing:
+            more = f" and {len(missing) - 1:,} others" if missing[1:] else ""
+            raise ValueError(
+                f"{self.path} has no text {missing[0]!r}{more} among its {len(self.places):,}; "
+                "write it anew with python -m k_diffusion.scripts.encode_captions"
+            )
+
     def __call__(self, texts: Sequence[str]) -> Texts:
+        self.check(texts)
         tokens = torch.zeros(len(texts), self.max_length, self.width)
         padding = torch.ones(len(texts), self.max_length, dtype=torch.bool)
         pooled = torch.empty(len(texts), self.pooled_width)
         for i, text in enumerate(texts):
-            if text not in self.places:
-                raise ValueError(
-                    f"{self.path} has no text {text!r} among its {len(self.places):,}; write it "
-                    "anew with python -m k_diffusion.scripts.encode_captions"
-                )
             part, place = self.places[text]
             starts, all_tokens, all_pooled = self._parts[part]
             start, end = starts[place : place + 2].tolist()

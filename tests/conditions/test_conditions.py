@@ -9,6 +9,7 @@ from PIL import Image
 
 import k_diffusion as K
 from k_diffusion import conditions
+from k_diffusion.data import training_data
 from k_diffusion.data.captions import caption_of
 from k_diffusion.data.training_data import make_training_data
 from k_diffusion.encoders.text import TextEncoder, Texts, write_texts
@@ -111,6 +112,22 @@ def test_stored_texts_have_the_prompts_from_the_start(tmp_path):
     made["text"]["prompts"] = ["aa", "b"]
     with pytest.raises(ValueError, match=r"has no text 'b' among its 2; write it anew"):
         conditions.make_training_encoder(made)
+
+
+def test_stored_texts_have_the_captions_of_files_from_the_start(tmp_path, monkeypatch):
+    data = make_training_data(paired_config(tmp_path))
+    path = tmp_path / "texts.safetensors"
+    encoder = TextEncoder("lengths", torch.nn.Linear(1, 1), encode, 4)
+    made = config(text={**TEXT, "precomputed": str(path), "prompts": []})
+    write_texts(path, encoder, [f"number {i}" for i in range(5)])
+    conditions.make_training_encoder(made, data=data)
+    write_texts(path, encoder, [f"number {i}" for i in range(3)])
+    says = "has no text 'number 3' and 1 others among its 3; write it anew"
+    with pytest.raises(ValueError, match=says):
+        conditions.make_training_encoder(made, data=data)
+    monkeypatch.setattr(training_data, "_READ_AT_ONCE", 3)  # 0, 1 and 3
+    with pytest.raises(ValueError, match="has no text 'number 3' among its 3"):
+        conditions.make_training_encoder(made, data=data)
 
 
 def test_samples_have_prompts_in_turn():
@@ -242,6 +259,8 @@ def test_captions_beside_files_and_paired_images(tmp_path):
     assert not torch.allclose(item["image"], item["original"])
 
     (tmp_path / "images/below/3.txt").unlink()
+    with pytest.raises(ValueError, match=r"^1 of 5 images have no caption at 'txt', such as .*3"):
+        make_training_data(made)
     with pytest.raises(ValueError, match=r"3\.png has no caption: no file .*3\.txt; set data"):
         data[3, 0]
     (tmp_path / "images/below/3.txt").write_bytes(b"\xff")

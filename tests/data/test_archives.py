@@ -124,6 +124,7 @@ def test_captions_in_shards(tmp_path):
         add(archive, "2.txt", b"\xff")
     data = made("webdataset", tmp_path / "a.tar").data
     assert caption_of(data, data[0], 0, "txt") == "a cat on a chair"
+    assert data.without_caption("txt") == ["1.png"]
     with pytest.raises(ValueError, match="item 1 of the data set has no caption at 'txt'"):
         caption_of(data, data[1], 1, "txt")
     with pytest.raises(ValueError, match=r"the caption of 2.png of .*a.tar is not UTF-8 text"):

@@ -136,6 +136,25 @@ def test_few_images_are_not_worth_keeping(root, cache, monkeypatch):
     assert not cache.exists()
 
 
+def test_images_without_a_text_are_found_by_a_listing_of_each_folder(tmp_path, monkeypatch):
+    names = "a.png", "b/a.png", "b/c.d.png", "b/e/a.png"
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+        (tmp_path / name).with_suffix(".txt").touch()
+    data = scan.SizedFiles()
+    data.paths = scan.Paths(tmp_path, names)
+    assert data.without_caption("txt") == []
+    (tmp_path / "b/c.d.txt").rename(tmp_path / "b/c.txt")
+    (tmp_path / "a.txt").rename(tmp_path / "a.caption.txt")
+    scanned = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: scanned.append(path) or scandir(path))
+    assert data.without_caption(".txt") == [str(tmp_path / name) for name in ("a.png", "b/c.d.png")]
+    assert len(scanned) == 3
+    assert data.without_caption("caption.txt") == [str(tmp_path / name) for name in names[1:]]
+
+
 def test_a_folder_that_cannot_be_read_is_passed_over(root, monkeypatch):
     listing = scan._listed
 

@@ -83,6 +83,40 @@ def test_captions_encoded_beforehand_train_alike(trained, monkeypatch):
     assert len(losses(trained, "told")) == 2
 
 
+def test_captions_of_a_hugging_face_data_set(trained, tmp_path, monkeypatch):
+    """From parquet files, by a column of its own name; a row without one is known at once."""
+    library = pytest.importorskip("datasets")
+    monkeypatch.setattr(library.config, "HF_DATASETS_OFFLINE", True)
+    monkeypatch.setattr(library.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(generation, "STEPS", 1)
+    library.disable_progress_bars()
+
+    def write(captions):
+        pictures = [Image.fromarray(np.full((8, 8), 20 * i, np.uint8)) for i in range(8)]
+        rows = {"image": pictures, "caption": captions}
+        features = library.Features({"image": library.Image(), "caption": library.Value("string")})
+        data = library.Dataset.from_dict(rows, features=features)
+        data.to_parquet(trained / "rows/train.parquet")
+
+    section = {"type": "huggingface", "location": "rows", "caption_key": "caption"}
+    words = "--set", f"dataset={json.dumps(section)}"
+    (trained / "rows").mkdir(exist_ok=True)
+    captions = [f"a {word}" for word in ["one", "two", "three", "big"] * 2]
+    seen = []
+    of_texts = conditions.of_texts
+    with monkeypatch.context() as patch:
+        patch.setattr(conditions, "of_texts", lambda *args: seen.extend(args[2]) or of_texts(*args))
+        write(captions)
+        train(trained, monkeypatch, "columns", *words, "--batch-size", 8, "--end-step", 1)
+    assert sorted(seen[:8]) == sorted(captions)
+    write([*captions[:5], None, *captions[6:]])
+    with pytest.raises(
+        SystemExit, match="1 of 8 images have no caption at 'caption', such as row 5"
+    ):
+        train(trained, monkeypatch, "none", *words)
+    assert not [*trained.glob("none*")]
+
+
 def test_a_run_stays_with_its_text_encoder(trained, monkeypatch):
     tiny_text.save(trained / "second", seed=1)
     says = (

@@ -168,6 +168,7 @@ def test_wrong_configs_are_refused(encode, tmp_path, monkeypatch, capsys):
 # ---------------------------------------------------------------- captions
 
 WORDS = ["one", "two", "three"]
+PLAIN = "--set=text=null", "--set=model.cross_cond_dim=0", "--set=model.mapping_cond_dim=0"
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +253,7 @@ def test_stored_captions_alone_need_no_encoder(told, tmp_path, monkeypatch):
     shutil.rmtree(folder / "encoder")
     state = train(folder, monkeypatch, "bare", *STORED, "--set=text.precomputed=stored")
     assert state["config"]["text"]["fingerprint"] == StoredTexts(folder / "stored").fingerprint
+    assert {*open_latents(folder / "stored").texts()} == {f"a {word}" for word in WORDS}
 
 
 def test_another_encoder_can_take_the_captions(told, monkeypatch):
@@ -278,12 +280,11 @@ def test_another_encoder_can_take_the_captions(told, monkeypatch):
 
 def test_captions_can_be_stored_for_a_later_encoder(told, tmp_path, monkeypatch):
     folder = shutil.copytree(told, tmp_path / "it")
-    plain = "--set=text=null", "--set=model.cross_cond_dim=0", "--set=model.mapping_cond_dim=0"
-    call(folder, monkeypatch, "plain", *plain)
+    call(folder, monkeypatch, "plain", *PLAIN)
     says = "latents at plain have no captions; encode the images anew with a config that has"
     with pytest.raises(SystemExit, match=says):
         train(folder, monkeypatch, "new", STORED[0], "--set=dataset.location=plain")
-    call(folder, monkeypatch, "texts", *plain, "--captions")
+    call(folder, monkeypatch, "texts", *PLAIN, "--captions")
     assert open_latents(folder / "texts").caption(4) == "a two"
     train(folder, monkeypatch, "new", STORED[0], "--set=dataset.location=texts")
 
@@ -291,6 +292,9 @@ def test_captions_can_be_stored_for_a_later_encoder(told, tmp_path, monkeypatch)
 def test_an_image_without_a_caption_ends_the_encoding(told, tmp_path, monkeypatch):
     folder = shutil.copytree(told, tmp_path / "it")
     (folder / "images" / "07.txt").unlink()
-    with pytest.raises(SystemExit, match=r"07\.png has no caption: no file"):
+    says = r"1 of 11 images have no caption at 'txt', such as images/07\.png; set dataset\.caption_"
+    with pytest.raises(SystemExit, match=rf"{says}key, or leave out the section text$"):
         call(folder, monkeypatch, "new")
-    assert not (folder / "new" / "latents.json").exists()
+    with pytest.raises(SystemExit, match=rf"{says}key, or leave out --captions$"):
+        call(folder, monkeypatch, "new", "--captions", *PLAIN)
+    assert not (folder / "new").exists()
