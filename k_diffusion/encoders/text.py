@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..checkpoints import digest
+from ..common import hub
 from ..common.files import PathLike, writable
 from ..common.text import need
 from .base import Frozen
@@ -20,6 +21,8 @@ from .weights import given_file
 
 _INSTALL = '"k-diffusion[text]"'
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
+_WEIGHTS = ("model.safetensors", "model-*.safetensors")
+_OLDER_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin")
 
 
 class Texts(NamedTuple):
@@ -74,23 +77,22 @@ def load_transformers(
     location: a folder that `save_pretrained` wrote, or a repository OWNER/NAME of the hub.
     tokenizer: that of its tokenizer, by default the same. pooled is the network's pooled output, or
     where it has none the mean of the tokens. No code of a repository is run. Raises ImportError
-    without the library, ValueError or OSError where there is no such model or tokenizer.
+    without the library, ValueError where there is no such model or tokenizer, HubError, an OSError,
+    where the hub has none or can't be reached.
     """
     library: Any = need("transformers", "a text encoder", _INSTALL)
-    if not Path(location).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", str(location)):
-        raise ValueError(f"no text encoder at {location}: it is no folder; check the path")
-    config = _pretrained(library.AutoConfig, location, f"no text encoder at {location}")
+    wanted = tokenizer or location
+    folder = _folder(location, "text encoder", _WEIGHTS, _OLDER_WEIGHTS)
+    words = _folder(wanted, "tokenizer") if tokenizer else folder
+    config = _pretrained(library.AutoConfig, folder, f"no text encoder at {location}")
     make = (
         library.CLIPTextModel if config.model_type == "clip" else library.AutoModelForTextEncoding
     )
-    network = _pretrained(make, location, f"{location} is no text encoder")
-    wanted = tokenizer or location
+    network = _pretrained(make, folder, f"{location} is no text encoder")
     problem = f"no tokenizer at {wanted}; save one there, or set text.tokenizer to its path"
-    if Path(wanted).is_dir() and not any(
-        path for name in _TOKENIZER_FILES for path in Path(wanted).glob(name)
-    ):
+    if not any(path for name in _TOKENIZER_FILES for path in words.glob(name)):
         raise ValueError(problem)  # the library would make one without words
-    tokens_of = _pretrained(library.AutoTokenizer, wanted, problem)
+    tokens_of = _pretrained(library.AutoTokenizer, words, problem)
     if tokens_of.pad_token is None:
         raise ValueError(f"the tokenizer at {wanted} has no padding token; set its pad_token")
     places = getattr(config, "max_position_embeddings", None) or max_length
@@ -118,14 +120,35 @@ def load_transformers(
     return TextEncoder("transformers", network, encode, max_length).freeze()
 
 
-def _pretrained(kind: Any, location: PathLike, problem: str) -> Any:
-    """`kind.from_pretrained` of a folder or repository; what it raises becomes a sentence."""
+def _folder(location: PathLike, what: str, *weights: Sequence[str]) -> Path:
+    """A local folder, or one with the files that a repository of the hub has for `what`.
+
+    weights: the names of files of weights, of which those that are there first are taken. Raises
+    ValueError, HubError.
+    """
+    folder = Path(location)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(location)):
+        raise ValueError(
+            f"no {what} at {location}: it is no folder, nor a repository OWNER/NAME of the hub; "
+            "check the path"
+        )
+    for names in weights or ((),):
+        folder = hub.download(str(location), None, ["*.json", *_TOKENIZER_FILES, *names])
+        if any(path for name in names for path in folder.glob(name)):
+            break
+    return folder
+
+
+def _pretrained(kind: Any, folder: Path, problem: str) -> Any:
+    """`kind.from_pretrained` of a local folder; what it raises becomes a sentence."""
     # The library replaces torch.linspace while it loads. torch lists its constructors, of tensors
     # on a default device, at their first use: not then, or linspace would stay on the CPU for good.
     with torch.device("meta"):
         torch.empty(0)
     try:
-        return kind.from_pretrained(str(location))
+        return kind.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         said = str(error).strip().split("\n")[0].rstrip(".")
         raise ValueError(f"{problem} (transformers says: {said})") from error

@@ -5,7 +5,9 @@ import json
 import pytest
 import tiny_text
 import torch
+from safetensors.torch import load_file
 
+from k_diffusion.common import hub
 from k_diffusion.encoders import text
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those libraries' own
@@ -129,6 +131,40 @@ def test_what_is_missing_is_said(tmp_path, folder):
         text.load_transformers(tmp_path / "unpadded", max_length=4)
     with pytest.raises(ValueError, match="max_length is 77, but .* has 16 places"):
         text.load_transformers(folder)
+
+
+def test_a_repository_of_the_hub_is_a_folder_of_its_cache(folder, tmp_path, monkeypatch):
+    """Safetensors, or where there are none what torch wrote; without a network, one sentence."""
+    library = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repo, revision, allow_patterns, ignore_patterns):
+        asked.append((repo, allow_patterns))
+        if repo == "owner/gone":
+            raise library.errors.LocalEntryNotFoundError("no network")
+        return tmp_path if repo == "owner/older" else folder
+
+    monkeypatch.setattr(library, "snapshot_download", download)
+    assert text.load_transformers("owner/encoder", max_length=4).width == 12
+    tiny_text.save(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "away")
+    torch.save(load_file(tmp_path / "away"), tmp_path / "pytorch_model.bin")
+    assert text.load_transformers("owner/older", "owner/words", max_length=4).width == 12
+    assert [repo for repo, _ in asked] == ["owner/encoder", *["owner/older"] * 2, "owner/words"]
+    assert [sorted(n for n in names if "model" in n) for _, names in asked] == [
+        ["*.model", "model-*.safetensors", "model.safetensors"],
+        ["*.model", "model-*.safetensors", "model.safetensors"],
+        ["*.model", "pytorch_model-*.bin", "pytorch_model.bin"],
+        ["*.model"],
+    ]
+    for where in (("owner/gone",), (folder, "owner/gone")):
+        with pytest.raises(hub.HubError, match="^can't load owner/gone, .* can't be reached;"):
+            text.load_transformers(*where)
+    for wrong in "nosuch", "../nosuch", tmp_path / "away":
+        with pytest.raises(ValueError, match="^no text encoder at .*: it is no folder, nor a repo"):
+            text.load_transformers(wrong)
+        with pytest.raises(ValueError, match="^no tokenizer at .*: it is no folder, nor a repo"):
+            text.load_transformers(folder, wrong)
 
 
 def test_stored_texts_are_the_encoders(tmp_path, encoder):
