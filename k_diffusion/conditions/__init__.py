@@ -11,7 +11,7 @@ padding, and zeros.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -238,10 +238,17 @@ def blank(config: Mapping[str, Any], n: int) -> Condition:
 # ---------------------------------------------------------------- sampling
 
 
+class Images(Protocol):
+    """A tensor of images (m, c, h, w), or what makes them as they are asked for, as of many."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, numbers: list[int], /) -> Tensor: ...
+
+
 class InTurn:
     """Conditions that images have in turn: image i text i mod m of m, and so of images.
 
-    texts: encoded as they are needed, for there may be many. images: (m, c, h, w).
+    texts: encoded as they are needed, for there may be many.
     """
 
     def __init__(
@@ -249,7 +256,7 @@ class InTurn:
         config: Mapping[str, Any],
         encode: Encode | None,
         texts: Sequence[str],
-        images: Tensor | None,
+        images: Images | None,
         device: torch.device | str = "cpu",
     ):
         self.config, self.encode, self.device = config, encode, device
@@ -306,7 +313,7 @@ def given(
     config: Mapping[str, Any],
     encoder: Encode | None,
     prompts: Sequence[str] = (),
-    images: Tensor | None = None,
+    images: Images | None = None,
     device: torch.device | str = "cpu",
 ) -> Given | None:
     """The conditions of samples: prompts and images in turn; None for a model without any.

@@ -1,21 +1,25 @@
 """Real images to compare with, in the data set's order, and their features."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm.auto import tqdm
 
 from ..common.images import CorruptImageError
+from ..conditions import of_batch
 from ..data.captions import caption_at
 from ..data.datasets import FolderOfImages
 from ..data.training_data import TrainingData, as_stored, make_training_data
 from ..distributed import broadcast, share
+from ..encoders.autoencoder import Autoencoder
 from .extraction import Eye, look_at
 from .references import ReferenceKey, find_statistics, keep_statistics
 from .registry import FeatureSet
@@ -132,10 +136,46 @@ class RealImages(Dataset[dict[str, Any]]):
         for index in sorted({0, len(self) // 2, len(self) - 1}):
             item = self[index]
             digest.update(item["image"].numpy().tobytes() + item.get("caption", "").encode())
-        for path in getattr(self.data.data, "paths", ()):
-            stat = path.stat()
-            digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        for files in self.data.data, self.data.paired:
+            for path in getattr(files, "paths", ()):
+                stat = path.stat()
+                digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
         return {**section, "channels": self.channels, "images": digest.hexdigest()[:16]}
+
+
+class ToldImages:
+    """What a model of images is told of real ones, made as it is asked for, as `conditions.Images`.
+
+    reals: with the partners of paired images. places: of the images in it. config: the model's.
+    autoencoder: of a latent model.
+    """
+
+    def __init__(
+        self,
+        reals: RealImages,
+        places: Sequence[int],
+        config: Mapping[str, Any],
+        autoencoder: Autoencoder | None = None,
+    ):
+        self.reals, self.places, self.autoencoder = reals, places, autoencoder
+        self.config = {
+            **config,
+            "dataset": reals.section,
+        }  # of images, where latents were trained on
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, numbers: list[int], /) -> Tensor:
+        items = default_collate([self.reals[self.places[i]] for i in numbers])
+        items["original"] = items["image"]
+        return of_batch(items, self.config, None, self.autoencoder, "original")["unet_cond"]
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells these images from others."""
+        key = json.dumps(self.reals.key(), sort_keys=True, default=str)
+        return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def real_sets(

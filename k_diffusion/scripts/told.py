@@ -36,13 +36,13 @@ def prepare(
 ) -> conditions.Given | None:
     """The conditions that the flags name; None for a model without any.
 
-    size: (h, w) of the images. say: is told what the user is to know. autoencoder: of a latent
-    model. Raises OSError or ValueError for what is missing, can't be used, or that the model
-    doesn't take.
+    args: with `told_images` where the script has images to tell without --condition-image. size:
+    (h, w) of the images. say: is told what the user is to know. autoencoder: of a latent model.
+    Raises OSError or ValueError for what is missing, can't be used, or that the model doesn't take.
     """
     files = getattr(args, "condition_image", [])
     read = [conditions.read_image_condition(config, file, size, say, autoencoder) for file in files]
-    images = torch.cat(read) if read else None
+    images = torch.cat(read) if read else getattr(args, "told_images", None)
     where = getattr(args, "text_encoder", None)
     encoder = conditions.make_text_encoder(config, device, where)
     return conditions.given(config, encoder, getattr(args, "prompts", []), images, device)

@@ -16,7 +16,7 @@ from k_diffusion.data.latent_sources import open_latents
 from k_diffusion.data.latents import latent_noise
 from k_diffusion.data.training_data import make_training_data
 from k_diffusion.encoders.autoencoder import Autoencoder
-from k_diffusion.evaluation.reals import RealImages
+from k_diffusion.evaluation.reals import RealImages, ToldImages
 from k_diffusion.models.autoencoder import KLAutoencoder
 
 pytest.importorskip("accelerate")
@@ -55,6 +55,17 @@ def test_one_channel_is_repeated_for_an_autoencoder_of_colours(section):
     picture = Image.fromarray(((grey[0, 0] + 1) * 127.5).round().byte().numpy())
     read = conditions.read_image_condition(config, picture, (8, 8), autoencoder=coder)
     torch.testing.assert_close(read, got[:1], atol=0.05, rtol=0)
+
+
+def test_real_images_are_told_as_their_latents_though_training_had_stored_ones():
+    section = {"type": "digits", "split": "all", "num_classes": 10, "background": "white"}
+    reals = RealImages({**section, "image_key": 0, "class_key": 1}, (8, 8), 3)
+    coder, of = colours(), {"type": "grayscale"}
+    config = {"image_condition": of, "dataset": {"type": "latents"}}
+    told = ToldImages(reals, [5, 0, 9], config, coder)
+    images = torch.stack([reals[i]["image"] for i in (9, 5)])
+    assert len(told) == 3
+    torch.testing.assert_close(told[[2, 0]], conditions.of_images(of, images, coder)["unet_cond"])
 
 
 # ---------------------------------------------------------------- runs

@@ -323,6 +323,67 @@ def test_samples_are_told_the_captions_of_the_data(told, evaluate):
     assert not (told / "none").exists()
 
 
+@pytest.fixture(scope="module")
+def sketched(made):
+    """Six images, a partner of each, and models of these and of super-resolution."""
+    for i in range(6):
+        for folder in "whole", "sketches":
+            pixels = np.random.default_rng([i, len(folder)]).integers(0, 256, (8, 8), np.uint8)
+            (made / folder).mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(made / folder / f"{i}.png")
+    location = str(made / "sketches")
+    for name, section in (
+        ("paired", {"type": "paired", "location": location, "channels": 1}),
+        ("small", {"type": "downsampled", "factor": 4}),
+    ):
+        config = runs.tiny_config(
+            dataset={"type": "imagefolder", "location": str(made / "whole"), "num_classes": 0},
+            image_condition=section,
+        )
+        torch.manual_seed(0)
+        model = K.config.make_model(config)
+        for p in model.parameters():
+            p.data += 0.05 * torch.randn(p.shape)
+        checkpoints.write_inference(
+            made / f"{name}.safetensors", config, model.state_dict(), "fp32"
+        )
+    return made
+
+
+@pytest.mark.parametrize(("name", "folder"), [("paired", "sketches"), ("small", "whole")])
+def test_samples_are_told_the_images_of_the_data(sketched, evaluate, name, folder):
+    """Evenly spaced, in turn, and decoded as they are needed; --condition-image tells others."""
+
+    def samples(*words):
+        output = f"{name}_{len(list(sketched.glob(f'{name}_*')))}"
+        flags = "--checkpoint", f"{name}.safetensors", "--output-dir", output, "--write-samples"
+        evaluate(*flags, *words)
+        (file,) = (sketched / output).glob("samples_*.npz")
+        (row,) = results(sketched, output)
+        return np.load(file)["arr_0"].astype(int), "told_images_sha256" in row["settings"]
+
+    files = [sketched / folder / f"{i}.png" for i in range(6)]
+    by_data, noted = samples("-n", 7)
+    assert noted
+    by_flag, noted = samples("-n", 7, "--condition-image", *files)
+    assert not noted
+    assert abs(by_data - by_flag).max() <= 1
+    assert abs(by_data - samples("-n", 7, "--condition-image", files[3])[0]).max() > 1
+    few = samples("-n", 3, "--condition-image", *files[::2])[0]
+    assert abs(samples("-n", 3)[0] - few).max() <= 1
+
+
+def test_images_that_are_missing_are_said(sketched, evaluate, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "lone.png")
+    Image.new("L", (8, 8)).save(tmp_path / "two.png")
+    data = "--checkpoint", "paired.safetensors", "--output-dir", "lone", "--data"
+    with pytest.raises(SystemExit, match=r"2 of 2 images have no partner in .*sketches"):
+        evaluate(*data, tmp_path)
+    with pytest.raises(SystemExit, match=r"told by images \(paired\): pass some"):
+        evaluate(*data, "wide.npz")
+    assert not (sketched / "lone").exists()
+
+
 @pytest.mark.filterwarnings("ignore")  # of transformers
 def test_the_likelihood_is_given_the_captions(told, evaluate):
     """Of the same images with other captions, by a model that reads them."""

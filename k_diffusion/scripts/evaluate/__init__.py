@@ -99,7 +99,7 @@ class Evaluation:
     def _check(self) -> None:
         known = self.n, self.n_reals, self.protocols, self.metrics, self.options
         inputs.check(self.args, self.source, self.against, *known)
-        self.captions = inputs.find_captions(self.args, self.source, self.against, self.n)
+        self.told = inputs.find_told(self.args, self.source, self.against, self.n)
 
     # --------------------------------------------------------------------------- measuring
 
@@ -119,12 +119,11 @@ class Evaluation:
     def _settings(self, setting: argparse.Namespace) -> dict[str, Any]:
         """What the numbers depend on, as the report lists it."""
         images = self.source.images is not None
-        captions = [] if setting.prompts else self.captions
         given = {} if images else {key: getattr(setting, key) for key in self.args.choices}
         return {
             **self.source.settings,
             **{k: _plain(v) for k, v in given.items() if v is not None},
-            **({"captions_sha256": _digest(captions)[:16]} if captions else {}),
+            **self.told.digests(setting),
             "data": self.against.name,
             f"{'samples' if images else 'checkpoint'}_sha256": self.source.digest[:16],
         }
@@ -203,8 +202,7 @@ class Evaluation:
             return
         denoiser, config = self.source.checkpoint()
         guided = sample.make_guidance(denoiser, config, setting, self.device)
-        changes = {"n": self.n, "prompts": setting.prompts or self.captions}
-        setting = argparse.Namespace(**vars(setting) | changes)
+        setting = argparse.Namespace(**vars(setting) | {"n": self.n} | self.told.flags(setting))
         drawn = sample.draw(self.accelerator, guided, config, setting, setting.seed, self.device)
         counter.watch(guided)
         for images in drawn.batches:

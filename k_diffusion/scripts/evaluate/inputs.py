@@ -1,6 +1,8 @@
 """What evaluate.py measures, and what it compares with."""
 
 import argparse
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +17,11 @@ from ...conditions import KINDS
 from ...config import load_config
 from ...data.latents import images_section
 from ...data.training_data import of_split
+from ...encoders.autoencoder import find_autoencoder
 from ...evaluation.extraction import Eye
 from ...evaluation.images import SampleImages
 from ...evaluation.protocols import Protocol
-from ...evaluation.reals import RealImages, folder_section
+from ...evaluation.reals import RealImages, ToldImages, folder_section
 from ...evaluation.registry import Options, check_n
 from ...generation import image_shape
 from ...loading import load_average, load_denoiser
@@ -158,13 +161,14 @@ class Against(NamedTuple):
         reals = self.images()
         asked = split or ("test" if reals.section.get("split") in {"all", "train"} else None)
         told = {key: config[key] for key in KINDS if config.get(key) is not None}
-        return self._of(asked, told)
+        return self.of(asked, told)
 
     def trained_on(self) -> RealImages:
         """The images a model is trained on: where the held-out ones are compared, the others."""
-        return self._of("train" if self.images().section.get("split") == "test" else None)
+        return self.of("train" if self.images().section.get("split") == "test" else None)
 
-    def _of(self, split: str | None, told: Mapping[str, Any] = {}) -> RealImages:
+    def of(self, split: str | None, told: Mapping[str, Any] = {}) -> RealImages:
+        """The images of a split, None as they are, with what these sections of a config tell."""
         reals = self.images()
         if not told and split in {None, reals.section.get("split")}:
             return reals
@@ -217,16 +221,47 @@ def find_data(args: argparse.Namespace, source: Source) -> Against:
     return Against(RealImages(section, (h, w), channels, folder), None, name, folder)
 
 
-def find_captions(args: argparse.Namespace, source: Source, against: Against, n: int) -> list[str]:
-    """The texts that n samples have in turn where no --prompt is given, in the data set's order.
+class Told(NamedTuple):
+    """What samples are told in turn where no flag says it: captions, and images, of the data."""
 
-    They are the captions of n images, evenly spaced, or of all. None for a model that takes no
-    texts, and none of a reference file. Raises ValueError for an image without one.
+    captions: list[str]
+    images: ToldImages | None
+
+    def flags(self, setting: argparse.Namespace) -> dict[str, Any]:
+        """What the script that samples takes of it, under a setting."""
+        return {"prompts": setting.prompts or self.captions, "told_images": self.images}
+
+    def digests(self, setting: argparse.Namespace) -> dict[str, str]:
+        """What tells it from others, as the report's settings have it."""
+        found = {}
+        if self.captions and not setting.prompts:
+            text = json.dumps(self.captions)
+            found["captions_sha256"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if self.images is not None and not setting.condition_image:
+            found["told_images_sha256"] = self.images.digest
+        return found
+
+
+def find_told(args: argparse.Namespace, source: Source, against: Against, n: int) -> Told:
+    """What n samples are told where no --prompt or --condition-image is given.
+
+    It is what belongs to n images of the data set, evenly spaced, or to all: nothing of a reference
+    file, or for a model that isn't told it. Raises ValueError for an image without a caption, or
+    without its partner.
     """
-    told = (source.config or {}).get("text") is not None
-    if against.reals is None or not told or all(setting.prompts for setting in args.settings):
-        return []
-    return against.reals.captions(against.reals.spaced(min(n, len(against.reals))))
+    config, reals = source.config or {}, against.reals
+    captions, images = [], None
+    if reals is None:
+        return Told(captions, images)
+    places = reals.spaced(min(n, len(reals)))
+    if config.get("text") is not None and not all(s.prompts for s in args.settings):
+        captions = reals.captions(places)
+    section = config.get("image_condition")
+    if section is not None and not all(s.condition_image for s in args.settings):
+        paired = {"image_condition": section} if section["type"] == "paired" else {}
+        coder = find_autoencoder(source.checkpoint()[0])
+        images = ToldImages(against.of(None, paired), places, config, coder)
+    return Told(captions, images)
 
 
 def check(
