@@ -83,7 +83,8 @@ def make_training_encoder(
     """What encodes the captions of training, whose fingerprint the config gets.
 
     It is text.precomputed, what latents on disk have of their captions, or the text encoder. That
-    of latents is loaded once: to encode the prompts, and to see that it is the config's. Raises
+    of latents is loaded once: to encode the prompts, and to see that it is the config's; that of
+    text.precomputed only where it had another location when it encoded them. Raises
     ValueError where it is another one, or the encoded captions lack a prompt or, as far as that is
     soon known, a caption of the data.
     """
@@ -92,7 +93,8 @@ def make_training_encoder(
         return None
     stored = _stored_texts(config)
     encoder = None
-    if section["precomputed"] is None:
+    alone = stored if section["precomputed"] is not None else None
+    if alone is None or alone.location != section["location"]:
         encoder = make_text_encoder(config, device)
         assert encoder is not None
         section["fingerprint"] = encoder.fingerprint()

@@ -37,8 +37,8 @@ class Texts(NamedTuple):
 class TextEncoder(Frozen):
     """A frozen network from texts to `Texts` of `max_length` tokens, the last of which are padding.
 
-    network: what it runs. encode: texts -> Texts, by the network. Longer texts are cut off. A text
-    without tokens is all padding, as the absence of a text is.
+    name: where it was loaded from. network: what it runs. encode: texts -> Texts, by the network.
+    Longer texts are cut off. A text without tokens is all padding, as the absence of a text is.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ def load_transformers(
             pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         return Texts(tokens, mask == 0, pooled)
 
-    return TextEncoder("transformers", network, encode, max_length).freeze()
+    return TextEncoder(str(location), network, encode, max_length).freeze()
 
 
 def _folder(location: PathLike, what: str, *weights: Sequence[str]) -> Path:
@@ -187,7 +187,7 @@ def load_open_clip(model: str, location: PathLike) -> TextEncoder:
         places = torch.arange(ids.shape[1], device=ids.device)
         return Texts(seen[0], places > ids.argmax(1, keepdim=True), pooled)
 
-    return TextEncoder("open_clip", network, encode, tokenize.context_length).freeze()
+    return TextEncoder(str(location), network, encode, tokenize.context_length).freeze()
 
 
 # ---------------------------------------------------------------- texts encoded beforehand
@@ -216,8 +216,9 @@ def encode_texts(
 
 
 def encoder_facts(encoder: TextEncoder) -> dict[str, str]:
-    """The metadata of a file of `encode_texts`: the encoder's fingerprint, and its length."""
-    return {"fingerprint": encoder.fingerprint(), "max_length": str(encoder.max_length)}
+    """The metadata of a file of `encode_texts`: the encoder's location, fingerprint and length."""
+    facts = {"location": encoder.name, "fingerprint": encoder.fingerprint()}
+    return {**facts, "max_length": str(encoder.max_length)}
 
 
 def write_texts(
@@ -260,6 +261,7 @@ class StoredTexts:
                 tokens, pooled = (opened.get_slice(name) for name in ("tokens", "pooled"))
                 self._add(names, opened.get_tensor("starts"), tokens, pooled)
                 self.fingerprint, self.max_length = facts["fingerprint"], int(facts["max_length"])
+                self.location = facts["location"]
                 self.width, self.pooled_width = (x.get_shape()[1] for x in (tokens, pooled))
             except (SafetensorError, KeyError, ValueError) as error:
                 raise ValueError(f"{file} holds no encoded texts: {error}") from error

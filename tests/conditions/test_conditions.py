@@ -106,7 +106,7 @@ def test_guidance_needs_dropout():
 
 def test_stored_texts_have_the_prompts_from_the_start(tmp_path):
     path = tmp_path / "texts.safetensors"
-    write_texts(path, TextEncoder("lengths", torch.nn.Linear(1, 1), encode, 4), ["a", "aa"])
+    write_texts(path, TextEncoder("nowhere", torch.nn.Linear(1, 1), encode, 4), ["a", "aa"])
     made = config(text={**TEXT, "precomputed": str(path), "prompts": ["aa"]})
     assert conditions.make_training_encoder(made)(["a"]).pooled[0].tolist() == [1, 1]
     made["text"]["prompts"] = ["aa", "b"]
@@ -117,7 +117,7 @@ def test_stored_texts_have_the_prompts_from_the_start(tmp_path):
 def test_stored_texts_have_the_captions_of_files_from_the_start(tmp_path, monkeypatch):
     data = make_training_data(paired_config(tmp_path))
     path = tmp_path / "texts.safetensors"
-    encoder = TextEncoder("lengths", torch.nn.Linear(1, 1), encode, 4)
+    encoder = TextEncoder("nowhere", torch.nn.Linear(1, 1), encode, 4)
     made = config(text={**TEXT, "precomputed": str(path), "prompts": []})
     write_texts(path, encoder, [f"number {i}" for i in range(5)])
     conditions.make_training_encoder(made, data=data)

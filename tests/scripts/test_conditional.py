@@ -79,7 +79,14 @@ def test_captions_encoded_beforehand_train_alike(trained, monkeypatch):
         train(trained, monkeypatch, "stored", "--set", "text.precomputed=texts.safetensors")
     finally:
         (trained / "away").rename(trained / "encoder")
-    assert losses(trained, "stored") == losses(trained, "told")
+    tiny_text.save(trained / "another", seed=1)
+    given = "--set", "text.precomputed=texts.safetensors", "--set"
+    with pytest.raises(
+        SystemExit, match=r"encoded by another text encoder .* than another \(\w+\)"
+    ):
+        train(trained, monkeypatch, "mixed", *given, "text.location=another")
+    train(trained, monkeypatch, "moved", *given, f"text.location={trained / 'encoder'}")
+    assert losses(trained, "stored") == losses(trained, "moved") == losses(trained, "told")
     assert len(losses(trained, "told")) == 2
 
 

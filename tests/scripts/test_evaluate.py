@@ -352,7 +352,7 @@ def sketched(made):
 
 @pytest.mark.parametrize(("name", "folder"), [("paired", "sketches"), ("small", "whole")])
 def test_samples_are_told_the_images_of_the_data(sketched, evaluate, name, folder):
-    """Evenly spaced, in turn, and decoded as they are needed; --condition-image tells others."""
+    """Evenly spaced, in turn; --condition-image tells others."""
 
     def samples(*words):
         output = f"{name}_{len(list(sketched.glob(f'{name}_*')))}"

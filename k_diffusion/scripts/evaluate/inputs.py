@@ -250,7 +250,8 @@ def find_told(args: argparse.Namespace, source: Source, against: Against, n: int
     without its partner.
     """
     config, reals = source.config or {}, against.reals
-    captions, images = [], None
+    captions: list[str] = []
+    images = None
     if reals is None:
         return Told(captions, images)
     places = reals.spaced(min(n, len(reals)))
