@@ -283,10 +283,10 @@ def test_captions_can_be_stored_for_a_later_encoder(told, tmp_path, monkeypatch)
     call(folder, monkeypatch, "plain", *PLAIN)
     says = "latents at plain have no captions; encode the images anew with a config that has"
     with pytest.raises(SystemExit, match=says):
-        train(folder, monkeypatch, "new", STORED[0], "--set=dataset.location=plain")
+        train(folder, monkeypatch, "later", STORED[0], "--set=dataset.location=plain")
     call(folder, monkeypatch, "texts", *PLAIN, "--captions")
     assert open_latents(folder / "texts").caption(4) == "a two"
-    train(folder, monkeypatch, "new", STORED[0], "--set=dataset.location=texts")
+    train(folder, monkeypatch, "later", STORED[0], "--set=dataset.location=texts")
 
 
 def test_an_image_without_a_caption_ends_the_encoding(told, tmp_path, monkeypatch):
