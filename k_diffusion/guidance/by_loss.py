@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.tensors import append_dims, recordable, widen
-from ..solvers.context import at_level
-from .combine import Guidance, Scale, check_scale
+from .combine import Ask, Guidance, Scale, check_scale
 
 
 class GradientGuidedDenoiser(Guidance):
@@ -30,15 +29,14 @@ class GradientGuidedDenoiser(Guidance):
         self.loss = loss
         self.scale = check_scale(scale)
 
-    def forward(
-        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
-    ) -> Tensor:
+    def estimates(self, ask: Ask, x: Tensor, sigma: Tensor, **cond: Any) -> tuple[Tensor, ...]:
+        """Those of the model, moved by the gradient of the first. x: (n, ...), sigma: (n,)."""
         with torch.inference_mode(False), torch.enable_grad():
             x = x.detach().clone().requires_grad_()
             sigma = recordable(sigma)
             cond = {name: recordable(value) for name, value in cond.items()}
-            denoised = at_level(self.model, host_sigma)(x, sigma, **cond)
-            loss = self.loss(denoised)
+            denoised = ask(self.model, x, sigma, **cond)
+            loss = self.loss(denoised[0])
             if loss.shape != x.shape[:1]:
                 raise ValueError(
                     f"the loss must return a value per sample, ({len(x)},), got shape "
@@ -50,4 +48,4 @@ class GradientGuidedDenoiser(Guidance):
             scale = self.scale(sigma) if callable(self.scale) else self.scale
             (grad,) = torch.autograd.grad((loss * scale).sum(), x)
         step = append_dims(widen(sigma), x.ndim) ** 2 * widen(grad)
-        return (denoised.detach() - step).to(denoised.dtype)
+        return tuple((y.detach() - step).to(y.dtype) for y in denoised)

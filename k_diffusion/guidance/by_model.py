@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..common.tensors import append_dims, widen
 from ..models.perturbation import Perturbation
-from ..solvers.context import at_level
-from .combine import Combine, Guidance, Scale, check_scale, combined, linear
+from ..solvers.context import estimate
+from .combine import Ask, Combine, Guidance, Scale, check_scale, combined, linear
 
 
 def _both(name: str, without: Any, value: Any, n: int) -> Any:
@@ -61,19 +61,10 @@ class CFGDenoiser(Guidance):
         self.combine = combine
         self.uncond = uncond
 
-    def forward(
-        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
-    ) -> Tensor:
-        """The guided estimate. x: (n, ...), sigma: (n,)."""
-        return self.both(x, sigma, host_sigma=host_sigma, **cond)[0]
-
-    def both(
-        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The guided estimate and the unconditional one, (n, ...) each: for CFG++'s samplers.
-
-        x: (n, ...), sigma: (n,).
-        """
+    def estimates(
+        self, ask: Ask, x: Tensor, sigma: Tensor, host_sigma: float | None = None, **cond: Any
+    ) -> tuple[Tensor, ...]:
+        """Always both, which are two halves of one batch. x: (n, ...), sigma: (n,)."""
         missing = [name for name in self.uncond if cond.get(name) is None]
         if missing:
             raise ValueError(
@@ -83,8 +74,8 @@ class CFGDenoiser(Guidance):
             name: _both(name, self.uncond.get(name, value), value, len(x))
             for name, value in cond.items()
         }
-        model = at_level(self.model, host_sigma)
-        out = model(torch.cat([x, x]), torch.cat([sigma, sigma]), **both)
+        pairs = torch.cat([x, x]), torch.cat([sigma, sigma])
+        (out,) = estimate(self.model, *pairs, host_sigma, **both)
         without, given = widen(out).chunk(2)
         guided = combined(self.combine, given, without, self.scale, sigma, x)
         return guided.to(out.dtype), without.to(out.dtype)
@@ -108,14 +99,13 @@ class AutoguidedDenoiser(Guidance):
         self.scale = check_scale(scale)
         self.combine = combine
 
-    def forward(
-        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
-    ) -> Tensor:
-        """The guided estimate. x: (n, ...), sigma: (n,)."""
-        out, weak = (at_level(m, host_sigma)(x, sigma, **cond) for m in (self.model, self.weak))
+    def estimates(self, ask: Ask, x: Tensor, sigma: Tensor, **cond: Any) -> tuple[Tensor, ...]:
+        """Those of the model, moved as the first is by guidance. x: (n, ...), sigma: (n,)."""
+        out, *rest = ask(self.model, x, sigma, **cond)
+        (weak,) = estimate(self.weak, x, sigma, **cond)
         given, without = widen(out), widen(weak)
         guided = combined(self.combine, given, without, self.scale, sigma, x)
-        return guided.to(out.dtype)
+        return tuple(y.to(out.dtype) for y in (guided, *(y + (guided - given) for y in rest)))
 
 
 class PerturbedDenoiser(Guidance):
@@ -139,12 +129,9 @@ class PerturbedDenoiser(Guidance):
         self.perturbation = Perturbation(tuple(skip), tuple(identity))
         self.perturbation.check(model)
 
-    def forward(
-        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
-    ) -> Tensor:
-        """The weakened estimate. x: (n, ...), sigma: (n,)."""
-        model = at_level(self.model, host_sigma)
-        return model(x, sigma, perturbation=self.perturbation, **cond)
+    def estimates(self, ask: Ask, x: Tensor, sigma: Tensor, **cond: Any) -> tuple[Tensor, ...]:
+        """Those of the model, weakened. x: (n, ...), sigma: (n,)."""
+        return ask(self.model, x, sigma, perturbation=self.perturbation, **cond)
 
 
 class IntervalDenoiser(Guidance):
@@ -173,20 +160,22 @@ class IntervalDenoiser(Guidance):
     def model(self) -> Any:
         return self.guided.model
 
-    def at_level(self, sigma: float) -> Any:
-        inside = self.sigma_min < sigma <= self.sigma_max
-        return at_level(self.guided if inside else self.model, sigma)
-
-    def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
-        """The guided estimate. x: (n, ...), sigma: (n,)."""
+    def estimates(
+        self, ask: Ask, x: Tensor, sigma: Tensor, host_sigma: float | None = None, **cond: Any
+    ) -> tuple[Tensor, ...]:
+        """Those of the one that counts. x: (n, ...), sigma: (n,)."""
+        if host_sigma is not None:
+            model = self.guided if self.sigma_min < host_sigma <= self.sigma_max else self.model
+            return ask(model, x, sigma, host_sigma, **cond)
         inside = (sigma > self.sigma_min) & (sigma <= self.sigma_max)
         if sigma.device.type == "cpu" and not torch.compiler.is_compiling():
             if inside.all():
-                return self.guided(x, sigma, **cond)
+                return ask(self.guided, x, sigma, **cond)
             if not inside.any():
-                return self.model(x, sigma, **cond)
-        guided, plain = self.guided(x, sigma, **cond), self.model(x, sigma, **cond)
-        return torch.where(append_dims(inside, x.ndim), guided, plain)
+                return ask(self.model, x, sigma, **cond)
+        inside = append_dims(inside, x.ndim)
+        pairs = zip(*(ask(model, x, sigma, **cond) for model in (self.guided, self.model)))
+        return tuple(torch.where(inside, guided, plain) for guided, plain in pairs)
 
 
 class ThresholdedDenoiser(Guidance):
@@ -208,11 +197,12 @@ class ThresholdedDenoiser(Guidance):
         self.limit = limit
         self.percentile = percentile
 
-    def forward(
-        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
-    ) -> Tensor:
-        """The thresholded estimate. x: (n, ...), sigma: (n,)."""
-        denoised = at_level(self.model, host_sigma)(x, sigma, **cond)
+    def estimates(self, ask: Ask, x: Tensor, sigma: Tensor, **cond: Any) -> tuple[Tensor, ...]:
+        """Those of the model, each within its own limits. x: (n, ...), sigma: (n,)."""
+        return tuple(map(self.kept, ask(self.model, x, sigma, **cond)))
+
+    def kept(self, denoised: Tensor) -> Tensor:
+        """An estimate within the limits. denoised: (n, ...)."""
         if self.percentile is None:
             return denoised.clamp(-self.limit, self.limit)
         sizes = denoised.abs().flatten(1)

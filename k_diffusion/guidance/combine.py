@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -12,12 +11,14 @@ from torch import Tensor, nn
 from ..common import numbers
 from ..common.tensors import append_dims
 from ..schedules import Sigmas, read_sigmas
-from ..solvers.context import start_run
+from ..solvers.context import estimate, estimate_both, start_run
 
 Scale: TypeAlias = float | Callable[[Tensor], Tensor]
 # (given, without, scale, sigma) -> guided: two estimates and how far to go from one to the other.
 # A rule with `takes_x` set gets the noised sample as x, too, from which noise and velocity follow.
 Combine: TypeAlias = Callable[..., Tensor]
+# From a model and what it is called with to its estimate, or to that and the one without guidance.
+Ask: TypeAlias = Callable[..., tuple[Tensor, ...]]
 
 
 def scale_at(scale: Scale, sigma: Tensor, like: Tensor) -> Any:
@@ -59,10 +60,11 @@ def tiny(x: Tensor) -> float:
 
 
 class Guidance(nn.Module):
-    """What the wrappers share: they hand on what a sampler says of its run.
+    """What the wrappers share: they hand on what a sampler says of its run, and what it asks for.
 
-    parts: the attributes that may be guidance themselves. Where the host knows the noise level, a
-    wrapper gets it as `host_sigma` beside the tensor sigma.
+    parts: the attributes that may be guidance themselves. A wrapper says in `estimates` what it
+    makes of those of its model. Where the host knows the noise level, they get it as `host_sigma`,
+    one more condition.
     """
 
     parts: tuple[str, ...] = ("model",)
@@ -72,9 +74,26 @@ class Guidance(nn.Module):
         for name in self.parts:
             start_run(getattr(self, name))
 
-    def at_level(self, sigma: float) -> Any:
-        """The denoiser to call at a noise level that the host knows."""
-        return partial(self, host_sigma=sigma)
+    def estimates(self, ask: Ask, x: Tensor, sigma: Tensor, **cond: Any) -> tuple[Tensor, ...]:
+        """The guided estimate, and where `ask` tells it the one without guidance; (n, ...) each.
+
+        ask: gives those of a model, called as ask(model, x, sigma, **cond). x: (n, ...), sigma:
+        (n,).
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
+        """The guided estimate. x: (n, ...), sigma: (n,)."""
+        return self.estimates(estimate, x, sigma, **cond)[0]
+
+    def both(self, x: Tensor, sigma: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        """The guided estimate and the one without, (n, ...) each: for CFG++'s samplers.
+
+        The latter is the unconditional one of classifier-free guidance, wherever that is within the
+        wrappers; what others do to the guided estimate, they do to both. x: (n, ...), sigma: (n,).
+        """
+        guided, without = self.estimates(estimate_both, x, sigma, **cond)
+        return guided, without
 
 
 def linear(given: Tensor, without: Tensor, scale: Any, sigma: Tensor) -> Tensor:

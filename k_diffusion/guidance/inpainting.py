@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..common.tensors import widen
-from ..solvers.context import at_level
 from .by_loss import GradientGuidedDenoiser
-from .combine import Guidance, check_scale
+from .combine import Ask, Guidance, check_scale
 
 
 class InpaintingDenoiser(Guidance):
@@ -57,11 +56,9 @@ class InpaintingDenoiser(Guidance):
         difference = widen(denoised) - widen(self.image)
         return difference.masked_fill(self.mask, 0).square().flatten(1).sum(1) / 2
 
-    def forward(
-        self, x: Tensor, sigma: Tensor, *, host_sigma: float | None = None, **cond: Any
-    ) -> Tensor:
-        """The estimate, that is the image outside of the mask. x: (n, ...), sigma: (n,)."""
-        return self.keep(at_level(self.guided, host_sigma)(x, sigma, **cond))
+    def estimates(self, ask: Ask, x: Tensor, sigma: Tensor, **cond: Any) -> tuple[Tensor, ...]:
+        """Those of the model, with the image outside of the mask. x: (n, ...), sigma: (n,)."""
+        return tuple(map(self.keep, ask(self.guided, x, sigma, **cond)))
 
     def keep(self, x: Tensor) -> Tensor:
         """x within the mask and the image outside of it, to the bit. x: (n, ...)."""

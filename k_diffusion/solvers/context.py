@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -50,11 +51,31 @@ def start_run(model: Any) -> None:
 def at_level(model: Any, sigma: float | None) -> Any:
     """What to call as the model at a noise level that the host knows; the model itself for None.
 
-    Guidance in an interval is decided here, without a look at the device.
+    So guidance in an interval is decided without a look at the device.
     """
     # Asked of the class: a compiled module would answer for what it has compiled.
-    decide = getattr(type(model), "at_level", None)
-    return model if sigma is None or decide is None else decide(model, sigma)
+    guided = sigma is not None and hasattr(type(model), "both")
+    return partial(model, host_sigma=sigma) if guided else model
+
+
+def estimate(
+    model: Any, x: Tensor, sigma: Tensor, host_sigma: float | None = None, **cond: Any
+) -> tuple[Tensor, ...]:
+    """A model's estimate, alone in a tuple. x: (n, ...), sigma: (n,)."""
+    return (at_level(model, host_sigma)(x, sigma, **cond),)
+
+
+def estimate_both(
+    model: Any, x: Tensor, sigma: Tensor, host_sigma: float | None = None, **cond: Any
+) -> tuple[Tensor, ...]:
+    """A guided model's estimate, and that without guidance; of any other model the same twice.
+
+    x: (n, ...), sigma: (n,). Guidance that can tell has a method `both`, called as the model is.
+    """
+    both = getattr(model, "both", None)
+    if both is None:
+        return estimate(model, x, sigma, host_sigma, **cond) * 2
+    return both(x, sigma, host_sigma=host_sigma, **cond)
 
 
 def evaluate(
@@ -70,7 +91,11 @@ def evaluate(
     x: (n, ...). Raises ValueError unless the model returns x's shape.
     """
     sigma_in = torch.full((x.shape[0],), sigma, dtype=dtype, device=x.device)
-    denoised = at_level(model, sigma)(x, sigma_in, *args, **kwargs)
+    return _like(x, at_level(model, sigma)(x, sigma_in, *args, **kwargs))
+
+
+def _like(x: Tensor, denoised: Any) -> Tensor:
+    """An estimate. x: (n, ...). Raises ValueError unless it is a tensor of x's shape."""
     if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
         got = tuple(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
         raise ValueError(
@@ -82,15 +107,10 @@ def evaluate(
 def evaluate_both(
     model: Callable[..., Tensor], x: Tensor, sigma: float, dtype: torch.dtype, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """A guided model's estimate, and that without guidance; of any other model the same twice.
-
-    x: (n, ...). Guidance that can tell has a method `both`, called as the model is.
-    """
-    both = getattr(model, "both", None)
-    if both is None:
-        return (evaluate(model, x, sigma, dtype, **kwargs),) * 2
+    """`estimate_both` with sigma as `evaluate` takes it. x: (n, ...)."""
     sigma_in = torch.full((x.shape[0],), sigma, dtype=dtype, device=x.device)
-    return both(x, sigma_in, host_sigma=sigma, **kwargs)
+    guided, without = estimate_both(model, x, sigma_in, sigma, **kwargs)
+    return _like(x, guided), _like(x, without)
 
 
 # (ctx, x, sigma, sigma_next, denoised, state) -> (x at sigma_next, state). x, denoised: (n, ...);

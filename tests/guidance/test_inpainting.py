@@ -86,11 +86,28 @@ def test_an_empty_mask_gives_the_image_to_the_bit_and_a_full_one_plain_sampling(
     assert torch.equal(done, sampling.sample_heun(model, x, SIGMAS, disable=True))
 
 
-def test_it_goes_around_guidance_and_moves_with_its_module():
-    class Shifted(Gaussian):
-        def forward(self, x, sigma, shift):
-            return super().forward(x, sigma) + shift[:, None, None, None]
+class Shifted(Gaussian):
+    def forward(self, x, sigma, shift):
+        return super().forward(x, sigma) + shift[:, None, None, None]
 
+
+@pytest.mark.parametrize("sampler", [name for name in sampling.SAMPLERS if "cfg_pp" in name])
+def test_empty_and_full_masks_of_cfg_plus_plus(sampler):
+    guided = CFGDenoiser(Shifted(0.5), 0.6, shift=torch.zeros(1))
+    x, image = normal(2, 3, 1, 1, 2) * SIGMAS[0], normal(1, 1, 1, 1, 2)
+    run = {"extra_args": {"shift": torch.ones(3)}, "disable": True}
+
+    def sample(model, name=sampler):
+        return sampling.sample(model, x, SIGMAS, name, [1, 2, 3], **run)
+
+    full = InpaintingDenoiser(guided, image, torch.ones(1, 2))
+    assert torch.equal(sample(full), sample(guided))
+    assert not torch.allclose(sample(full), sample(full, sampler.removesuffix("_cfg_pp")), atol=0.1)
+    empty = InpaintingDenoiser(guided, image, torch.zeros(1, 2))
+    assert torch.equal(empty.keep(sample(empty)), image.expand(3, 1, 1, 2))
+
+
+def test_it_goes_around_guidance_and_moves_with_its_module():
     guided = CFGDenoiser(Shifted(0.5), 3.0, shift=torch.zeros(1))
     model = InpaintingDenoiser(guided, IMAGE, MASK, correction=1)
     x, sigma = normal(3, 2, 1, 1, 2).double(), torch.full((2,), 0.5)
