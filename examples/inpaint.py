@@ -27,11 +27,10 @@ args = p.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 model = K.load(args.model, device=device)
-image = K.editing.read_image(args.image, model.image_shape).to(device)
-mask = K.editing.read_mask(args.mask, model.image_shape[1:]).to(device)
-image = K.conditions.as_told(image, model.autoencoder)
-if model.autoencoder:  # latents of which any pixel is painted
-    mask = torch.nn.functional.max_pool2d(mask.float(), model.autoencoder.factor) > 0
+picture = K.editing.read_image(args.image, model.image_shape).to(device)
+white = K.editing.read_mask(args.mask, model.image_shape[1:]).to(device)
+image = K.conditions.as_told(picture, model.autoencoder)  # its latents, where the model has such
+mask = K.editing.latent_mask(white, model.autoencoder)
 sigma_data = model.config["model"]["sigma_data"]
 painter = K.guidance.InpaintingDenoiser(model, image, mask, args.correction, sigma_data)
 
@@ -41,6 +40,7 @@ noise = torch.randn(args.n, *model.shape, device=device)
 x = image * ~mask + noise * sigmas[0]  # the image noised where it is known, noise where not
 label = torch.full((args.n,), args.label, device=device)
 cond = {"class_cond": label} if model.num_classes else {}
-images = painter.keep(K.sampling.sample_dpmpp_2m(painter, x, sigmas, extra_args=cond))
-image_grid(model.decode(torch.cat([image, images]))).save(args.output)
+x = K.sampling.sample_dpmpp_2m(painter, x, sigmas, extra_args=cond)
+images = K.editing.paste(model.decode(x), picture, white)
+image_grid(torch.cat([picture, images])).save(args.output)
 print(f"wrote {args.output}: the image, then {args.n} ways to paint the mask")

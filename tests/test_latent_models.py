@@ -4,6 +4,7 @@ import json
 import shutil
 
 import latents as tiny
+import numpy as np
 import pytest
 import runs
 import torch
@@ -114,13 +115,18 @@ def test_sample_py_decodes_and_edits(folder, capsys):
     call("sample", f"{flags} --prefix c --init-image a_00000.png --mask mask.png", folder)
     call("sample", f"{flags} --prefix d --init-image a_00000.png --invert", folder)
     assert "of latents of standard deviation 0.5" in capsys.readouterr().out
-    with Image.open(folder / "c_00001.png") as image:
-        assert image.size == (8, 8)
+    before, after = (np.asarray(Image.open(folder / f"{i}_00000.png")) for i in "ac")
+    painted = np.asarray(mask) > 0
+    assert (after[~painted] == before[~painted]).all()
+    assert (after[painted] != before[painted]).any()
+    Image.new("L", (8, 8)).save(folder / "mask.png")
+    call("sample", f"{flags} --prefix e --init-image a_00000.png --mask mask.png", folder)
+    assert (np.asarray(Image.open(folder / "e_00001.png")) == before).all()
     with pytest.raises(SystemExit, match="whose sides are multiples of 2"):
         call("sample", f"{flags} --size 7", folder)
 
 
-def test_the_unmasked_latents_are_the_images(folder):
+def test_the_unmasked_latents_and_pixels_are_the_images(folder):
     from argparse import Namespace
 
     from k_diffusion.scripts import editing
@@ -132,19 +138,20 @@ def test_the_unmasked_latents_are_the_images(folder):
     mask.save(folder / "mask.png")
     args = Namespace(
         init_image=folder / "image.png", mask=folder / "mask.png", strength=None, invert=False,
-        inpaint_correction=0.0, resample=1, jump=10,
+        inpaint_correction=0.0, resample=1, jump=None,
     )  # fmt: skip
     sigmas = torch.tensor([1.0, 0.0])
     edit = editing.prepare(
         args, model, model.config, model.shape, sigmas, [0], torch.device("cpu"), print
     )
-    kept = edit.finish(torch.full((1, 2, 4, 4), 7.0))
-    assert (kept == 7).nonzero().tolist() == [[0, 0, 0, 1], [0, 1, 0, 1]]
-    whole = torch.full((1, 1, 8, 8), 99 / 127.5 - 1)
+    assert edit.denoiser.mask.nonzero().tolist() == [[0, 0, 0, 1]]
+    done = edit.finish(torch.full((1, 1, 8, 8), 7.0))
+    assert (done == 7).nonzero().tolist() == [[0, 0, 0, 3]]
+    whole = K.editing.read_image(folder / "image.png", (1, 8, 8))
     moments = model.autoencoder.encode(whole)
     latents = model.autoencoder.sample(moments, noise=torch.zeros(1, 2, 4, 4))
-    rest = kept != 7
-    torch.testing.assert_close(kept[rest], latents[rest])
+    torch.testing.assert_close(edit.denoiser.image, latents)
+    assert torch.equal(done[done != 7], whole[done != 7])
 
 
 def test_evaluate_compares_images_and_tells_latents_apart(folder, capsys):

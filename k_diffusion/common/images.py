@@ -121,7 +121,8 @@ def open_image(
     name = printable(path)
     try:
         if not os.path.isfile(path):
-            raise OSError("it is no ordinary file")  # a pipe would block
+            there = os.path.exists(path)  # a pipe, which would block
+            raise OSError("it is no ordinary file" if there else "there is no such file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:

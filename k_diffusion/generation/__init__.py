@@ -58,8 +58,8 @@ def generate(
     num_classes. sampler: a row of `sampling.SAMPLERS`. disable: hides the progress bar; None hides
     it where there's no terminal. stop: asked after each step, whether to give up. start:
     (1, c, h, w), a sample that the noise is added to. noise: (1, c, h, w), of standard deviation 1,
-    instead of the seeds'. resample, jump: of `editing.sample_resampled`. finish: of what was
-    sampled, (n, c, h, w), before it is decoded.
+    instead of the seeds'. resample, jump: of `editing.sample_resampled`. finish: of the
+    images, (n, c, h, w), once they are decoded.
     static: the model always sees as many images, for which it was compiled: a last batch of fewer
     is filled up with images that are thrown away. given: from places in seeds to the conditions of
     texts and images, see `conditions`.
@@ -101,8 +101,7 @@ def generate(
                 **(sampler_args or {}),
             ).float()
         with torch.no_grad():
-            x = finish(x)
-            return x if autoencoder is None else autoencoder.decode(x)
+            return finish(x if autoencoder is None else autoencoder.decode(x))
 
     def step(_: object) -> None:
         bar.update()

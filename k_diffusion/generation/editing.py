@@ -4,7 +4,8 @@
     model = guidance.InpaintingDenoiser(model, image, mask)        # inpainting
     x = invert(model, image, sigmas)                               # inversion
 
-`docs/editing.md` shows each whole. Images are tensors (n, c, h, w) in [-1, 1], or latents.
+`docs/editing.md` shows each whole. Images are tensors (n, c, h, w) in [-1, 1], or latents. What is
+sampled of a latent model and decoded gets the image's own pixels outside of a mask by `paste`.
 """
 
 import math
@@ -15,11 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import sampling
 from ..common.images import convert_mode, open_image
 from ..common.seeds import derive_seed
 from ..data.transforms import fitted
+from ..encoders.autoencoder import Autoencoder
+from ..guidance.inpainting import paste as paste
 from ..noise import randn_per_seed
 from ..solvers.context import Args, Callback, Model
 
@@ -38,11 +42,18 @@ def read_image(
 def read_mask(path: str | Path, size: Sequence[int]) -> Tensor:
     """A black and white picture as a mask, (1, 1, h, w), True where it is white: where to paint.
 
-    Raises OSError for a file that can't be read, ValueError for another size than (h, w), or levels
-    between black and white.
+    Raises OSError for a file that can't be read, ValueError for another size than (h, w), levels
+    between black and white, or transparent pixels: programs differ in whether these are painted.
     """
     h, w = size
-    image = convert_mode(open_image(path, None), "L")
+    image = open_image(path, None)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if alpha and (clear := int((np.asarray(alpha) < 255).sum())):
+        raise ValueError(
+            f"the mask {path} must be opaque, white where to paint and black elsewhere; {clear} of "
+            f"its {alpha.width * alpha.height} pixels are transparent; flatten it"
+        )
+    image = convert_mode(image, "L")
     if image.size != (w, h):
         raise ValueError(
             f"the mask {path} has {image.height} x {image.width} pixels, the images {h} x {w}; "
@@ -55,6 +66,14 @@ def read_mask(path: str | Path, size: Sequence[int]) -> Tensor:
             f"{levels.size} pixels are between; threshold it"
         )
     return torch.from_numpy(levels == 255)[None, None]
+
+
+def latent_mask(mask: Tensor, autoencoder: Autoencoder | None) -> Tensor:
+    """A mask of pixels as that of a model's samples: a latent is painted where any pixel of it is.
+
+    mask: (1, 1, h, w). autoencoder: of a latent model, by whose factor h and w get smaller.
+    """
+    return mask if autoencoder is None else F.max_pool2d(mask.float(), autoencoder.factor) > 0
 
 
 def partial_schedule(sigmas: Tensor, strength: float) -> Tensor:

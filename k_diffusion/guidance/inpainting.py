@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common import numbers
 from ..common.tensors import widen
 from .by_loss import GradientGuidedDenoiser
 from .combine import Ask, Guidance, check_scale
@@ -24,7 +25,8 @@ class InpaintingDenoiser(Guidance):
     sigma_data^2), as in pseudoinverse guidance; 1 is exact for independent Gaussian pixels, 0 needs
     no gradient. sigma_data: the standard deviation of the data, for the correction.
 
-    Raises ValueError for a mask of another size, or one that isn't binary.
+    Raises ValueError for a mask of another size, or one that isn't binary, and for a correction
+    with a sigma_data that isn't positive.
     """
 
     parts = ("guided",)
@@ -44,6 +46,7 @@ class InpaintingDenoiser(Guidance):
         self.register_buffer("mask", check_mask(mask, image), persistent=False)
         self.guided: nn.Module = model
         if check_scale(correction, "correction"):
+            numbers.positive(sigma_data=sigma_data)
 
             def scale(sigma: Tensor) -> Tensor:
                 variance = widen(sigma) ** 2
@@ -62,7 +65,15 @@ class InpaintingDenoiser(Guidance):
 
     def keep(self, x: Tensor) -> Tensor:
         """x within the mask and the image outside of it, to the bit. x: (n, ...)."""
-        return torch.where(self.mask, x, self.image.to(x.dtype))
+        return paste(x, self.image, self.mask)
+
+
+def paste(images: Tensor, image: Tensor, mask: Tensor) -> Tensor:
+    """Images where a mask is True, and elsewhere another one to the bit, (n, c, h, w).
+
+    images: (n, c, h, w). image: (1, c, h, w), the original. mask: (1, 1, h, w).
+    """
+    return torch.where(mask, images, image.to(images.dtype))
 
 
 def check_mask(mask: Tensor, image: Tensor) -> Tensor:
@@ -71,11 +82,10 @@ def check_mask(mask: Tensor, image: Tensor) -> Tensor:
     mask: (h, w) or (1, 1, h, w). image: (n, c, h, w). Raises ValueError for other sizes, and for
     values other than 0 and 1.
     """
-    sizes = tuple(mask.shape[-2:]), tuple(image.shape[-2:])
-    if sizes[0] != sizes[1]:
+    got, want = tuple(mask.shape[-2:]), tuple(image.shape[-2:])
+    if got != want:
         raise ValueError(
-            f"a mask must be as large as the image, {sizes[1]}, got {sizes[0]}; resize it without "
-            "smoothing"
+            f"a mask must be as large as the image, {want}, got {got}; resize it without smoothing"
         )
     if not ((mask == 0) | (mask == 1)).all():
         raise ValueError(
@@ -83,7 +93,9 @@ def check_mask(mask: Tensor, image: Tensor) -> Tensor:
             f"{float(mask.min()):g} to {float(mask.max()):g}; threshold it"
         )
     mask = mask.to(image.device, torch.bool)[(None,) * (image.ndim - mask.ndim)]
-    if any(m not in (1, i) and i != 1 for m, i in zip(mask.shape, image.shape)):
+    # one image may have many masks, but its channels can't
+    sizes = enumerate(zip(mask.shape, image.shape))
+    if mask.ndim > image.ndim or any(m not in (1, i) and (i != 1 or at) for at, (m, i) in sizes):
         raise ValueError(
             f"a mask of shape {tuple(mask.shape)} fits no image of shape {tuple(image.shape)}; "
             "pass (h, w)"

@@ -3,11 +3,11 @@
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import guidance, sampling
 from ..common import options
@@ -20,7 +20,7 @@ class Edit(NamedTuple):
     """How to sample an edit: arguments of `generation.generate`, and what becomes of its images.
 
     denoiser: with inpainting where there is a mask. sigmas: (steps + 1,). options: of generate.
-    finish: from (n, c, h, w) to the same.
+    finish: from (n, c, h, w) to the same, once they are decoded.
     """
 
     denoiser: nn.Module
@@ -57,7 +57,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
     text = "how often to take each --jump steps of inpainting, for parts that fit better"
     add("--resample", default=1, **count, help=text)
-    add("--jump", default=10, **count, help="steps between two returns of --resample")
+    add("--jump", **count, help="steps between two returns of --resample (default: 10)")
     text = "start from the image's own noise, found by the sampler backwards; prints the error"
     add("--invert", action="store_true", help=text)
     text = "class of the image for --invert; else the first that is sampled"
@@ -77,9 +77,12 @@ def check(args: argparse.Namespace) -> None:
     for flag, there in (
         ("--inpaint-correction", args.inpaint_correction),
         ("--resample", args.resample > 1),
+        ("--jump", args.jump),
     ):
         if there and not args.mask:
             raise options.UsageError(f"{flag} needs a --mask FILE")
+    if args.jump and args.resample == 1:
+        raise options.UsageError("--jump needs a --resample N of 2 or more")
     if args.init_class is not None and not args.invert:
         raise options.UsageError("--init-class needs --invert")
     if args.invert and args.mask:
@@ -109,8 +112,8 @@ def prepare(
         return Edit(denoiser, sigmas, {}, lambda x: x)
     autoencoder = find_autoencoder(denoiser)
     pixels = shape if autoencoder is None else autoencoder.image_shape(shape)
-    image = editing.read_image(args.init_image, pixels, say).to(device)
-    image = as_told(image, autoencoder)
+    picture = editing.read_image(args.init_image, pixels, say).to(device)
+    image = as_told(picture, autoencoder)
     default = 1.0 if args.mask or args.invert else 0.6
     sigmas = editing.partial_schedule(sigmas, args.strength or default)
     if args.invert:
@@ -118,15 +121,15 @@ def prepare(
         return Edit(denoiser, sigmas, {"noise": noise}, lambda x: x)
     if not args.mask:
         return Edit(denoiser, sigmas, {"start": image}, lambda x: x)
-    mask = editing.read_mask(args.mask, pixels[1:]).to(device)
-    if autoencoder is not None:  # latents of which any pixel is painted
-        mask = F.max_pool2d(mask.float(), autoencoder.factor) > 0
+    white = editing.read_mask(args.mask, pixels[1:]).to(device)
+    mask = editing.latent_mask(white, autoencoder)
     data = config["model"]["sigma_data"]
     painted = guidance.InpaintingDenoiser(denoiser, image, mask, args.inpaint_correction, data)
     # the whole schedule starts from noise alone within the mask
     start = image if (args.strength or 1) < 1 else image.masked_fill(mask, 0)
-    again = {"resample": args.resample, "jump": args.jump}
-    return Edit(painted, sigmas, {"start": start, **again}, painted.keep)
+    again = {"resample": args.resample} | ({"jump": args.jump} if args.jump else {})
+    finish = partial(editing.paste, image=picture, mask=white)
+    return Edit(painted, sigmas, {"start": start, **again}, finish)
 
 
 def _invert(

@@ -1,6 +1,7 @@
 """Inversion, resampling and partial schedules, where the answer is known; pictures from files."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -121,6 +122,17 @@ def test_an_image_of_another_size_is_fitted_and_that_is_said(tmp_path):
     assert said == [f"{tmp_path / 'a.png'} has 8 x 8 pixels: scaled and cropped to 4 x 6"]
 
 
+def test_a_latent_is_painted_where_any_of_its_pixels_is():
+    mask = torch.zeros(1, 1, 4, 6, dtype=torch.bool)
+    mask[0, 0, 1, 3] = True
+    latent = editing.latent_mask(mask, SimpleNamespace(factor=2))
+    assert latent.tolist() == [[[[False, True, False], [False] * 3]]]
+    assert editing.latent_mask(mask, None) is mask
+    image = normal(0, 1, 3, 4, 6)
+    pasted = editing.paste(torch.full((2, 3, 4, 6), 7.0), image, mask)
+    assert torch.equal(pasted, image.masked_fill(mask, 7.0).expand(2, 3, 4, 6))
+
+
 def test_masks_are_black_and_white_and_of_the_images_size(tmp_path):
     levels = np.zeros((2, 3), np.uint8)
     levels[0, 1] = 255
@@ -131,6 +143,19 @@ def test_masks_are_black_and_white_and_of_the_images_size(tmp_path):
         assert mask.tolist() == [[[[False, True, False], [False] * 3]]]
     with pytest.raises(ValueError, match="m.png has 2 x 3 pixels, the images 3 x 3; resize it"):
         editing.read_mask(tmp_path / "m.png", (3, 3))
+    for opaque, of_six in (255, 0), (254, 6), (0, 6):
+        Image.fromarray(levels).convert("LA").save(tmp_path / "m.png")
+        with Image.open(tmp_path / "m.png") as image:
+            image.putalpha(opaque)
+            image.save(tmp_path / "m.png")
+        if of_six:
+            with pytest.raises(ValueError, match="must be opaque, .* 6 of its 6 pixels are transp"):
+                editing.read_mask(tmp_path / "m.png", (2, 3))
+        else:
+            assert torch.equal(editing.read_mask(tmp_path / "m.png", (2, 3)), mask)
+    Image.fromarray(levels).save(tmp_path / "m.png", transparency=255)
+    with pytest.raises(ValueError, match="1 of its 6 pixels are transparent; flatten it"):
+        editing.read_mask(tmp_path / "m.png", (2, 3))
     levels[1, 1] = 100
     Image.fromarray(levels).save(tmp_path / "m.png")
     with pytest.raises(ValueError, match="black and white, white where to paint; 1 of its 6 pix"):

@@ -123,11 +123,18 @@ def test_it_goes_around_guidance_and_moves_with_its_module():
     [
         (torch.zeros(2, 2), r"as large as the image, \(1, 2\), got \(2, 2\)"),
         (torch.tensor([[0.5, 1]]), "must be binary, .* got values from 0.5 to 1; threshold it"),
-        (torch.zeros(1, 3, 1, 2), r"shape \(1, 3, 1, 2\) fits no image of shape \(1, 2, 1, 2\)"),
+        (torch.zeros(1, 3, 1, 2), r"shape \(1, 3, 1, 2\) fits no image of shape \(2, 2, 1, 2\)"),
+        (torch.zeros(3, 1, 1, 2), r"shape \(3, 1, 1, 2\) fits no image of shape \(2, 2, 1, 2\)"),
+        (torch.zeros(1, 1, 1, 1, 2), r"shape \(1, 1, 1, 1, 2\) fits no image"),
     ],
 )
 def test_masks_that_fit_no_image(mask, says):
     with pytest.raises(ValueError, match=says):
-        InpaintingDenoiser(Gaussian(0.5), torch.zeros(1, 2, 1, 2), mask)
+        InpaintingDenoiser(Gaussian(0.5), torch.zeros(2, 2, 1, 2), mask)
+
+
+def test_corrections_that_can_not_be():
     with pytest.raises(ValueError, match="correction"):
         InpaintingDenoiser(Gaussian(0.5), IMAGE, MASK, math.nan)
+    with pytest.raises(ValueError, match="sigma_data must be a finite number above 0, got 0"):
+        InpaintingDenoiser(Gaussian(0.5), IMAGE, MASK, 1, sigma_data=0)
