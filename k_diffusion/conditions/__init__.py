@@ -277,7 +277,10 @@ class InTurn:
 
 
 class OfData:
-    """Conditions of the items of training data in turn; with text.prompts, these for captions."""
+    """Conditions of the items of training data in turn; with text.prompts, these for captions.
+
+    Images are of the model's size, as samples are, also where data has several.
+    """
 
     def __init__(
         self,
@@ -287,12 +290,14 @@ class OfData:
         device: torch.device | str = "cpu",
         autoencoder: Autoencoder | None = None,
     ):
-        self.data, self.config, self.encode, self.device = data, config, encode, device
+        self.data = data.of_size(tuple(config["model"]["input_size"]))
+        self.config, self.encode, self.device = config, encode, device
         self.autoencoder = autoencoder
 
     def __call__(self, numbers: Sequence[int]) -> Condition:
         items = [self.data[i % len(self.data), 0] for i in numbers]
-        batch: dict[str, Any] = default_collate(items)
+        used = [k for k in ("caption", "original", "paired_original") if k in items[0]]
+        batch: dict[str, Any] = default_collate([{k: item[k] for k in used} for item in items])
         if prompts := (self.config.get("text") or {}).get("prompts"):
             batch["caption"] = [prompts[i % len(prompts)] for i in numbers]
         condition = of_batch(batch, self.config, self.encode, self.autoencoder, "original")

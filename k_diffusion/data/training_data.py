@@ -1,15 +1,17 @@
 """A data set as training sees it: items drawn by (index, seed)."""
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from ..common import memory
 from ..common.images import CorruptImageError
-from .buckets import Buckets, make_buckets
+from .buckets import Buckets, Size, make_buckets
 from .captions import REMEDY, PairedImages, PairedLatents, caption_at, caption_of, check_captions
 from .datasets import make_dataset
 from .latents import Latents, LatentTransform
@@ -54,6 +56,14 @@ class TrainingData(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]
+
+    def of_size(self, size: Size) -> "TrainingData":
+        """The same data with its images at one size, (h, w), where they are of several."""
+        if self.buckets is None:
+            return self
+        made = copy.copy(self)
+        made.buckets = Buckets([size], np.zeros(len(self), dtype=np.uint16))
+        return made
 
     def caption(self, index: int) -> str:
         """The caption of an item, for which no image file is read. Raises ValueError without."""

@@ -295,6 +295,24 @@ def test_conditions_of_data(tmp_path):
     assert conditions.of_data(data, runs.tiny_config(), None) is None
 
 
+@pytest.mark.parametrize("kind", ["downsampled", "paired"])
+def test_samples_have_conditions_of_their_size_where_training_has_several(tmp_path, kind):
+    made = paired_config(tmp_path)
+    tall = Image.new("L", (4, 16), 255)
+    tall.save(tmp_path / "images/below/1.png")
+    tall.save(tmp_path / "negatives/below/1.bmp")
+    made["dataset"]["buckets"] = [[8, 8], [16, 4]]
+    if kind == "downsampled":
+        made["image_condition"] = {"type": "downsampled", "factor": 2}
+    data = make_training_data(made)
+    for prompts in [], ["a"]:
+        given = conditions.of_data(data, {**made, "text": {**TEXT, "prompts": prompts}}, encode)
+        got = given([0, 1, 2])
+        assert got["unet_cond"].shape == (3, 1, 8, 8)
+        torch.testing.assert_close(got["unet_cond"][1], torch.ones(1, 8, 8))
+    assert data[1, 0]["image"].shape == (1, 16, 4)  # as before
+
+
 def test_batches_get_their_condition():
     made = super_resolution()
     images = torch.randn(2, 1, 8, 8)
