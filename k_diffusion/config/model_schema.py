@@ -320,25 +320,31 @@ class ImageTransformerV2(Model):
                 _check_heads(GlobalAttentionSpec(CROSS_D_HEAD), self.widths[level], where)
             return
         _check_heads(geometry, self.widths[level], where)
-        # A neighborhood larger than the grid is left to `build`: a config that never makes its
-        # model may have one.
+        # A neighborhood larger than the grid is left to `check_grids`: a config that never makes
+        # its model may have one.
         if not isinstance(geometry, NeighborhoodAttentionSpec):
             try:
                 self._check_grid(geometry, level)
             except ValueError as error:
                 raise fail(str(error), where) from None
 
+    def check_grids(self) -> None:
+        """Raises ConfigError unless every level can attend at input_size, if there is one."""
+        for level, attn in enumerate(self.self_attns or []):
+            if not isinstance(geometry := attn.build(), NoAttentionSpec):
+                try:
+                    self._check_grid(geometry, level)
+                except ValueError as error:
+                    raise ConfigError(f"model.self_attns[{level}]: {error}") from None
+
     def build(self, num_classes: int) -> nn.Module:
         levels = []
         rows = zip(self.depths, self.widths, self.d_ffs or [], self.self_attns or [], self._rates)
+        self.check_grids()
         for i, (depth, width, d_ff, attn, dropout) in enumerate(rows):
-            geometry = attn.build()
-            if not isinstance(geometry, NoAttentionSpec):
-                try:
-                    self._check_grid(geometry, i)
-                except ValueError as error:
-                    raise ConfigError(f"model.self_attns[{i}]: {error}") from None
-            levels.append(LevelSpec(depth, width, d_ff or 0, geometry, dropout, self._crosses[i]))
+            levels.append(
+                LevelSpec(depth, width, d_ff or 0, attn.build(), dropout, self._crosses[i])
+            )
         return ImageTransformerDenoiserModelV2(
             levels,
             MappingSpec(

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 
 from .autoencoder_schema import AutoencoderSection, KLAutoencoderModel
 from .base import (
+    ConfigError,
     Count,
     NonNegativeFloat,
     Positive,
@@ -18,11 +19,12 @@ from .base import (
     Rate,
     Section,
     fail,
+    is_strict,
     keep_unknown,
 )
 from .condition_schema import AnyImageCondition, AnyText, Downsampled
 from .dataset_schema import AnyDataset, ImageFolderDataset, LatentsDataset
-from .model_schema import AnyModel, Model
+from .model_schema import AnyModel, ImageTransformerV2, Model
 
 # ---------------------------------------------------------------- optimisation
 
@@ -223,13 +225,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _bucket_sizes(self, info: ValidationInfo) -> "Config":
+        factor, strict = getattr(self.image_condition, "factor", 1), is_strict(info)
         for i, size in enumerate(getattr(self.dataset, "buckets", None) or ()):
             model = self.model.model_dump(warnings="none", exclude_unset=True)
             model["input_size"] = size
             try:
-                type(self.model).model_validate(model, context=info.context)
-            except ValidationError as error:
-                said = f"the model can't take this size: {error.errors()[0]['msg']}"
+                made = type(self.model).model_validate(model, context=info.context)
+                if strict and isinstance(made, ImageTransformerV2):
+                    made.check_grids()
+                if strict and any(side % factor for side in size):
+                    raise ConfigError(f"image_condition.factor {factor} must divide {size}")
+            except (ValidationError, ConfigError) as error:
+                rule = error if isinstance(error, ConfigError) else error.errors()[0]["msg"]
+                said = f"the model can't take this size: {rule}"
                 raise fail(said, f"dataset.buckets[{i}]") from None
         return self
 

@@ -108,6 +108,11 @@ ROWS = [
     dataset("unknown key 'random_crops' .did you mean 'random_crop'", random_crops=True),
     dataset(r"dataset.buckets\[1\]: the model can't take this size: input_size \[8, 9\] does not",
             type="imagefolder", location="x", buckets=[[8, 8], [8, 9]]),
+    dataset(r"buckets\[0\]: the model can't take this size: .*attns\[0\]: kernel_size 3 is larger "
+            "than the 8 x 2", type="imagefolder", location="x", buckets=[[16, 4]]),
+    Row("train", "", r"dataset.buckets\[1\]: .*: image_condition.factor 8 must divide \[12, 8\]",
+        config={"image_condition": {"type": "downsampled", "factor": 8}, "dataset": {
+            "type": "imagefolder", "location": "x", "buckets": [[8, 8], [12, 8]]}}),
     dataset("dataset.buckets: .*got 3", type="imagefolder", location="x", buckets=3),
     dataset("dataset: unknown key 'buckets'", buckets=[[8, 8]]),
     dataset("dataset.random_crop: .*got 0.5", random_crop=0.5),
