@@ -1,4 +1,4 @@
-"""Memory that is there, asked before much of it is taken."""
+"""Memory and cores that are there, asked before much of them is taken."""
 
 import contextlib
 import importlib
@@ -17,6 +17,13 @@ def available() -> int | None:
     with contextlib.suppress(ValueError, OSError):  # a container may get less than the machine has
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(limits, default=None)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def ran_out(error: BaseException) -> bool:

@@ -47,6 +47,8 @@ class LatentTransform:
     mean, std: of the raw latents, (c,) or (c, h, w).
     """
 
+    works = True  # noise of its own for each item
+
     def __init__(self, mean: Statistic, std: Statistic, sigma_data: float, channels: int):
         self.shift = statistic("mean", mean, channels)
         self.scale = sigma_data / statistic("std", std, channels)

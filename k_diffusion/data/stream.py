@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from ..common import memory
 from ..common.seeds import derive_seed
 from .training_data import TrainingData
 
@@ -179,10 +180,15 @@ def _own_session(worker: int) -> None:
 def make_loader(
     data: TrainingData, stream: Stream, num_workers: int = 0, start_method: str = "spawn"
 ) -> DataLoader[dict[str, Any]]:
-    """A DataLoader over the stream. Small data sets held in memory are read without workers, those
-    that are streamed by one, as each would fetch all rows."""
+    """A DataLoader over the stream.
+
+    Small data sets held in memory have no workers where nothing is done with their items, else no
+    more than there are cores beside the training's: a worker takes seconds of one to start. Those
+    that are streamed have one, as each would fetch all rows.
+    """
     if getattr(data.data, "in_memory", False):
-        num_workers = 0
+        beside = memory.cores() - 1 if getattr(data.transform, "works", False) else 0
+        num_workers = min(num_workers, beside)
     if getattr(data.data, "window", None):
         num_workers = min(num_workers, 1)
     return _Loader(

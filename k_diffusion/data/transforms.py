@@ -53,6 +53,11 @@ class ImageTransform:
         self.augment = KarrasAugmentationPipeline(augment_prob, disable_all=augment_prob == 0)
 
     @property
+    def works(self) -> bool:
+        """Whether it takes more than a look at the image: by augmentation."""
+        return not self.augment.disable_all
+
+    @property
     def draft(self) -> tuple[int, int] | None:
         """The size that a decoded JPEG has to cover, where it may be smaller than it is stored."""
         return self.size if self.jpeg_draft else None

@@ -5,7 +5,6 @@ import glob
 import io
 import json
 import math
-import os
 import platform
 import shlex
 import socket
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..common import memory
 from ..common.chart import SCRIPT, STYLE, Line, chart, number
 from ..common.files import writable, write_atomically
 from ..common.html import document, escape, image, table
@@ -73,7 +73,6 @@ def facts_of(args: argparse.Namespace, accelerator: Any, state: TrainState) -> d
     """What a page says of a run besides its numbers: NAME_run.json."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "name": Path(args.name).name,
         "end_step": args.end_step,
@@ -84,7 +83,7 @@ def facts_of(args: argparse.Namespace, accelerator: Any, state: TrainState) -> d
         "machine": {
             "host": socket.gethostname(),
             "device": f"{device} {name}".strip(),
-            "cores": cores,
+            "cores": memory.cores(),
             "system": platform.platform(),
             "python": platform.python_version(),
             "torch": torch.__version__,

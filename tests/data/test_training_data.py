@@ -305,11 +305,19 @@ def test_signals_to_the_group_do_not_reach_workers():
     assert batch["class"].tolist() == [1, 1, 1, 1]
 
 
-def test_small_data_sets_need_no_workers():
-    folder = Folder()
-    folder.in_memory = True
-    training = training_data.TrainingData(folder)
-    assert stream.make_loader(training, stream.Stream(10, 4, 1), 8).num_workers == 0
+def test_data_sets_in_memory_have_workers_where_they_are_augmented(monkeypatch):
+    monkeypatch.setattr(stream.memory, "cores", lambda: 3)
+
+    def loader(num_workers, augment_prob=0.5):
+        transform = transforms.ImageTransform((10, 8), 3, augment_prob, later=True)
+        pictures = Pictures(transform)
+        pictures.in_memory = True
+        training = training_data.TrainingData(pictures, transform=transform)
+        return stream.make_loader(training, stream.Stream(12, 4, 1), num_workers, "fork")
+
+    assert [loader(8).num_workers, loader(1).num_workers, loader(8, 0.0).num_workers] == [2, 1, 0]
+    made = [[batch["image"] for batch in islice(iter(loader(n)), 4)] for n in (0, 2)]
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
