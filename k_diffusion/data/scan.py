@@ -108,26 +108,32 @@ def images_below(
     """The names of images, sorted, by folder below root ("" is root itself), sorted as text.
 
     extensions: of images, in small letters with their dot. follow_links: also of folders that links
-    lead to. What is found is kept in the cache folder, where it is much; the next time, those
-    folders alone are listed that have changed since, by their times.
+    lead to, but for those that a folder is in itself. What is found is kept in the cache folder,
+    where it is much; the next time, those folders alone are listed that have changed since, by
+    their times.
     """
     key = json.dumps([_VERSION, str(root.resolve()), sorted(extensions), follow_links])
     kept = recall("folders", key) or {}
     known = {name: Folder(*folder) for name, folder in kept.items()}
     found: dict[str, Folder] = {}
-    todo = [""]
+    todo: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while todo:
-        name = todo.pop()
+        name, above = todo.pop()
         path = os.path.join(root, name) if name else os.fspath(root)
         try:
-            changed = os.stat(path).st_mtime_ns
+            status = os.stat(path)
+            changed, itself = status.st_mtime_ns, (status.st_dev, status.st_ino)
+            # a link to a folder that it is in; some file systems number none
+            if status.st_ino and itself in above:
+                continue
             folder = known.get(name)
             if folder is None or folder.time != changed:
                 folder = _listed(path, changed, extensions, follow_links)
         except OSError:  # it is gone, or not for us to read
             continue
         found[name] = folder
-        todo += [os.path.join(name, sub) for sub in folder.folders]
+        above |= {itself}
+        todo += [(os.path.join(name, sub), above) for sub in folder.folders]
     if found != known and worth_keeping(sum(len(folder.images) for folder in found.values())):
         remember("folders", key, found)
     return {name: found[name].images for name in sorted(found)}

@@ -106,6 +106,15 @@ def test_links_to_folders_and_other_endings_are_other_scans(root, listed):
     assert listed.count("a") == 2
 
 
+def test_a_link_to_a_folder_that_it_is_in_adds_nothing(root, listed):
+    first = scan.images_below(root, EXTENSIONS, follow_links=True)
+    for place in "a/up", "a/deep/top":
+        (root / place).symlink_to(root)
+    (root / "a/deep/above").symlink_to("..")
+    assert scan.images_below(root, EXTENSIONS, follow_links=True) == first
+    assert scan.images_below(root, EXTENSIONS, follow_links=True) == first  # as it was kept
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
 def test_a_damaged_memory_is_ignored(root, cache, damage):
     first = scan.images_below(root, EXTENSIONS)
