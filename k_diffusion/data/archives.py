@@ -152,6 +152,15 @@ def tar_shards(
     """The data set of a config's section of type webdataset."""
     keys = section["image_key"], section["class_key"], section["caption_key"]
     archives = [(path, _indexed(path, _tar_members, *keys)) for path in shards(section["location"])]
+    if not any(members for _, members in archives):
+        path = archives[0][0]
+        with tarfile.open(path, "r:") as archive:
+            found = {_sample(member.name)[1] for member in archive if member.isreg()}
+        raise ValueError(
+            f"dataset.image_key: no sample of {section['location']} has an image at "
+            f"{section['image_key']!r}; the endings in {path.name}: "
+            f"{', '.join(sorted(filter(None, found))[:20]) or 'none'}"
+        )
     return _checked(ArchivedImages(archives, transform, section["split"], keys), section)
 
 

@@ -110,8 +110,12 @@ def test_shards_are_one_data_set(tmp_path):
             assert data[i, 0]["class"] == LABELS[i]
     one = made("webdataset", tmp_path / "train-001.tar", image_key="png", num_classes=4)
     assert np.array_equal(as_pixels(one[0, 0]), images[3])
-    with pytest.raises(ValueError, match="data set 'webdataset' is empty"):
+    says = r"dataset.image_key: .* at 'jpg'; the endings in train-000.tar: cls, json, png$"
+    with pytest.raises(ValueError, match=says):
         made("webdataset", tmp_path, image_key="jpg")
+    write_tar(tmp_path / "none.tar", [], None)
+    with pytest.raises(ValueError, match="the endings in none.tar: none$"):
+        made("webdataset", tmp_path / "none.tar")
 
 
 def test_captions_in_shards(tmp_path):
