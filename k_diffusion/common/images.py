@@ -126,7 +126,7 @@ def open_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return _decoded(image, mode, draft)
+                return decoded(image, mode, draft)
     except Exception as err:  # PIL's decoders raise many kinds
         raise unreadable(name, err) from err
 
@@ -152,12 +152,13 @@ def decode_image(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content)) as image:
-                return _decoded(image, mode, draft)
+                return decoded(image, mode, draft)
     except Exception as err:  # PIL's decoders raise many kinds
         raise unreadable(name, err) from err
 
 
-def _decoded(image: Image.Image, mode: str | None, draft: tuple[int, int] | None) -> Image.Image:
+def decoded(image: Image.Image, mode: str | None, draft: tuple[int, int] | None) -> Image.Image:
+    """As `open_image`, of an image that PIL has opened; raises what PIL does."""
     if draft is not None:
         h, w = draft
         on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4

@@ -66,13 +66,19 @@ class LocatedDataset(Dataset):
         return self
 
 
-class FilesDataset(LocatedDataset):
-    """What data sets of image files have. jpeg_draft: decode JPEGs of twice the size and more at a
-    half, a quarter or an eighth of it, which is faster and changes their pixels a little. buckets:
-    sizes [height, width]; each image is trained on at the one of the nearest aspect ratio.
+class Compressed(Dataset):
+    """What data sets of compressed images have. jpeg_draft: decode JPEGs of twice the size and more
+    at a half, a quarter or an eighth of it, which is faster and changes their pixels a little.
     """
 
     jpeg_draft: bool = False
+
+
+class FilesDataset(LocatedDataset, Compressed):
+    """What data sets of image files have. buckets: sizes [height, width]; each image is trained on
+    at the one of the nearest aspect ratio.
+    """
+
     buckets: Annotated[list[Size], Field(min_length=1)] | None = None
     split: Literal["all", "train", "test"] = "all"
 
@@ -142,8 +148,19 @@ class LatentsDataset(LocatedDataset):
     num_classes: Count | None = None  # type: ignore[assignment]
     flip_prob: Probability = 0.0
 
+    @model_validator(mode="after")
+    def _whole(self, info: ValidationInfo) -> "LatentsDataset":
+        for key in ("random_crop", "horizontal_flip"):
+            if is_strict(info) and getattr(self, key):
+                raise fail(
+                    "latents are of images that are cropped already; leave it out, and for "
+                    "mirrored ones set flip_prob",
+                    key,
+                )
+        return self
 
-class HuggingFaceDataset(Dataset):
+
+class HuggingFaceDataset(Compressed):
     """A data set of the Hugging Face hub, or a local folder of that library's.
 
     streaming: read it while it is fetched, and keep nothing; shuffle_window rows that follow each

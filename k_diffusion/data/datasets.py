@@ -1,5 +1,6 @@
 """The data sets that a config can name: a table of functions (section, transform, folder)."""
 
+import io
 import os
 import warnings
 from collections import Counter
@@ -12,7 +13,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ..common.files import PathLike, printable
-from ..common.images import CorruptImageError, convert_mode, open_image, unreadable, upright
+from ..common.images import (
+    CorruptImageError,
+    convert_mode,
+    decoded,
+    open_image,
+    unreadable,
+    upright,
+)
 from ..common.text import need, unknown_name
 from .archives import tar_shards, zip_of_images
 from .custom import custom
@@ -273,11 +281,21 @@ class HuggingFace(Dataset[dict[str, Any]]):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = self.feature.decode_example(stored)
+                image = self._decoded(stored)
             image = self.transform(image)
         except Exception as cause:  # PIL's decoders raise many kinds
             raise unreadable(name, cause) from cause
         return {**row, self.image_key: image}
+
+    def _decoded(self, stored: Mapping[str, Any]) -> Image.Image:
+        """As the library decodes it, or by `draft`, but for a file that it would have to fetch."""
+        content, path = stored["bytes"], stored["path"]
+        draft = getattr(self.transform, "draft", None)
+        if draft is None or (content is None and not os.path.isfile(path or "")):
+            return self.feature.decode_example(stored)
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
+            made = decoded(image, None, draft)
+        return made.convert(self.feature.mode) if self.feature.mode else made
 
 
 def _huggingface(section: Mapping[str, Any], transform: Transform, folder: Path) -> Dataset[Any]:

@@ -13,7 +13,7 @@ from runs import tiny_config
 
 from k_diffusion import utils
 from k_diffusion.config import load_config, make_model
-from k_diffusion.data import datasets, stream, training_data, transforms
+from k_diffusion.data import datasets, stream, streamed, training_data, transforms
 from k_diffusion.evaluation import reals
 
 
@@ -310,6 +310,46 @@ def test_corrupt_images_of_a_hugging_face_data_set(hub, tmp_path):
     assert item["class"] == 2
     with pytest.raises(utils.CorruptImageError, match=r"bad.png"):
         training_data.TrainingData(made, 10, "img", "y", strict=True)[0, 0]
+
+
+@pytest.mark.parametrize("mode", [None, "L"])
+def test_jpegs_of_hugging_face_rows_are_decoded_smaller(hub, tmp_path, mode, monkeypatch):
+    pixels = np.add.outer(np.arange(96), np.arange(160)).astype(np.uint8) // 2 + 60
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    Image.fromarray(pixels).convert("RGB").save(tmp_path / "0.jpg", quality=95, exif=exif)
+    content = (tmp_path / "0.jpg").read_bytes()
+    stored = [
+        {"bytes": content, "path": None},
+        {"bytes": None, "path": str(tmp_path / "0.jpg")},
+        {"bytes": content[:300], "path": "bad.jpg"},
+    ]
+    rows = hub.Dataset.from_dict(
+        {"img": stored}, features=hub.Features({"img": hub.Image(mode=mode)})
+    )
+    seen = []
+    fitted = transforms.ImageTransform._fitted
+    monkeypatch.setattr(
+        transforms.ImageTransform,
+        "_fitted",
+        lambda self, image: seen.append((image.mode, image.size)) or fitted(self, image),
+    )
+    for streaming in False, True:
+        draft, exact = (
+            datasets.HuggingFace(
+                streamed.StreamedRows(rows.to_iterable_dataset(), 3, 3) if streaming else rows,
+                "img",
+                transforms.ImageTransform((40, 24), 1, jpeg_draft=on),
+            )
+            for on in (True, False)
+        )
+        for i in range(2):
+            made, whole = draft[i]["img"][0], exact[i]["img"][0]
+            assert seen == [(mode or "RGB", (24, 40)), (mode or "RGB", (96, 160))]
+            assert 0 < (made - whole).abs().max() < 0.05
+            seen.clear()
+        with pytest.raises(utils.CorruptImageError, match=r"^can't read the image bad.jpg .row 2"):
+            draft[2]
 
 
 # ------------------------------------------------------------------------- custom ones
