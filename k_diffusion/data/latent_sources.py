@@ -6,6 +6,7 @@ means and deviations in a zip or a folder with dataset.json, LightningDiT's safe
 
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ INFO = "latents.json"
 _STATISTICS = "statistics.json"
 _IN_MEMORY = 2**28  # bytes
 _CHUNK = 256
+# What a file of latents may have for each of its images.
+_ROWS = {"labels", "captions"} | {
+    f"{name}{ending}" for name in ("moments", "latents", "condition") for ending in ("", "_flip")
+}
+_ANEW = "delete the wrong file and write it anew: call encode_latents.py again"
 
 
 class LatentSource:
@@ -37,7 +43,7 @@ class LatentSource:
     the latents of an image beside each. info: what encode_latents.py noted of them, else {}.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = ()
     flips = captions = conditioned = False
     num_classes = 0
     nbytes = 0
@@ -98,6 +104,15 @@ class LatentSource:
                     ) from None
         return None
 
+    def _take_shape(self, shape: tuple[int, ...], name: object) -> None:
+        """Takes the shape of the latents `name`. Raises ValueError unless it is the others'."""
+        if self.shape not in {(), shape}:
+            raise ValueError(
+                f"{name} has latents of {shape}, those before it of {self.shape}; latents at one "
+                "place have one shape"
+            )
+        self.shape = shape
+
     def chunks(self) -> Iterator[Tensor]:
         """All moments, mirrored ones too, (n, 2 c, h, w) at a time."""
         for flip in (False, True) if self.flips else (False,):
@@ -117,6 +132,21 @@ class LatentSource:
         return {**vars(self), "_handles": {}}
 
 
+def _read_info(file: Path) -> dict[str, Any]:
+    """What encode_latents.py noted of a folder. Raises ValueError for what it hasn't written."""
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        noted = {"fingerprint", "location", "input_range"} <= info["autoencoder"].keys()
+        if noted and info["shards"] and all(isinstance(name, str) for name in info["shards"]):
+            return info
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(
+        f"{file} is damaged: it doesn't tell the autoencoder and the files of latents; delete it "
+        "and call encode_latents.py again"
+    )
+
+
 class ShardedLatents(LatentSource):
     """Safetensors in a folder, with `moments` or, without deviations, LightningDiT's `latents`."""
 
@@ -124,36 +154,58 @@ class ShardedLatents(LatentSource):
         super().__init__(path)
         self.files = sorted(path.glob("*.safetensors"))
         if (path / INFO).is_file():
-            self.info = json.loads((path / INFO).read_text(encoding="utf-8"))
+            self.info = _read_info(path / INFO)
             self.files = [path / name for name in self.info["shards"]]
         elif any("plan" in get_safetensors_metadata(file) for file in self.files[:1]):
             raise ValueError(
                 f"{path} is not encoded to its end: it has no {INFO}; call encode_latents.py again"
             )
-        self.starts, labels = [0], []
+        if missing := [file.name for file in self.files if not file.is_file()]:
+            raise ValueError(
+                f"{path} lacks {missing[0]}, which its {INFO} lists; copy the whole folder, or "
+                "call encode_latents.py again"
+            )
+        self.starts, labels, names = [0], [], set[str]()
         for file in self.files:
             get_safetensors_metadata(file)  # raises for a damaged one
             with safe_open(os.fspath(file), "pt") as opened:
-                names = set(opened.keys())
-                self.name = next((n for n in ("moments", "latents") if n in names), "")
-                if not self.name:
-                    raise ValueError(f"{file} has neither moments nor latents; name another folder")
-                n, channels, h, w = opened.get_slice(self.name).get_shape()
+                shapes = {n: opened.get_slice(n).get_shape() for n in _ROWS & {*opened.keys()}}
+                self.name = next((n for n in ("moments", "latents") if n in shapes), "")
+                if len(shapes.get(self.name, ())) != 4:
+                    raise ValueError(
+                        f"{file} has neither moments nor latents of (n, c, h, w); name another "
+                        "folder"
+                    )
+                n, channels, h, w = shapes[self.name]
+                self._check_rows(file, shapes, names or set(shapes))
+                names = set(shapes)
                 if "labels" in names:
                     labels.append(opened.get_tensor("labels").flatten())
-            c = channels // 2 if self.name == "moments" else channels
-            if self.starts != [0] and (c, h, w) != self.shape:
-                raise ValueError(
-                    f"{file} has latents of {(c, h, w)}, those before it of {self.shape}; latents "
-                    "of one folder have one shape"
-                )
-            self.shape, self.flips = (c, h, w), f"{self.name}_flip" in names
-            self.captions, self.conditioned = "captions" in names, "condition" in names
+            self._take_shape((channels // 2 if self.name == "moments" else channels, h, w), file)
             self.starts.append(self.starts[-1] + n)
             self.nbytes += file.stat().st_size
+        self.flips = f"{self.name}_flip" in names
+        self.captions, self.conditioned = "captions" in names, "condition" in names
         self.labels = torch.cat(labels) if labels else torch.zeros(len(self), dtype=torch.int64)
         known = int(self.labels.max()) + 1 if labels else 0
         self.num_classes = self.info.get("num_classes", known)
+
+    def _check_rows(self, file: Path, shapes: dict[str, list[int]], wanted: set[str]) -> None:
+        """Raises ValueError unless a file has what is wanted, for each of its images."""
+        if odd := sorted(wanted ^ shapes.keys()):
+            has, lacks = self.files[0], file
+            has, lacks = (has, lacks) if odd[0] in wanted else (lacks, has)
+            raise ValueError(
+                f"all files of a folder or none have {odd[0]}, but {has} has them and {lacks.name} "
+                f"hasn't; {_ANEW}"
+            )
+        n = shapes[self.name][0]
+        for name, shape in shapes.items():
+            if shape[:1] != [n] or (name == "labels" and math.prod(shape) != n):
+                raise ValueError(
+                    f"{name} must be one for each of the {n} {self.name}, but those of {file} have "
+                    f"shape {tuple(shape)}; {_ANEW}"
+                )
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -236,8 +288,7 @@ class NumpyLatents(LatentSource):
         self.labels = self._labels()
         known = [label for label in self.labels.values() if label is not None]
         self.num_classes = max(known) + 1 if known else 0
-        c, h, w = self.moments(0).shape
-        self.shape = (c // 2, h, w)
+        self.moments(0)
 
     def _labels(self) -> dict[str, Any]:
         try:
@@ -268,6 +319,7 @@ class NumpyLatents(LatentSource):
                 f"{name} of {self.path} must hold (2 c, h, w) floats, means and deviations, got "
                 f"{array.dtype} of {array.shape}"
             )
+        self._take_shape((len(array) // 2, *array.shape[1:]), f"{name} of {self.path}")
         return torch.from_numpy(array.astype(np.float32))
 
     def label(self, index: int) -> int:

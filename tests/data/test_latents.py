@@ -107,6 +107,8 @@ def test_large_shards_are_read_row_by_row(tmp_path, monkeypatch):
         (lambda p: zipped(p.parent, p), "has no .npy of latents"),
         (lambda p: (p.mkdir(), save_file({"x": torch.ones(1)}, p / "a.safetensors")),
          "has neither moments nor latents"),
+        (lambda p: (p.mkdir(), save_file({"latents": torch.ones(3)}, p / "a.safetensors")),
+         r"neither moments nor latents of \(n, c, h, w\)"),
         (lambda p: (p.mkdir(), (p / "a.safetensors").write_bytes(b"x" * 20)), "safetensors file"),
         (lambda p: (p.mkdir(), (p / "dataset.json").write_text('{"labels": [3]}'),
                     np.save(p / "a.npy", np.ones((4, 2, 2), np.float32))), "has no labels as EDM2"),
@@ -121,6 +123,70 @@ def test_what_holds_no_latents_is_refused(write, says, tmp_path):
     with pytest.raises(ValueError, match=says) as error:
         open_latents(tmp_path / "it")
     assert "\n" not in str(error.value)
+
+
+PART = {
+    "moments": MOMENTS,
+    "moments_flip": MOMENTS.flip(3),
+    "labels": torch.tensor(LABELS),
+    "captions": torch.zeros(5, dtype=torch.int64),
+    "condition": MOMENTS[:, :2].contiguous(),
+}
+INFO = {"shards": ["a.safetensors", "b.safetensors"],
+        "autoencoder": {"fingerprint": "f", "location": "ae", "input_range": [-1, 1]}}  # fmt: skip
+
+
+@pytest.mark.parametrize("has", ["a", "b"])
+@pytest.mark.parametrize("name", ["moments_flip", "labels", "captions", "condition"])
+def test_all_files_of_a_folder_have_the_same(name, has, tmp_path):
+    for which in "ab":
+        kept = {k: x for k, x in PART.items() if which == has or k != name}
+        save_file(kept, tmp_path / f"{which}.safetensors")
+    lacks = "b" if has == "a" else "a"
+    says = f"or none have {name}, but .*{has}.safetensors has them and {lacks}.safetensors hasn't"
+    with pytest.raises(ValueError, match=says):
+        open_latents(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["moments_flip", "labels", "captions", "condition"])
+def test_each_image_of_a_file_has_one(name, tmp_path):
+    save_file(PART, tmp_path / "a.safetensors")
+    assert open_latents(tmp_path).label(3) == 1
+    save_file({**PART, name: PART[name][:4].clone()}, tmp_path / "b.safetensors")
+    with pytest.raises(
+        ValueError, match=f"{name} must be one for each of the 5 moments, .*b.safetensors .*4"
+    ):
+        open_latents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{nope", r"latents.json is damaged: .*; delete it and call encode_latents.py again"),
+        ("{}", "latents.json is damaged"),
+        ("[]", "latents.json is damaged"),
+        (json.dumps({**INFO, "shards": []}), "latents.json is damaged"),
+        (json.dumps({**INFO, "autoencoder": {}}), "latents.json is damaged"),
+        (json.dumps(INFO), "lacks b.safetensors, which its latents.json lists; copy the whole"),
+    ],
+)
+def test_damaged_notes_and_missing_files_are_told(text, says, tmp_path):
+    save_file(PART, tmp_path / "a.safetensors")
+    (tmp_path / "latents.json").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        open_latents(tmp_path)
+
+
+def test_latents_of_one_place_have_one_shape(tmp_path):
+    save_file({"latents": torch.zeros(2, 2, 4, 4)}, tmp_path / "a.safetensors")
+    save_file({"latents": torch.zeros(2, 2, 4, 2)}, tmp_path / "b.safetensors")
+    says = r"has latents of \(2, 4, 2\), those before it of \(2, 4, 4\)"
+    with pytest.raises(ValueError, match=f"b.safetensors {says}"):
+        open_latents(tmp_path)
+    write_npy(tmp_path / "npy")
+    np.save(tmp_path / "npy/z.npy", np.zeros((4, 4, 2), np.float32))
+    with pytest.raises(ValueError, match=f"z.npy of .*npy {says}"):
+        list(open_latents(tmp_path / "npy").chunks())
 
 
 def test_statistics_are_those_of_draws():
