@@ -56,8 +56,15 @@ def _place(span: _Span, scale: float) -> slice:
     return slice(round(span.start * scale), round(span.stop * scale))
 
 
-class _Measured(Exception):
-    """A network was run up to the group norm whose statistics were asked for."""
+class _Reached(Exception):
+    """A network was run up to a layer whose part in the whole picture isn't known yet.
+
+    found: what the tile adds to it.
+    """
+
+    def __init__(self, layer: nn.Module, found: Any):
+        super().__init__()
+        self.layer, self.found = layer, found
 
 
 def tiled(
@@ -68,33 +75,33 @@ def tiled(
     tile: int,
     scale: float,
     multiple: int = 1,
-    exact: bool = True,
 ) -> Tensor:
     """function(x), tile by tile, in the memory of a tile, or of all of them for a gradient.
 
     Neighbouring tiles share a quarter of their side and are blended there. Away from seams the
-    result is function(x), but for what convolutions see from further than a tile's edge, and for
-    attention, which sees a tile alone. Group norms would, too: `exact` runs the network once more
-    for each of them, up to it, to collect the statistics of the whole picture; without, it is
-    faster by half their number, and contrast and colour may differ from tile to tile. The gradient
-    takes the statistics for constants.
+    result is function(x), but for what convolutions see from further than a tile's edge. Group
+    norms use the statistics of the whole picture, and attention runs on all of it, in the memory
+    that it takes there; for each of these layers the network runs once more, up to it. The gradient
+    takes the norms' statistics for constants.
 
-    network: holds the group norms that the function applies. x: (n, c, h, w). tile: its side, a
-    multiple of `multiple`, as h and w are. scale: from the size of x to that of the result
+    network: holds the layers that the function applies. x: (n, c, h, w). tile: its side, a multiple
+    of `multiple`, as h and w are. scale: from the size of x to that of the result
     (n, c', h scale, w scale).
     """
     rows, columns = (_spans(size, tile, tile // 4, multiple) for size in x.shape[2:])
     shares = _shares(rows, scale), _shares(columns, scale)
-    norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm)] if exact else []
+    layers = _global_layers(network)
     known: dict[nn.Module, Tensor] = {}
     while True:
-        sums: dict[nn.Module, Tensor] = {}
+        found = []
         out = None
         for (row, down), (column, across) in product(zip(rows, shares[0]), zip(columns, shares[1])):
             try:
-                with _shared_norms(norms, known, sums, row, column):
+                with _whole_picture(layers, known, row, column):
                     part = function(x[..., row.start : row.stop, column.start : column.stop])
-            except _Measured:
+            except _Reached as reached:
+                layer = reached.layer
+                found.append(reached.found)
                 continue
             if out is None:
                 sides = (round(size * scale) for size in x.shape[2:])
@@ -103,31 +110,52 @@ def tiled(
             out[..., _place(row, scale), _place(column, scale)] += part * weight.to(part)
         if out is not None:
             return out
-        known |= sums
+        if isinstance(layer, nn.GroupNorm):
+            known[layer] = sum(found)
+        else:
+            args = [_joined(cores, len(columns)) for cores in zip(*(args for args, _ in found))]
+            named = {k: _joined([kw[k] for _, kw in found], len(columns)) for k in found[0][1]}
+            known[layer] = layer(*args, **named)
+
+
+def _global_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of a network that see all of a picture: group norms, and attention.
+
+    Attention of any library is known by the name of its class; a norm within it is its part.
+    """
+    name = type(module).__name__
+    if isinstance(module, nn.GroupNorm) or name.endswith(("Attention", "AttentionBlock")):
+        return [module]
+    return [layer for child in module.children() for layer in _global_layers(child)]
 
 
 @contextmanager
-def _shared_norms(
-    norms: Sequence[nn.Module],
-    known: dict[nn.Module, Tensor],
-    sums: dict[nn.Module, Tensor],
-    row: _Span,
-    column: _Span,
+def _whole_picture(
+    layers: Sequence[nn.Module], known: dict[nn.Module, Tensor], row: _Span, column: _Span
 ) -> Iterator[None]:
-    """Group norms use the statistics that are known; the first of another adds its up, and stops.
+    """Layers give what is known of the whole picture; the first of another raises _Reached.
 
-    Statistics are (3, n, groups): how many numbers, their sum and that of their squares.
+    Known are attention's outputs, (n, c, h, w), and the statistics of group norms, (3, n, groups):
+    how many numbers, their sum and that of their squares.
     """
 
-    def hook(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    def core(x: Any) -> Any:
+        return _core(x, row, column) if isinstance(x, Tensor) else x
+
+    def attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        if not (isinstance(out, Tensor) and out.ndim == 4):  # of tokens, whose places aren't known
+            return out
+        if module not in known:
+            raise _Reached(module, ([*map(core, args)], {k: core(x) for k, x in kwargs.items()}))
+        scale = out.shape[2] / (row.stop - row.start)
+        return known[module][..., _place(row, scale), _place(column, scale)]
+
+    def norm(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         x = args[0]
         if module not in known:
-            core = widen(_core(x.detach(), row, column))
-            core = core.unflatten(1, (module.num_groups, -1)).flatten(2)
-            count = torch.full_like(core[..., 0], core.shape[2])
-            found = torch.stack([count, core.sum(2), core.square().sum(2)])
-            sums[module] = sums[module] + found if module in sums else found
-            raise _Measured
+            y = widen(core(x.detach())).unflatten(1, (module.num_groups, -1)).flatten(2)
+            count = torch.full_like(y[..., 0], y.shape[2])
+            raise _Reached(module, torch.stack([count, y.sum(2), y.square().sum(2)]))
         count, total, squares = known[module]
         mean = total / count
         rate = ((squares / count - mean**2).clamp(min=0) + module.eps).rsqrt()
@@ -138,12 +166,25 @@ def _shared_norms(
         shift = module.bias.view(1, *shape[1:]) - mean.view(shape) * scale
         return (widen(x) * scale + shift).to(out.dtype)
 
-    handles = [module.register_forward_hook(hook) for module in norms]
+    handles = [
+        layer.register_forward_hook(norm)
+        if isinstance(layer, nn.GroupNorm)
+        else layer.register_forward_hook(attention, with_kwargs=True)
+        for layer in layers
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _joined(cores: Sequence[Any], columns: int) -> Any:
+    """The whole picture, of the cores (n, c, h, w) of all tiles row by row; of others the first."""
+    if not isinstance(cores[0], Tensor) or cores[0].ndim != 4:
+        return cores[0]
+    rows = [torch.cat([*cores[i : i + columns]], 3) for i in range(0, len(cores), columns)]
+    return torch.cat(rows, 2)
 
 
 def _core(x: Tensor, row: _Span, column: _Span) -> Tensor:

@@ -8,9 +8,15 @@ import torch
 from torch import nn
 
 from k_diffusion import loading
-from k_diffusion.encoders.autoencoder import Autoencoder, find_autoencoder, load_diffusers
+from k_diffusion.encoders import tiling
+from k_diffusion.encoders.autoencoder import (
+    Autoencoder,
+    _DiffusersNetwork,
+    find_autoencoder,
+    load_diffusers,
+)
 from k_diffusion.encoders.tiling import tiled
-from k_diffusion.models.autoencoder import KLAutoencoder
+from k_diffusion.models.autoencoder import AttentionBlock, KLAutoencoder
 
 MEAN, STD = [0.5, -1.0, 0.0, 2.0], [2.0, 1.0, 0.5, 3.0]
 
@@ -172,6 +178,43 @@ def test_tiles_equal_the_whole_in_their_interior(dtype):
     assert (found - want).square().mean().sqrt() < 0.2 * want.std()
 
 
+@pytest.mark.parametrize("whose", ["ours", "diffusers"])
+def test_tiles_equal_the_whole_where_attention_matters(whose, monkeypatch):
+    torch.manual_seed(0)
+    if whose == "ours":
+        network = KLAutoencoder(3, 4, [8, 8], 1, num_groups=4, attentions=[False, True])
+    else:
+        network = _DiffusersNetwork(pytest.importorskip("tiny_diffusers").autoencoder())
+    layers = [m for m in network.modules() if type(m).__name__ in {"AttentionBlock", "Attention"}]
+    assert len(layers) == (5 if whose == "ours" else 2)
+    for layer in layers:
+        for name, weight in layer.named_parameters():
+            if "norm" not in name:
+                weight.data.mul_(3)
+    whole, tiles = Autoencoder(network), Autoencoder(network, tile=64)
+    images = torch.randn(1, 3, 96, 80) * torch.linspace(0.1, 2, 80)
+    found, want = tiles.encode(images), whole.encode(images)
+    interior = (..., slice(12), slice(6))  # as without attention
+    torch.testing.assert_close(found[interior], want[interior], atol=2e-4, rtol=0)
+    latents = want[:, :4]
+    found, decoded = tiles.decode(latents), whole.decode(latents)
+    torch.testing.assert_close(found[..., :16, :8], decoded[..., :16, :8], atol=2e-3, rtol=0)
+    norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm)]
+    monkeypatch.setattr(tiling, "_global_layers", lambda _: norms)
+    alone = tiles.encode(images)  # attention of a tile
+    assert (alone - want)[interior].abs().max() > 0.01
+
+
+def test_attention_in_tiles_is_that_of_the_whole_with_its_gradient():
+    layer = AttentionBlock(4, 2)
+    x = torch.randn(2, 4, 20, 28, requires_grad=True)
+    found, want = tiled(layer, layer, x, tile=12, scale=1), layer(x)
+    torch.testing.assert_close(found, want)
+    slopes = torch.randn_like(x)
+    grads = (torch.autograd.grad(y, x, slopes)[0] for y in (found, want))
+    torch.testing.assert_close(*grads)
+
+
 def test_tiles_keep_half_precision():
     whole, tiles = (small(tile=tile).to(torch.bfloat16) for tile in (None, 8))
     images = torch.randn(1, 1, 8, 12, dtype=torch.bfloat16)
@@ -195,11 +238,10 @@ def test_convolutions_alone_are_equal_but_for_seams():
     torch.testing.assert_close(torch.autograd.grad(same, x, slopes)[0], slopes)
 
 
-def test_without_exact_norms_a_tile_has_its_own_contrast():
+def test_norms_see_the_whole_picture():
     norm = nn.GroupNorm(1, 1)
     x = torch.randn(1, 1, 32, 64) * torch.linspace(0.1, 2, 64)
     torch.testing.assert_close(tiled(norm, norm, x, tile=32, scale=1), norm(x))
-    assert (tiled(norm, norm, x, tile=32, scale=1, exact=False) - norm(x)).abs().max() > 0.5
 
 
 def test_fingerprints_tell_weights_apart():
