@@ -49,6 +49,12 @@ class KLAutoencoderModel(Section):
                 f"input_size {self.input_size} must be a multiple of {factor}, 2 for each level "
                 "after the first"
             )
+        if self.lpips_weight and self.input_size and min(self.input_size) < 16:
+            raise fail(
+                f"LPIPS halves images four times: their sides are at least 16, got input_size "
+                f"{self.input_size}; set it to 0",
+                "lpips_weight",
+            )
         if is_strict(info) and self.input_size is None:
             raise fail("is required", "input_size")
         return self

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -28,7 +30,8 @@ class AutoencoderLoss(nn.Module):
 
     |x - x'| on average + kl_weight KL / D + lpips_weight LPIPS(x, x'), with the KL divergence of
     the latents from N(0, 1) in nats and the image's D numbers (arXiv:2112.10752, without its
-    adversarial part). Raises ImportError where LPIPS is asked for and its package is missing.
+    adversarial part). Raises ImportError where LPIPS is asked for and its package is missing,
+    OSError where its weights can't be loaded.
     """
 
     def __init__(self, inner_model: nn.Module, kl_weight: float, lpips_weight: float = 0.0):
@@ -37,9 +40,7 @@ class AutoencoderLoss(nn.Module):
         self.kl_weight, self.lpips_weight = kl_weight, lpips_weight
         self.lpips: Any = None
         if lpips_weight:
-            package = need("lpips", "model.lpips_weight", "lpips")
-            device = next(inner_model.parameters()).device
-            self.lpips = package.LPIPS(net="vgg").eval().requires_grad_(False).to(device)
+            self.lpips = _load_lpips().to(next(inner_model.parameters()).device)
 
     def parameters(self, recurse: bool = True) -> Any:
         """Those that learn."""
@@ -54,6 +55,22 @@ class AutoencoderLoss(nn.Module):
         if self.lpips is not None:
             loss = loss + self.lpips_weight * self.lpips(as_rgb(made), as_rgb(images)).flatten()
         return loss
+
+
+def _load_lpips() -> nn.Module:
+    package = need("lpips", "model.lpips_weight", "lpips")
+    try:
+        return package.LPIPS(net="vgg").eval().requires_grad_(False)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        from torchvision.models import VGG16_Weights
+
+        url = VGG16_Weights.IMAGENET1K_V1.url
+        file = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+        said = " ".join(str(error).split())
+        raise OSError(
+            f"can't load VGG-16's weights, which model.lpips_weight needs ({said}): connect to the "
+            f"network, put {url} at {file}, or set it to 0"
+        ) from error
 
 
 def make_loss(config: Mapping[str, Any]) -> Callable[[nn.Module], AutoencoderLoss]:

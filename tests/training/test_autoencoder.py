@@ -3,6 +3,7 @@
 import json
 import sys
 import types
+from urllib.error import URLError
 
 import pytest
 import runs
@@ -54,6 +55,31 @@ def test_lpips_is_added_where_its_package_is(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(ImportError, match="lpips_weight needs lpips; .* pip install lpips"):
         AutoencoderLoss(inner, 0.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "error", [URLError("no network"), RuntimeError("PytorchStreamReader\n failed")]
+)
+def test_lpips_without_its_weights_is_told(error, monkeypatch):
+    pytest.importorskip("torchvision")
+
+    def fail(net):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=fail))
+    monkeypatch.setenv("TORCH_HOME", "there")
+    says = r"VGG-16's weights.* put https:.*vgg16-\w+.pth at there.hub.checkpoints.vgg16-\w+.pth,"
+    with pytest.raises(OSError, match=says):
+        AutoencoderLoss(Given(None), 0.0, 2.0)
+
+
+def test_lpips_needs_sides_of_16():
+    raw = {**TINY, "model": {**TINY["model"], "lpips_weight": 1}}
+    says = r"model.lpips_weight: .* sides are at least 16, got input_size \[8, 8\]; set it to 0"
+    with pytest.raises(K.config.ConfigError, match=says):
+        K.config.load_config(raw)
+    raw["model"]["input_size"] = [16, 16]
+    assert K.config.load_config(raw)["model"]["lpips_weight"] == 1
 
 
 def train(folder, monkeypatch, *flags):
