@@ -122,6 +122,7 @@ class Autoencoder(nn.Module):
         means of the c channels, then their standard deviations. Raises ValueError for a size that
         isn't a multiple of the factor.
         """
+        self._check_shape("images", images, self.image_channels)
         self.latent_shape(images.shape[1:])
         x = images.to(self._like())
         if (self.low, self.high) != (-1, 1):
@@ -141,6 +142,7 @@ class Autoencoder(nn.Module):
         moments: (n, 2 c, h, w), raw. generator: of the noise; it may be the CPU's. noise:
         (n, c, h, w), instead. Returns (n, c, h, w).
         """
+        self._check_shape("moments", moments, 2 * self.latent_channels)
         mean = moments.chunk(2, -3)[0]
         if noise is None:
             where = moments.device if generator is None else generator.device
@@ -155,7 +157,7 @@ class Autoencoder(nn.Module):
         latents: (n, c, h, w). Returns (n, image_channels, h factor, w factor) in [-1, 1], give or
         take an overshoot.
         """
-        self.image_shape(latents.shape[1:])
+        self._check_shape("latents", latents, self.latent_channels)
         self._check_elements(latents)
         raw = (latents / self.scale.to(latents) + self.shift.to(latents)).to(self._like())
         tile = self.tile and self.tile // self.factor
@@ -175,6 +177,12 @@ class Autoencoder(nn.Module):
     @staticmethod
     def _whole(shape: Sequence[int], tile: int | None) -> bool:
         return tile is None or max(shape[2:]) <= tile
+
+    def _check_shape(self, what: str, x: Tensor, channels: int) -> None:
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(
+                f"{self.name} takes {what} of shape (n, {channels}, h, w), got {tuple(x.shape)}"
+            )
 
     def _check_elements(self, latents: Tensor) -> None:
         sizes = {x.shape[1:] for x in (self.shift, self.scale) if x.ndim and x.shape[1:] != (1, 1)}
@@ -276,6 +284,8 @@ def load_diffusers(path: PathLike, **options: Any) -> Autoencoder:
         raise ValueError(f"{folder} holds a {kind}, which is no autoencoder of diffusers")
     try:
         network = cls.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
+        if any(isinstance(m, nn.Conv3d) for m in network.modules()):
+            raise ValueError("it is of videos; name an autoencoder of images")
         made = _DiffusersNetwork(network, *_patch(network))
     except (OSError, RuntimeError, ValueError, AttributeError) as error:
         said = " ".join(str(error).split())

@@ -83,6 +83,21 @@ def test_folders_without_an_autoencoder_are_refused(tmp_path):
         load_diffusers(tmp_path)
 
 
+def test_autoencoders_of_videos_are_refused(tmp_path):
+    diffusers = pytest.importorskip("diffusers", minversion="0.35")
+    diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="used as an autoencoder: it is of videos; name an auto"):
+        load_diffusers(tmp_path)
+
+
 def test_noise_of_the_latents_comes_from_the_generator():
     made = small(shift=[1.0, 2.0], scale=0.5)
     moments = made.encode(torch.rand(2, 1, 8, 8))
@@ -158,6 +173,13 @@ def test_wrong_sizes_are_refused():
     says = r"latents of ae.pth have shape \(2, 4, 4\), but the model's are \(3, 4, 4\)"
     with pytest.raises(ValueError, match=says):
         made.image_shape((3, 4, 4))
+    for call, shape, says in (
+        (made.encode, (1, 8, 8), r"takes images of shape \(n, 1, h, w\), got \(1, 8, 8\)"),
+        (made.sample, (1, 5, 4, 4), r"takes moments of shape \(n, 4, h, w\), got \(1, 5, 4, 4\)"),
+        (made.decode, (1, 3, 4, 4), r"takes latents of shape \(n, 2, h, w\), got \(1, 3, 4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=f"ae.pth {says}"):
+            call(torch.ones(shape))
     with pytest.raises(ValueError, match="tile must be a multiple of 2, .* at least 8; got 6"):
         small(tile=6)
 
