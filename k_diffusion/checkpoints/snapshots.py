@@ -8,6 +8,7 @@ profile (gamma + 1) tau^gamma / t^(gamma + 1), whose standard deviation is sigma
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from ..common.untrusted import get_safetensors_metadata
-from . import CheckpointError, read_weights, write_inference
+from . import CheckpointError, read_torch, read_weights, write_inference
 from .runs import latest_step
 
 MAX_WIDTH = 12**-0.5  # gamma 0: all weights count the same
@@ -58,14 +59,16 @@ def width_of(gamma: float) -> float:
 
 # ------------------------------------------------------------------------------- files
 
+Branch = Sequence[tuple[str, int]]
+
 
 @dataclass(frozen=True)
 class Snapshot:
     """A stored average.
 
     images: the time t, in images since averaging began. began: images that the run had seen before.
-    since: the step at which the process that wrote it resumed. buffers: the names that aren't
-    averaged.
+    buffers: the names that aren't averaged. branch: the run's, as of `branch_of`; older files have
+    none, and `since`, the step at which the process that wrote them resumed.
     """
 
     path: Path
@@ -73,9 +76,10 @@ class Snapshot:
     width: float
     images: int
     began: int
-    since: int
     buffers: tuple[str, ...]
     digest: str
+    branch: Branch = ()
+    since: int = 0
 
 
 def snapshot_suffix(step: int, width: float) -> str:
@@ -94,11 +98,11 @@ def write_snapshot(
     *,
     step: int,
     width: float,
-    since: int,
+    branch: Branch,
 ) -> None:
     """Write an average as an inference checkpoint in float32. profile: its part of a checkpoint."""
     facts = {key: profile[key] for key in ("images", "began", "buffers")}
-    facts |= {"step": step, "width": width, "since": since}
+    facts |= {"step": step, "width": width, "branch": branch}
     write_inference(path, config, profile["weights"], "fp32", json.dumps(facts))
 
 
@@ -108,6 +112,7 @@ def read_snapshot(path: Path) -> Snapshot:
         metadata = get_safetensors_metadata(path)
         facts = json.loads(metadata["snapshot"])
         facts["buffers"] = tuple(facts["buffers"])
+        facts["branch"] = [(str(token), int(step)) for token, step in facts.get("branch", ())]
         return Snapshot(path, digest=metadata.get("sha256", ""), **facts)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no snapshot of an average ({error})") from None
@@ -128,30 +133,79 @@ def find_snapshots(
     folder, name = (run, None) if run.is_dir() else (run.parent, run.name)
     if name and (checkpoint := re.fullmatch(r"(.+)_(\d{8,})\.pth", name)):
         name, step = checkpoint[1], int(checkpoint[2]) if step is None else step
-    paths = [(m[1], p) for p in folder.glob("*.safetensors") if (m := SNAPSHOT.fullmatch(p.name))]
-    names = sorted({of for of, _ in paths if name in (None, of)})
+    paths = _list_snapshots(folder)
+    names = sorted({of for of, _ in paths.values() if name in (None, of)})
     if len(names) > 1:
         raise CheckpointError(f"{run} has snapshots of {', '.join(names)}; name one of these runs")
-    found = [read_snapshot(path) for of, path in paths if of in names]
+    found = [read_snapshot(path) for path, (of, _) in paths.items() if of in names]
     there = sorted({s.step for s in found})
     if not there:
         raise CheckpointError(
             f"{run} has no snapshots of averages; train.py --power-ema 0.05 0.1 writes them"
         )
+    own = folder / names[0]
+    # those after the latest are of a run that was left, or of a checkpoint that wasn't finished
+    end = step if step is not None else latest_step(str(own))
+    way = _that_led_to(there[-1] if end is None else end, found, own)
     if step is None:
-        latest = latest_step(str(folder / names[0]))
-        # those after it are of a run that was left, or of a checkpoint that wasn't finished
-        on = [s for s in there if latest is None or s <= latest]
-        step = on[-1] if on else latest
-    if step is None or step not in there:
-        raise CheckpointError(
-            f"{run} has no snapshot of step {step}; there are {', '.join(map(str, there))}"
-        )
-    way = lineage({s.step: s.since for s in found}, step)
-    begun: dict[float | None, int] = {s.width: s.began for s in found if s.step == step}
+        step = max((s.step for s in way), default=end)
+    begun: dict[float | None, int] = {s.width: s.began for s in way if s.step == step}
+    if not begun:
+        others = ", ".join(str(s) for s in there if s != step)
+        raise CheckpointError(f"{run} has no snapshot of step {step}; there are {others or 'none'}")
     began = begun.get(width, min(begun.values()))
-    kept = [s for s in found if s.step in way and s.began == began]
-    return sorted(kept, key=lambda s: (s.images, s.width))
+    return sorted((s for s in way if s.began == began), key=lambda s: (s.images, s.width))
+
+
+def _list_snapshots(folder: Path) -> dict[Path, tuple[str, int]]:
+    """The snapshots in a folder, by their file names: of which run, and of which step."""
+    matches = {p: SNAPSHOT.fullmatch(p.name) for p in folder.glob("*.safetensors")}
+    return {p: (m[1], int(m[2])) for p, m in matches.items() if m}
+
+
+def branch_of(name: str, step: int, before: Branch, resumed: bool = True) -> Branch:
+    """The branch of a run that starts or goes on at `step`: the tokens of the branches that led to
+    it, each with the step from which it counts.
+
+    The first token is empty. A run that leaves snapshots of later steps behind gets one of its own,
+    so that they are known. before: the branch of its checkpoint. resumed: from one of its own;
+    otherwise all snapshots of its name are of another run.
+    """
+    base = Path(name)
+    steps = [at for of, at in _list_snapshots(base.parent).values() if of == base.name]
+    before = before if resumed else ()
+    left = any(at > step for at in steps) if resumed else bool(steps)
+    if before and not left:
+        return before
+    return [*before, (secrets.token_hex(4) if left else "", step)]
+
+
+def _that_led_to(step: int, found: Sequence[Snapshot], own: Path) -> list[Snapshot]:
+    """Those of a run's snapshots that its checkpoint of `step` has come by.
+
+    own: the run's name with its folder. Where that checkpoint is gone, the last snapshot written of
+    the steps up to there tells the branch.
+    """
+    until = [s for s in found if s.step <= step]
+    branch = _branch_of_checkpoint(Path(f"{own}_{step:08}.pth"))
+    if branch is None and until:
+        branch = max(until, key=lambda s: (s.step, s.path.stat().st_mtime_ns)).branch
+    tokens, starts = zip(*branch) if branch else ((), ())
+    ends = dict(zip(tokens, [*starts[1:], step]))
+    # older files have no branch
+    old = {s.step: s.since for s in until if not s.branch}
+    way = lineage(old, starts[0] if starts else step)
+    return [
+        s for s in until if (s.step <= ends.get(s.branch[-1][0], 0) if s.branch else s.step in way)
+    ]
+
+
+def _branch_of_checkpoint(path: Path) -> Branch | None:
+    """None of one that is gone, damaged or of an older version."""
+    try:
+        return [(str(token), int(step)) for token, step in read_torch(path, mapped=True)["branch"]]
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return None
 
 
 def lineage(since: Mapping[int, int], step: int) -> list[int]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import CheckpointError, load_weights, read_checkpoint, read_weights
+from ..checkpoints.runs import steps_of
+from ..checkpoints.snapshots import branch_of
 from ..distributed import broadcast, end_together, first_error
 from .run_files import find_checkpoints, state_path
 from .state import TrainState
@@ -123,6 +125,8 @@ def begin(state: TrainState, args: argparse.Namespace, accelerator: Any) -> None
     """Resume as the flags ask for, on all processes, or start anew."""
     resumed = resume(state, args.name, args.resume, accelerator.print)
     check_shared(accelerator, args.name, resumed, state.step)
+    own = resumed and resumed.resolve() in {p.resolve() for p in steps_of(args.name)}
+    state.branch = branch_of(args.name, state.step, state.branch, bool(own))
     if args.resume_inference and not resumed:
         resume_inference(state, args.resume_inference, accelerator.print)
     if args.seed is not None:

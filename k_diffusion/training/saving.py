@@ -140,7 +140,7 @@ class Saver:
                 profile,
                 step=step,
                 width=width,
-                since=self.began_step,
+                branch=values["branch"],
             )
         path = save_checkpoint(self.name, step, values, group)
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..checkpoints import CheckpointError, check_weights
+from ..checkpoints.snapshots import Branch
 from ..common.shards import load_whole, split_of
 from .ema import EMAWarmup
 from .noise_levels import LossByLevel
@@ -24,7 +25,7 @@ class TrainState:
     model, model_ema: the inner models, unwrapped. scaler: of the gradients, in fp16. step: steps
     done. samples: images seen, by all processes. losses: of the steps since the last row of the
     log. levels: these losses by noise level. noise_scale: of the gradient, under --gns. power_ema:
-    averages of --power-ema. run: what else the numbers depend on, such as the batch size.
+    averages of --power-ema. branch: as of `branch_of`. run: what else the numbers depend on, such as the batch size.
     bad_steps: how many of the last steps in a row were skipped; bad_at: the last step skipped;
     trouble: the first one, since a checkpoint before which none was; all 0 if none were. Random
     numbers are a function of (seed, step) and (seed, sample), so the seed is all there is to keep
@@ -42,6 +43,7 @@ class TrainState:
     scaler: Any = None
     noise_scale: NoiseScale | None = None
     power_ema: PowerEMA | None = None
+    branch: Branch = ()
     step: int = 0
     samples: int = 0
     elapsed: float = 0.0
@@ -103,6 +105,7 @@ class TrainState:
             "bad_steps": (self.bad_steps, self.bad_at, self.trouble),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "power_ema": self.power_ema and self.power_ema.state_dict(),
+            "branch": list(self.branch),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], source: object) -> None:
@@ -132,6 +135,7 @@ class TrainState:
         self.samples = int(state.get("samples", state.get("epoch", 0) * self.dataset_length))
         if self.power_ema is not None:
             self.power_ema.load_state_dict(power_ema, self.samples)
+        self.branch = list(state.get("branch") or ())
         self.seed = int(state.get("seed", self.seed))
         self.elapsed = float(state.get("elapsed", 0.0))
         self.losses = list(state.get("losses", ()))

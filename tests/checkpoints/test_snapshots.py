@@ -94,15 +94,20 @@ def test_dense_snapshots_give_any_width():
         assert abs(found).sum() < 20  # so that rounding isn't enlarged by more
 
 
-def write(folder, name, step, width, weight, images, *, since=0, began=0, buffer=0):
+def write(folder, name, step, width, weight, images, *, branch=(), began=0, buffer=0, since=None):
     model = nn.BatchNorm1d(5)
     model.weight.data = weight.float()
     model.num_batches_tracked.fill_(buffer)
     names = [name for name, _ in model.named_buffers()]
     profile = {"images": images, "began": began, "buffers": names, "weights": model.state_dict()}
     path = folder / f"{name}_{snapshots.snapshot_suffix(step, width)}"
-    rest = {"step": step, "width": width, "since": since}
-    snapshots.write_snapshot(path, {"a": name}, profile, **rest)
+    rest = {"step": step, "width": width}
+    if since is None:
+        snapshots.write_snapshot(path, {"a": name}, profile, **rest, branch=branch)
+    else:  # as older versions did
+        weights = profile.pop("weights")
+        facts = json.dumps({**profile, **rest, "since": since})
+        checkpoints.write_inference(path, {"a": name}, weights, "fp32", facts)
 
 
 def test_any_width_of_a_trajectory_is_its_average(tmp_path):
@@ -183,6 +188,68 @@ def test_a_run_that_went_back_ends_at_its_latest_checkpoint(tmp_path):
         snapshots.reconstruct(tmp_path, 0.05)
     state.unlink()
     assert snapshots.reconstruct(tmp_path, 0.05).step == 50
+
+
+FIRST, A, B = ("", 0), ("a", 2), ("b", 3)
+
+
+def test_a_width_that_was_left_out_on_resuming_is_not_taken_from_the_branch_that_was_left(tmp_path):
+    # a run of two widths, which went on from step 2 with one of them, and then from 6 with both
+    for step in 2, 4, 6:
+        for width in 0.05, 0.1:
+            write(tmp_path, "run", step, width, torch.zeros(5), step, branch=[FIRST])
+    for step in 4, 6:
+        write(tmp_path, "run", step, 0.05, torch.ones(5), step, branch=[FIRST, A])
+    made = snapshots.reconstruct(tmp_path, 0.1)
+    assert made.error > 0
+    kept = [(2, 0.05), (2, 0.1), (4, 0.05), (6, 0.05)]
+    assert [(s.step, s.width) for s in snapshots.find_snapshots(tmp_path)] == kept
+    # also of the checkpoint itself, whichever file was written last
+    checkpoint = tmp_path / "run_00000006.pth"
+    (tmp_path / "run_00000006_ema0.1.safetensors").touch()
+    torch.save({"branch": [FIRST, A]}, checkpoint)
+    assert [(s.step, s.width) for s in snapshots.find_snapshots(checkpoint)] == kept
+    # it left the averages altogether
+    torch.save({"branch": [FIRST, ("c", 2)]}, checkpoint)
+    with pytest.raises(checkpoints.CheckpointError, match="no snapshot of step 6; there are 2, 4"):
+        snapshots.reconstruct(checkpoint, 0.1)
+    (tmp_path / "run_state.json").write_text(json.dumps({"latest_checkpoint": checkpoint.name}))
+    assert snapshots.reconstruct(tmp_path, 0.1).step == 2
+    # a branch is known where its checkpoint is gone
+    write(tmp_path, "run", 8, 0.1, torch.ones(5), 8, branch=[FIRST, A])
+    (tmp_path / "run_state.json").unlink()
+    assert [s.step for s in snapshots.find_snapshots(tmp_path)] == [2, 2, 4, 6, 8]
+
+
+def test_a_run_that_went_back_twice_to_one_step(tmp_path):
+    for step, branch in ((3, [FIRST]), (5, [FIRST]), (4, [FIRST, B]), (8, [FIRST, B])):
+        write(tmp_path, "run", step, 0.05, torch.zeros(5), step, branch=branch)
+    assert [s.step for s in snapshots.find_snapshots(tmp_path)] == [3, 4, 8]
+    assert [s.step for s in snapshots.find_snapshots(tmp_path, 5)] == [3, 5]
+    # a later version goes on where an older one has come by 4 and left 7
+    for step, since in ((4, 0), (7, 4), (5, 4)):
+        write(tmp_path, "old", step, 0.05, torch.zeros(5), step, since=since)
+    write(tmp_path, "old", 9, 0.05, torch.zeros(5), 9, branch=[("c", 5)])
+    assert [s.step for s in snapshots.find_snapshots(tmp_path / "old")] == [4, 5, 9]
+
+
+def test_a_branch_begins_where_snapshots_are_left_behind(tmp_path):
+    name = str(tmp_path / "run")
+    assert snapshots.branch_of(name, 0, (), resumed=False) == [FIRST]
+    for step in 3, 5:
+        write(tmp_path, "run", step, 0.05, torch.zeros(5), step)
+        write(tmp_path, "other", 9, 0.05, torch.zeros(5), step)
+    assert snapshots.branch_of(name, 5, [FIRST]) == [FIRST]
+    first, second = (snapshots.branch_of(name, 3, [FIRST]) for _ in range(2))
+    assert first[0] == second[0] == FIRST
+    assert first[1][1] == second[1][1] == 3
+    assert first[1][0] != second[1][0]
+    assert snapshots.branch_of(name, 5, ()) == [("", 5)]  # from a checkpoint of an older version
+    # the snapshots are of another run: it began anew, or goes on from elsewhere
+    for step in 0, 100:
+        ((token, since),) = snapshots.branch_of(name, step, [FIRST], resumed=False)
+        assert token
+        assert since == step
 
 
 def test_what_has_no_snapshots_says_so(tmp_path):

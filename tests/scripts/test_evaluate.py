@@ -149,7 +149,7 @@ def test_widths_of_an_average(made, evaluate):
         for width in (0.05, 0.1):
             path = made / f"run_{snapshots.snapshot_suffix(step, width)}"
             profile = {"images": 10 * step, "began": 0, "buffers": [], "weights": weights}
-            snapshots.write_snapshot(path, config, profile, step=step, width=width, since=0)
+            snapshots.write_snapshot(path, config, profile, step=step, width=width, branch=())
     text = evaluate("--checkpoint", "run", "--ema-width", "0.05,0.07", "--output-dir", "widths")
     rows = results(made, "widths")
     assert [row["settings"]["ema_width"] for row in rows] == [0.05, 0.07]

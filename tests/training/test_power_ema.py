@@ -114,6 +114,19 @@ def test_averages_begin_anew_with_the_weights(tmp_path, monkeypatch):
     assert runs.differences(weights, dict(state["model_ema"])) == []
 
 
+def test_the_averages_of_a_branch_that_was_left(tmp_path, monkeypatch):
+    train(tmp_path, monkeypatch, "--end-step", 1, "--power-ema", 0.05, 0.1)
+    # two branches of step 1, one of one width, which passes the last step of the other
+    train(tmp_path, monkeypatch, "--end-step", 2, "--power-ema", 0.05, 0.1, "--lr", 5)
+    back = "--resume", "model_00000001.pth", "--power-ema", 0.05
+    train(tmp_path, monkeypatch, "--end-step", 3, *back)
+    used = [(s.step, s.width) for s in snapshots.find_snapshots(tmp_path)]
+    assert used == [(1, 0.05), (1, 0.1), (3, 0.05)]
+    (first, second) = runs.read(tmp_path / "model_00000003.pth")["branch"]
+    assert (first, second[1]) == (("", 0), 1)
+    assert runs.read(tmp_path / "model_00000002.pth")["branch"] == [first]
+
+
 def test_a_damaged_average_of_a_checkpoint_is_named(tmp_path):
     state = {"config": {}, "model": {}, "power_ema": {0.05: {"images": 1, "began": 0}}}
     checkpoints.write_checkpoint(tmp_path / "a.pth", state)
