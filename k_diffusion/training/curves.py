@@ -1,7 +1,8 @@
 """The numbers of a run by step: the columns of its CSV, reading them, and NAME_loss.png."""
 
 import csv
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..common.files import write_atomically
@@ -22,14 +23,22 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a run's CSV by step, without those that a run which went back has left behind.
 
     What an evaluation of an earlier checkpoint measured leaves none behind: its row repeats that of
-    the step, or has no loss.
+    the step, or has no loss. A row that has no time either says that the run went back to its step.
+    Raises ValueError for another program's file.
     """
     rows: list[dict[str, str]] = []
     with path.open(newline="") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        for column in ("step", "time", "loss"):
+            if reader.fieldnames and column not in reader.fieldnames:
+                raise ValueError(f"{path} is no run's log: it has no column {column!r}")
+        for row in reader:
             if None in row.values():  # cut off where a run was killed
                 continue
-            at = bisect_left(rows, int(row["step"]), key=lambda other: int(other["step"]))
+            if not row["time"]:
+                del rows[bisect_right(rows, int(row["step"]), key=_step_of) :]
+                continue
+            at = bisect_left(rows, int(row["step"]), key=_step_of)
             same = [other for other in rows[at : at + 1] if other["step"] == row["step"]]
             repeated = [(other["time"], other["loss"]) for other in same]
             if not row["loss"] or (row["time"], row["loss"]) in repeated:
@@ -37,6 +46,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
             else:
                 rows[at:] = [row]
     return rows
+
+
+def _step_of(row: Mapping[str, str]) -> int:
+    return int(row["step"])
 
 
 def plot_loss(csv_path: Path, path: Path) -> None:

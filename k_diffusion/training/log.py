@@ -97,7 +97,11 @@ class Log:
         self.csv_path = Path(f"{name}_metrics.csv")
         self.csv: CSVLogger | None = None  # from the first row on
         self.rows: list[list[Any]] = []  # of the CSV, not yet written
-        self.last_row = self._row_in_csv(state.step)
+        rows = self._rows_in_csv()
+        # what the run, before it was resumed, wrote of this step, and of those that it leaves
+        known = next((row for row in rows if row["step"] == str(state.step)), {})
+        self.last_row: dict[str, Any] = {**known, "step": state.step} if known else {}
+        self.left = [step for row in rows if (step := int(row["step"])) > state.step]
         # a file gets a line a minute instead of a bar
         self.bar = tqdm(
             total=end_step,
@@ -107,14 +111,11 @@ class Log:
             disable=None if main else True,
         )
 
-    def _row_in_csv(self, step: int) -> dict[str, Any]:
-        """What the run, before it was resumed, wrote of the step at which it goes on; else {}."""
-        rows: list[dict[str, str]] = []
+    def _rows_in_csv(self) -> list[dict[str, str]]:
         if self.accelerator.is_main_process and self.csv_path.exists():
-            with suppress(OSError, ValueError, KeyError):  # it may be of another program
-                rows = read_rows(self.csv_path)
-        found = next((row for row in rows if row["step"] == str(step)), {})
-        return {**found, "step": step} if found else {}
+            with suppress(OSError, ValueError):  # it may be of another program
+                return read_rows(self.csv_path)
+        return []
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on the main process."""
@@ -242,6 +243,9 @@ class Log:
         if not state.losses or state.step == self.begin:
             return
         loss, state.losses = math.fsum(state.losses) / len(state.losses), []
+        if any(step < state.step for step in self.left):  # which the rows to come don't replace
+            self.rows.append([self.begin, *[""] * (len(COLUMNS) - 1)])
+        self.left = []
         row = self._row(state, loss)
         self.write_row(row)
         self.track({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)

@@ -25,11 +25,11 @@ class TrainState:
     model, model_ema: the inner models, unwrapped. scaler: of the gradients, in fp16. step: steps
     done. samples: images seen, by all processes. losses: of the steps since the last row of the
     log. levels: these losses by noise level. noise_scale: of the gradient, under --gns. power_ema:
-    averages of --power-ema. branch: as of `branch_of`. run: what else the numbers depend on, such as the batch size.
-    bad_steps: how many of the last steps in a row were skipped; bad_at: the last step skipped;
-    trouble: the first one, since a checkpoint before which none was; all 0 if none were. Random
-    numbers are a function of (seed, step) and (seed, sample), so the seed is all there is to keep
-    of them.
+    averages of --power-ema. branch: as of `branch_of`. run: what else the numbers depend on, such
+    as the batch size. bad_steps: how many of the last steps in a row were skipped; bad_at: the last
+    step skipped; trouble: the first one, since a checkpoint before which none was; all 0 if none
+    were. Random numbers are a function of (seed, step) and (seed, sample), so the seed is all there
+    is to keep of them.
     """
 
     config: dict[str, Any]

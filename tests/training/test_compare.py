@@ -74,6 +74,14 @@ def test_a_run_of_the_published_package(folder, monkeypatch, capsys):
     assert {"FD", "FD [edm]", "KID"} <= set(titles)
 
 
+def test_a_csv_of_another_program(folder, monkeypatch):
+    (folder / "junk_metrics.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(
+        SystemExit, match="junk_metrics.csv is no run's log: it has no column 'step'"
+    ):
+        call(monkeypatch, "junk", "own")
+
+
 def test_what_is_no_run(folder, monkeypatch):
     with pytest.raises(SystemExit, match="missing is no run: there is no missing_metrics.csv"):
         call(monkeypatch, "own", "missing")

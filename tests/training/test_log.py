@@ -379,6 +379,21 @@ def test_rows_of_a_branch_that_was_left_are_left_out(tmp_path):
     ]  # fmt: skip
 
 
+def test_rows_between_the_step_that_a_run_goes_back_to_and_its_next_row_are_left_out(folder):
+    def train(begin, end, every):
+        state = make_state()
+        state.step = begin
+        steps(log.Log(Accelerator(), "a", state, None, every=every), state, [1.0] * (end - begin))
+        return [int(row["step"]) for row in log.read_rows(folder / "a_metrics.csv")]
+
+    assert train(0, 6, every=2) == [2, 4, 6]
+    assert train(2, 4, every=5) == [2, 4, 6]  # which has no row yet
+    assert train(2, 10, every=5) == [2, 5, 10]
+    assert train(2, 8, every=4) == [2, 4, 8]  # where rows are replaced there is no mark
+    marks = (folder / "a_metrics.csv").read_text().count(f"\n2{',' * (len(log.COLUMNS) - 1)}\n")
+    assert marks == 1
+
+
 def test_the_loss_curve(tmp_path):
     path = tmp_path / "a.csv"
     write_rows(path)
