@@ -111,7 +111,10 @@ class ConstantLRWithWarmup(_WarmupLR):
 
 
 class _LinearWarmupLR(_WarmupLR):
-    """min(1, (k + 1) / warmup_steps) times the decayed rate at step k."""
+    """min(1, (k + 1) / warmup_steps) times the decayed rate at step k.
+
+    A rate below min_lr, as of a group of its own, doesn't decay.
+    """
 
     def __init__(
         self, optimizer: optim.Optimizer, warmup_steps: int, min_lr: float, last_epoch: int
@@ -122,6 +125,12 @@ class _LinearWarmupLR(_WarmupLR):
 
     def ramp(self, step: int) -> float:
         return min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+    def end(self, lr: Any) -> Any:
+        return min(self.min_lr, lr)
+
+    def decayed(self, lr: Any, step: int) -> Any:
+        return max(self.end(lr), lr * self.factor(step))
 
 
 class CosineLR(_LinearWarmupLR):
@@ -149,7 +158,7 @@ class CosineLR(_LinearWarmupLR):
         return (1 + math.cos(math.pi * min(1.0, max(0.0, share)))) / 2
 
     def decayed(self, lr: Any, step: int) -> Any:
-        end = min(self.min_lr, lr)
+        end = self.end(lr)
         return end + (lr - end) * self.factor(step)
 
 
@@ -157,7 +166,7 @@ class InverseSqrtLR(_LinearWarmupLR):
     """lr / sqrt(max(1, k / decay_start)) at step k, after a linear warm-up.
 
     The schedule of EDM2 (arXiv:2312.02696). warmup_steps: 0 for no warm-up. min_lr bounds the
-    decay. Raises ValueError unless decay_start > 0.
+    decay; a rate below it doesn't decay. Raises ValueError unless decay_start > 0.
     """
 
     def __init__(

@@ -58,6 +58,7 @@ def test_inverse_sqrt_lr_is_its_closed_form():
     assert values[:5] == pytest.approx([0.25, 0.5, 0.5, 0.5, 0.5])
     assert values[5:9] == pytest.approx([0.5 * (k / 4) ** -0.5 for k in range(5, 9)])
     assert values[10:] == pytest.approx([0.32] * 6)
+    assert lrs(partial(InverseSqrtLR, decay_start=1, min_lr=0.7)) == pytest.approx([0.5] * 12)
     with pytest.raises(ValueError, match="decay_start must be"):
         lrs(partial(InverseSqrtLR, decay_start=0))
 
