@@ -25,13 +25,16 @@ MAX_WIDTH = 12**-0.5  # gamma 0: all weights count the same
 
 
 def check_width(width: float) -> float:
-    """The width itself. Raises ValueError unless it is that of a profile that grows with time."""
-    if not 0.001 <= width <= MAX_WIDTH:
+    """The width, rounded to MAX_WIDTH where it is just above it.
+
+    Raises ValueError unless it is that of a profile that grows with time.
+    """
+    if not 0.001 <= width <= round(MAX_WIDTH, 4):
         raise ValueError(
             f"a width of an average must be from 0.001 to {MAX_WIDTH:.4f}, the plain mean; "
             f"got {width:g}; EDM2 stores 0.05 and 0.1"
         )
-    return width
+    return min(width, MAX_WIDTH)
 
 
 def parse_width(text: str) -> float:

@@ -26,7 +26,6 @@ def make_accelerator(args: argparse.Namespace, config: Mapping[str, Any]) -> Any
         need("wandb", "--wandb-project", '"k-diffusion[wandb]"')
         trackers.append("wandb")
     if args.tensorboard:
-        check_writable(args.tensorboard / "events")
         need("tensorboard", "--tensorboard", '"k-diffusion[tensorboard]"')
         trackers.append(_tensorboard(args.tensorboard))
     plugin = sharding.make_plugin(args, config)
@@ -48,6 +47,11 @@ def _tensorboard(folder: Path) -> Any:
 
     class Tracker(TensorBoardTracker):
         """Accelerate's, but it writes to the folder itself, and its config may have sections."""
+
+        @on_main_process
+        def start(self) -> None:
+            check_writable(folder / "events")
+            super().start()
 
         @on_main_process
         def store_init_configuration(self, values: dict[str, Any]) -> None:

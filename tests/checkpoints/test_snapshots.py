@@ -22,7 +22,11 @@ def test_widths_and_gammas():
         assert (square - mean**2) ** 0.5 == pytest.approx(width, rel=1e-6)
 
 
-@pytest.mark.parametrize("width", [0, -1, 0.3, float("nan")])
+    # the plain mean, as texts write it
+    assert snapshots.parse_width("0.2887") == snapshots.MAX_WIDTH
+
+
+@pytest.mark.parametrize("width", [0, -1, 0.2888, 0.3, float("nan")])
 def test_a_width_without_a_profile_that_grows(width):
     with pytest.raises(ValueError, match="must be from 0.001 to 0.2887"):
         gamma_of(width)

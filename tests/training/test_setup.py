@@ -17,6 +17,25 @@ class NoKey(Exception):
     pass
 
 
+def test_a_folder_that_tensorboard_cannot_have_ends_no_resumed_run(tmp_path, capsys):
+    accelerate = pytest.importorskip("accelerate")
+    pytest.importorskip("tensorboard")
+    (tmp_path / "file").touch()
+    args = argparse.Namespace(
+        **vars(ARGS) | {"wandb_project": None, "tensorboard": tmp_path / "file"},
+        **{"no_tf32": False, "mixed_precision": "no", "fsdp": None},
+    )
+    state = SimpleNamespace(seed=1, model=nn.Linear(1, 1), config={}, step=0)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = setup.make_accelerator(args, {"model": {}})
+    with pytest.raises(OSError, match=r"can't start \(can't make the folder of .* is a file\)"):
+        setup.start_trackers(accelerator, args, state)
+    state.step = 5
+    setup.start_trackers(accelerator, args, state)
+    assert capsys.readouterr().out.endswith("is a file); going on without it\n")
+    assert accelerator.trackers == []
+
+
 @pytest.mark.parametrize("broken_first", [True, False])
 def test_a_tracker_that_cannot_start_is_a_sentence_and_leaves_a_resumed_run_the_others(
     broken_first, capsys
