@@ -15,6 +15,7 @@ from .common.options import UsageError
 from .common.text import need
 
 _Error = TypeVar("_Error", bound=Exception)
+_Item = TypeVar("_Item")
 
 # What torchrun and the usual kinds of mpirun tell each of their processes.
 LAUNCHED = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -118,14 +119,19 @@ def any_process(accelerator: Any, wish: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([int(wish)], device=accelerator.device)).any())
 
 
+def gather_items(items: list[_Item]) -> list[_Item]:
+    """The items of all processes, in their order, on each of them. All must call it."""
+    from accelerate.utils import gather_object
+
+    return list(gather_object(items))
+
+
 def first_error(error: _Error | None) -> _Error | None:
     """The error of the first process that has one, on all of them.
 
     error: of this process, or None. All must call it.
     """
-    from accelerate.utils import gather_object
-
-    return next((e for e in gather_object([error]) if e is not None), None)
+    return next((e for e in gather_items([error]) if e is not None), None)
 
 
 def end_together(accelerator: Any, error: Exception | None) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..common.files import CSVLogger, writable, write_atomically
+from ..distributed import gather_items
 from . import run_files
 from .curves import COLUMNS, plot_loss, read_rows
 from .ema import ema_update_dict
@@ -84,7 +85,8 @@ class Log:
         self.pending: list[Pending] = []
         self.items: list[int] = []  # of the step under way
         self.norm: torch.Tensor | None = None
-        self.skipped: set[str] = set()
+        self.skipped: set[str] = set()  # corrupt images, as named
+        self.unnamed: list[str] = []  # and of this process, not yet
         self.said = False  # a line of the loss
         self.unsaid = ""  # the latest line, where one was said less than a minute ago
         self.begin, self.end_step = state.step, end_step
@@ -154,16 +156,25 @@ class Log:
             raise
 
     def skip(self, batch: dict[str, Any], waited: float = 0.0) -> None:
-        """Report a batch's corrupt images, each file once. Notes what the step is of.
+        """Note a batch's corrupt images, and what the step is of.
 
+        Of one process they are named at once; what several have met they share in `read`.
         waited: the seconds that the loop stood still for the batch.
         """
         self.waited += waited
         self.items += batch["index"].tolist()
-        for path in "\n".join(batch["skipped"]).split("\n"):
-            if path and path not in self.skipped:
+        found = dict.fromkeys("\n".join(batch["skipped"]).split("\n"))
+        self.unnamed += [p for p in found if p and p not in self.skipped and p not in self.unnamed]
+        if self.accelerator.num_processes == 1:
+            self.name_skipped(self.unnamed)
+
+    def name_skipped(self, paths: list[str]) -> None:
+        """Say which images are corrupt, each file once."""
+        self.unnamed = []
+        for path in paths:
+            if path not in self.skipped:
                 self.skipped.add(path)
-                tqdm.write(f"skipped a corrupt image ({len(self.skipped)} so far): {path}")
+                self.say(f"skipped a corrupt image ({len(self.skipped)} so far): {path}")
 
     def step(self, state: TrainState, loss: torch.Tensor, norm: torch.Tensor) -> None:
         """Take in one step. loss, norm: () tensors."""
@@ -179,7 +190,7 @@ class Log:
                 self.show(state, state.losses[-1])
 
     def read(self, state: TrainState, together: bool = True) -> None:
-        """Bring the losses from the device into the state, and tell of skipped steps.
+        """Bring the losses from the device into the state, and tell of skipped steps and images.
 
         together: averaged over all processes, which must all call this. Raises NonFiniteLoss if too
         many steps in a row were skipped.
@@ -188,7 +199,15 @@ class Log:
             return
         pending, self.pending = self.pending, []
         own = torch.stack([step.loss for step in pending]).float()
-        losses = self.accelerator.reduce(own, reduction="mean") if together else own
+        losses = own
+        if together:
+            # with the losses goes the number of corrupt images: their names are seldom wanted
+            both = torch.cat([own, own.new_tensor([len(self.unnamed)])])
+            losses, unnamed = self.accelerator.reduce(both, reduction="mean").split([len(own), 1])
+            if unnamed > 0:
+                self.name_skipped(gather_items(self.unnamed))
+        elif self.unnamed:
+            self.name_skipped(self.unnamed)
         norms = torch.stack([step.norm for step in pending]).float()
         scale = None if state.scaler is None else state.scaler.get_scale()
         well = [i for i, norm in enumerate(norms.tolist()) if math.isfinite(norm)]

@@ -21,7 +21,6 @@ def test_widths_and_gammas():
         mean, square = (gamma + 1) / (gamma + 2), (gamma + 1) / (gamma + 3)
         assert (square - mean**2) ** 0.5 == pytest.approx(width, rel=1e-6)
 
-
     # the plain mean, as texts write it
     assert snapshots.parse_width("0.2887") == snapshots.MAX_WIDTH
 

@@ -17,6 +17,7 @@ class Accelerator:
 
     scaler = None
     is_main_process = True
+    num_processes = 1
     trackers = ()
 
     def __init__(self, other=1.0):

@@ -1,6 +1,8 @@
 """One optimizer step, alone and by two processes, against sums done by hand."""
 
+import contextlib
 import copy
+import io
 import math
 import os
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ import torch
 
 import k_diffusion as K
 from k_diffusion import distributed
-from k_diffusion.training import optim, step
+from k_diffusion.training import log, optim, step
 from k_diffusion.training.noise_scale import NoiseScale
 from k_diffusion.training.power_ema import PowerEMA
 from k_diffusion.training.signals import StopSignal
@@ -344,6 +346,15 @@ def in_each_process(rank, folder):
     result["lost"] = loss.item(), norm.item()
     result["changed by it"] = runs.differences(dict(before), dict(state.model.state_dict()))
 
+    # corrupt images, one of each process and one of both
+    logger = log.Log(accelerator, os.path.join(folder, "a"), state, None)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        for names in f"{rank}.png\nboth.png", "0.png", "":
+            logger.skip({"skipped": [names], "index": torch.tensor([0])})
+            logger.step(state, torch.tensor(1.0), torch.tensor(1.0))
+            logger.read(state)
+    result["named"] = [line for line in said.getvalue().splitlines() if "corrupt" in line]
+
     # only the second process is told to stop
     stop = StopSignal()
     answers = []
@@ -448,6 +459,14 @@ def test_a_lost_loss_of_one_process_is_a_lost_step_of_all(two):
     assert [math.isfinite(result["lost"][0]) for result in two] == [True, False]
     assert [math.isfinite(result["lost"][1]) for result in two] == [False, False]
     assert [result["changed by it"] for result in two] == [[], []]
+
+
+def test_corrupt_images_of_all_processes_are_named_once_by_the_first(two):
+    names = "0.png", "both.png", "1.png"
+    assert two[0]["named"] == [
+        f"skipped a corrupt image ({n} so far): {name}" for n, name in enumerate(names, 1)
+    ]
+    assert two[1]["named"] == []
 
 
 def test_all_processes_stop_at_the_same_step(two):
