@@ -1,10 +1,11 @@
 """The typed part of a config's `model` section that its denoiser reads; it builds itself."""
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from pydantic import model_validator
+from pydantic import ValidationInfo, model_validator
 from torch import nn
 from typing_extensions import Self
 
@@ -15,7 +16,7 @@ from ..denoisers import (
     XPredictionDenoiser,
     sigmoid_weighting,
 )
-from .base import LogLevel, Positive, PositiveFloat, Section, fail
+from .base import LogLevel, Positive, PositiveFloat, Section, fail, is_strict
 
 
 class DenoiserSection(Section):
@@ -55,6 +56,15 @@ class DenoiserSection(Section):
             )
         if self.loss_config == "simple" and self.has_variance:
             raise fail("loss_config 'simple' has no learned variance: set has_variance to false")
+        return self
+
+    @model_validator(mode="after")
+    def _bias_has_an_effect(self, info: ValidationInfo) -> Self:
+        if self.loss_bias and self.loss_weighting != "sigmoid":
+            text = "has an effect with loss_weighting 'sigmoid' alone: set that, or leave it out"
+            if is_strict(info):
+                raise fail(text, "loss_bias")
+            warnings.warn(f"loss_bias {text}", stacklevel=2)
         return self
 
     def build_wrapper(self) -> Callable[[nn.Module], nn.Module]:

@@ -393,6 +393,14 @@ def test_the_sigmoid_weighting_of_a_config():
     torch.testing.assert_close(weighting(sigma), sigmoid_weighting(1.5, 0.3)(sigma))
 
 
+def test_a_bias_without_the_sigmoid_weighting():
+    config = {"model": V1["model"] | {"loss_bias": 1.5}}
+    with pytest.raises(K.config.ConfigError, match=r"^model.loss_bias: has an effect with loss_w"):
+        load_config(config, strict=True)
+    with pytest.warns(UserWarning, match="loss_bias has an effect with loss_weighting 'sigmoid'"):
+        assert load_config(config)["model"]["loss_bias"] == 1.5
+
+
 def test_x_prediction_takes_no_other_loss():
     for change in ({"loss_weighting": "snr"}, {"loss_config": "simple"}, {"has_variance": True}):
         with pytest.raises(K.config.ConfigError, match="prediction 'x' has a loss of its own"):
