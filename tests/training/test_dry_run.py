@@ -303,6 +303,15 @@ def test_levels_of_the_other_models(quick):
     assert [g.shift for g in run.levels[0].geometries] == [0, 2]
 
 
+def test_of_several_sizes_the_largest_counts(quick):
+    data = {"type": "imagefolder", "location": "x"}
+    buckets = {"buckets": [[8, 8], [8, 16], [16, 4]]}
+    run = dry.dry_run(runs.tiny_config(dataset=data | buckets), batch_size=2)
+    assert run.notes == ["all of it with images of the largest bucket, 8 x 16"]
+    want = dry.dry_run(runs.tiny_config(dataset=data, model={"input_size": [8, 16]}), batch_size=2)
+    assert (run.macs, run.activations, run.levels) == (want.macs, want.activations, want.levels)
+
+
 def test_a_device_without_fake_tensors_is_estimated_as_the_cpu(quick, monkeypatch):
     estimate = dry.estimate_steps
 

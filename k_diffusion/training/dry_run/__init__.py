@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -163,6 +164,11 @@ def dry_run(
     make_denoiser_wrapper(config)  # refuses what is no denoiser
     with torch.device("meta"):
         inner = make_model(config)
+    notes = []
+    if buckets := config["dataset"].get("buckets"):
+        h, w = max(buckets, key=math.prod)
+        config = {**config, "model": {**config["model"], "input_size": [h, w]}}
+        notes.append(f"all of it with images of the largest bucket, {h} x {w}")
     h, w = config["model"]["input_size"]
     levels = make_levels(inner, h, w, device, autocast or torch.float32)
     kernels = [
@@ -171,7 +177,7 @@ def dry_run(
         if level.geometries
         and not attention.BACKENDS[level.geometries[0].name][level.backend].plain
     ]
-    notes = [
+    notes += [
         f"{name} is taken to keep what torch's fused attention does: q, k, v and its output"
         for name in dict.fromkeys(kernels)
     ]
@@ -183,7 +189,8 @@ def dry_run(
     except RuntimeError as error:  # fake tensors don't know every operation of every device
         if device.type == "cpu":
             raise
-        notes = [f"as on the CPU: {device.type} can't be estimated ({str(error).splitlines()[0]})"]
+        said = str(error).splitlines()[0]
+        notes.append(f"as on the CPU: {device.type} can't be estimated ({said})")
         steps = estimate_steps(config, torch.device("cpu"), autocast, batch_size, tokens)
 
     parameters = n_params(inner)
