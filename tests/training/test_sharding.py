@@ -15,7 +15,7 @@ from test_step import fix_noise, images, one_accelerator  # noqa: F401
 from torch.distributed.checkpoint import FileSystemWriter
 
 import k_diffusion as K
-from k_diffusion import checkpoints, distributed, generation
+from k_diffusion import checkpoints, distributed, generation, models
 from k_diffusion.checkpoints import sharded
 from k_diffusion.common.files import DiskFullError
 from k_diffusion.common.options import UsageError
@@ -39,7 +39,7 @@ TRAIN = (
 class Run:
     """A tiny run; its steps are of 8 images, however many processes share them."""
 
-    def __init__(self, split=False, **options):
+    def __init__(self, split=False, compiled=False, **options):
         from accelerate.state import AcceleratorState
 
         AcceleratorState._reset_state()
@@ -65,6 +65,8 @@ class Run:
             dataset_length=100,
             power_ema=power_ema.PowerEMA(model, [0.1], place=place),
         )
+        if compiled:
+            models.compile_model(model, "block", backend="aot_eager")
         prepared, self.opt = sharding.prepare(self.accelerator, model, opt)
         wrap = K.config.make_denoiser_wrapper(config)
         self.denoiser, self.denoiser_ema = wrap(prepared), wrap(self.state.model_ema)
@@ -206,6 +208,21 @@ def test_two_processes_take_the_steps_of_one(one, two):
     close(two[0]["saved"], one.saved())
 
 
+def compiled_in_each_process(rank, folder):
+    fix_noise(setattr)
+    found = Run(split=True, compiled=True).train(accumulate=2, checkpointing="full")
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_take_the_step_of_one_process(one, tmp_path):
+    """They are recomputed in the backward pass: compiled within checkpoints, split around both."""
+    runs.in_two_processes(compiled_in_each_process, tmp_path)
+    want = one.train(accumulate=2, checkpointing="full")
+    for rank in range(2):
+        close(torch.load(tmp_path / f"{rank}.pt"), want)
+
+
 def test_each_process_has_its_part_alone(two):
     total = sum(p.numel() for p in K.config.make_model(runs.tiny_config(**SECTIONS)).parameters())
     for numbers in zip(*(found["numbers"] for found in two)):
@@ -253,6 +270,9 @@ def test_shards_hold_the_state_that_a_whole_checkpoint_has(folder):
         paths = [folder / name / f"a_{at:08}.pth" for name in ("two", "shards")]
         whole, shards = map(checkpoints.read_checkpoint, paths)
         assert whole.pop("elapsed") != shards.pop("elapsed")
+        # the latter left the averages of a damaged checkpoint behind
+        assert [since for _, since in shards.pop("branch")] == ([0] if at == 3 else [0, 3])
+        assert whole.pop("branch") == [("", 0)]
         assert runs.differences(whole, shards) == []
         averages = [path.with_name(f"a_{at:08}_ema0.1.safetensors") for path in paths]
         assert runs.differences(*map(checkpoints.read_weights, averages)) == []
