@@ -176,11 +176,9 @@ def branch_of(name: str, step: int, before: Branch, resumed: bool = True) -> Bra
     """
     base = Path(name)
     steps = [at for of, at in _list_snapshots(base.parent).values() if of == base.name]
-    before = before if resumed else ()
-    left = any(at > step for at in steps) if resumed else bool(steps)
-    if before and not left:
-        return before
-    return [*before, (secrets.token_hex(4) if left else "", step)]
+    if any(at > step or not resumed for at in steps):
+        return [*(before if resumed else ()), (secrets.token_hex(4), step)]
+    return before or [("", step)]
 
 
 def _that_led_to(step: int, found: Sequence[Snapshot], own: Path) -> list[Snapshot]:

@@ -239,6 +239,7 @@ def test_a_run_that_went_back_twice_to_one_step(tmp_path):
 def test_a_branch_begins_where_snapshots_are_left_behind(tmp_path):
     name = str(tmp_path / "run")
     assert snapshots.branch_of(name, 0, (), resumed=False) == [FIRST]
+    assert snapshots.branch_of(name, 100, [FIRST], resumed=False) == [FIRST]
     for step in 3, 5:
         write(tmp_path, "run", step, 0.05, torch.zeros(5), step)
         write(tmp_path, "other", 9, 0.05, torch.zeros(5), step)
