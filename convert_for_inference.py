@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     add("--samples", type=options.non_negative, default=16, metavar="N", help=text)
     text = "of a latent model, if it isn't where its config says"
     add("--autoencoder", type=options.path, metavar="PATH", help=text)
-    text = "that makes the grid of a model of texts, if not where the config says"
+    text = "of a model of texts, if it isn't where its config says"
     add("--text-encoder", type=options.text, metavar="PATH", help=text)
     return p.parse_args()
 
@@ -94,7 +94,8 @@ def share(args: argparse.Namespace) -> None:
     device = torch.accelerator.current_accelerator() if here else "cpu"
     print(f"reading {args.checkpoint} ...")
     denoiser, config = K.loading.load_denoiser(args.checkpoint, args.config, args.autoencoder)
-    model = K.loading.Loaded(denoiser, config, args.text_encoder).to(device)
+    folders = [args.checkpoint.parent, "."]
+    model = K.loading.Loaded(denoiser, config, args.text_encoder, folders).to(device)
     choices = {"metrics": args.metrics, "dtype": args.dtype, "samples": args.samples}
     if args.push_to_hub:
         where = {"private": args.private, "folder": args.output_folder}

@@ -1,5 +1,6 @@
 """A denoiser from a checkpoint file, a folder or a repository of the Hugging Face hub."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from . import checkpoints, conditions
 from .checkpoints.runs import find_checkpoint
 from .checkpoints.snapshots import SNAPSHOT, Average, reconstruct
 from .common import hub
-from .common.files import check_readable
+from .common.files import check_readable, find_in
 from .common.untrusted import get_safetensors_metadata
 from .config import load_config, make_denoiser_wrapper, make_model
 from .encoders.autoencoder import Autoencoder, find_autoencoder, load_diffusers
@@ -24,7 +25,8 @@ from .models.autoencoder import compvis_autoencoder, compvis_weights
 
 WEIGHTS = "model.safetensors"  # of a folder that `save_pretrained` wrote
 CONFIG = "config.json"
-AUTOENCODER = "autoencoder.safetensors"  # of a latent model's
+AUTOENCODER = "autoencoder.safetensors"  # of a latent model, ours or latent diffusion's
+VAE, TEXT_ENCODER = "vae", "text_encoder"  # folders of diffusers' and transformers' models
 
 Picture: TypeAlias = str | Path | Image.Image
 
@@ -36,8 +38,8 @@ class Loaded(nn.Module):
     levels to sample in. num_classes: 0 for an unconditional model; others take `class_cond`, whose
     id num_classes stands for no class. shape: (c, h, w) of x, an image or the latents of one.
     autoencoder: of a latent model, None of pixels; `decode` makes images of x. image_shape:
-    (c, h, w) of these. text_encoder: where that of a model of texts is, if not where the
-    config says.
+    (c, h, w) of these. folders: that the location of a text encoder in the config is relative to,
+    in turn; that of the argument text_encoder goes before it.
     """
 
     def __init__(
@@ -45,10 +47,13 @@ class Loaded(nn.Module):
         denoiser: nn.Module,
         config: dict[str, Any],
         text_encoder: str | Path | None = None,
+        folders: Sequence[str | Path] = (),
     ):
         super().__init__()
-        self._text = None if text_encoder is None else str(text_encoder)
-        self._encoders: list[TextEncoder] = []  # no part of the module: its weights aren't ours
+        where = None if text_encoder is None else str(text_encoder)
+        self._text = where, [Path(folder).absolute() for folder in folders]
+        # no part of the module: its weights aren't ours
+        self._encoders: list[TextEncoder | None] = []
         self.denoiser = denoiser
         self.training = denoiser.training
         self.config = config
@@ -78,6 +83,16 @@ class Loaded(nn.Module):
         """Images in [-1, 1] of what the model samples, x: (n, c, h, w)."""
         return self.autoencoder.decode(x) if self.autoencoder else x
 
+    def text_encoder(self, device: Any = "cpu") -> TextEncoder | None:
+        """What encodes the texts of a model of texts, None of others; on the device.
+
+        It is loaded when first asked for. Raises ValueError or OSError where there is none.
+        """
+        if not self._encoders:
+            self._encoders.append(conditions.make_text_encoder(self.config, device, *self._text))
+        encoder = self._encoders[0]
+        return None if encoder is None else encoder.to(device)
+
     @property
     def inner_model(self) -> Any:
         """The network within the denoiser, (x, sigma, **cond) -> F."""
@@ -91,11 +106,7 @@ class Loaded(nn.Module):
         prompts: texts. images: pictures or their files. Raises ValueError or OSError for what is
         missing, or that the model doesn't take.
         """
-        if self.config.get("text") and not self._encoders:
-            encoder = conditions.make_text_encoder(self.config, device, self._text)
-            assert encoder is not None
-            self._encoders.append(encoder)
-        encoder = self._encoders[0].to(device) if self._encoders else None
+        encoder = self.text_encoder(device)
         size, coder = self.image_shape[1:], self.autoencoder
         read = partial(conditions.read_image_condition, self.config, autoencoder=coder)
         tensors = torch.cat([read(image, size=size) for image in images]) if images else None
@@ -120,9 +131,9 @@ def load(
     folder, for its latest checkpoint, or a repository OWNER/NAME of the hub, OWNER/NAME/FILE for
     one of its files. What is here goes before the hub.
     revision: the hub's branch, tag or commit; a commit is the same model for ever. text_encoder:
-    where that of a model of texts is, if not where its config says; it is loaded once it is needed.
-    autoencoder: of a latent model, where it is neither beside the checkpoint nor at the location
-    that its config names.
+    of a model of texts, and autoencoder: of a latent model, where they are neither beside the
+    checkpoint nor at the location that its config names. The text encoder is loaded once it is
+    needed.
 
     Returns the denoiser in float32 and evaluation mode, on the device. Raises ValueError for a
     damaged file, a folder or repository without weights or with several; FileNotFoundError; and
@@ -133,7 +144,8 @@ def load(
     config = path.with_name(CONFIG)
     stored = path.suffix != ".safetensors" or "config" in get_safetensors_metadata(path)
     given = None if stored or not config.is_file() else config
-    return Loaded(*load_denoiser(path, given, autoencoder), text_encoder).to(device)
+    made = load_denoiser(path, given, autoencoder)
+    return Loaded(*made, text_encoder, [path.parent, "."]).to(device)
 
 
 def _find(source: str, revision: str | None) -> Path:
@@ -154,11 +166,30 @@ def _find(source: str, revision: str | None) -> Path:
     repo, file = named[1], named[2]
     beside = [str(Path(file).with_name(name)) for name in (CONFIG, AUTOENCODER)] if file else []
     folder = hub.download(repo, revision, [file, *beside] if file else ["*.safetensors", CONFIG])
-    if not file:
-        return _weights_in(folder, repo)
-    if not (folder / file).is_file():
+    path = folder / file if file else _weights_in(folder, repo)
+    if not path.is_file():
         raise FileNotFoundError(f"the repository {repo} has no file {file}; look at its page")
-    return folder / file
+    if parts := _encoders_beside(path):
+        below = path.parent.relative_to(folder)
+        hub.download(repo, revision, [(below / part / "*").as_posix() for part in parts])
+    return path
+
+
+def _encoders_beside(path: Path) -> list[str]:
+    """The folders beside a checkpoint that its config.json says its encoders are in."""
+    raw = _read_json(path.with_name(CONFIG))
+    sections = [raw.get(key) for key in ("autoencoder", "text")]
+    named = [str(s.get("location")).split("/")[0] for s in sections if isinstance(s, dict)]
+    return [part for part in named if part in {VAE, TEXT_ENCODER}]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON; an empty one where there is none."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
 
 
 def _weights_in(folder: Path, source: str) -> Path:
@@ -254,13 +285,11 @@ def make_autoencoder(
     config's fingerprint tells of, or one whose latents don't fit the model.
     """
     section, model = config["autoencoder"], config["model"]
-    named = Path(section["location"] if path is None else path)
-    places = [Path(folder) / name for name in (named, named.name) for folder in folders]
-    found = named if path is not None else next((p for p in places if p.exists()), None)
+    found = find_in(folders, section["location"]) if path is None else Path(path)
     if found is None:
         raise FileNotFoundError(
-            f"no autoencoder at {named} (autoencoder.location), nor beside the checkpoint or "
-            "config; pass --autoencoder PATH, or autoencoder=PATH to K.load; to train or encode, "
+            f"no autoencoder at {section['location']} (autoencoder.location), nor beside the "
+            "checkpoint or config; pass --autoencoder PATH, or autoencoder=PATH to K.load; to train or encode, "
             "pass --set autoencoder.location=PATH"
         )
     options = {"input_range": section["input_range"], "tile": section["tile"]}

@@ -68,6 +68,26 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], size: int
     sync_folder(path.parent)
 
 
+def write_folder(folder: Path, write: Callable[[Path], object]) -> list[str]:
+    """Write files into a folder, each of which gets its name once all of them are written.
+
+    write: is given a new folder to write them into; what has an older file open, or mapped into
+    memory, keeps it. Returns the paths within the folder. Raises OSError.
+    """
+    part = temporary(folder)
+    part.mkdir(parents=True)
+    try:
+        write(part)
+        files = [path for path in sorted(part.rglob("*")) if path.is_file()]
+        for file in files:
+            place = folder / file.relative_to(part)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+        return [file.relative_to(part).as_posix() for file in files]
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def check_space(path: Path, size: int) -> None:
     """Raises DiskFullError unless the disk has space for `size` bytes at a path to be written."""
     free = shutil.disk_usage(path.parent).free if size else 0
@@ -109,6 +129,13 @@ def temporary_of(path: Path) -> str | None:
     """The name of the file, or the folder, that one named by `temporary` would have become."""
     found = re.fullmatch(r"\.(.+?)(\.[0-9a-f]{16})?\.part", path.name)
     return found[1] if found else None
+
+
+def find_in(folders: Sequence[PathLike], location: PathLike) -> Path | None:
+    """The first that is there: a location relative to each folder in turn, then its name alone."""
+    named = Path(location)
+    places = (Path(folder) / name for name in (named, named.name) for folder in folders)
+    return next((place for place in places if place.exists()), None)
 
 
 def check_writable(path: Path) -> Path:

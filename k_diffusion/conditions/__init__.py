@@ -11,12 +11,14 @@ padding, and zeros.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ..common.files import find_in
 from ..data.latent_sources import open_latents
 from ..data.training_data import TrainingData
 from ..encoders.autoencoder import Autoencoder
@@ -45,26 +47,31 @@ KINDS = {
 
 
 def make_text_encoder(
-    config: Mapping[str, Any], device: torch.device | str = "cpu", location: str | None = None
+    config: Mapping[str, Any],
+    device: torch.device | str = "cpu",
+    location: str | None = None,
+    folders: Sequence[str | Path] = (),
 ) -> TextEncoder | None:
     """The text encoder of a config, frozen, on the device; None for a model without texts.
 
-    location: of its files, if not as the config says. Raises ValueError or OSError where there is
-    none, or another than the model was trained with.
+    location: of its files, if not as the config says. folders: that the config's location is
+    relative to, in turn, by itself or its name alone; by default the working directory. Raises
+    ValueError or OSError where there is none, or another than the model was trained with.
     """
     section = config.get("text")
     if section is None:
         return None
-    location = location or section["location"]
+    location = location or _found(section["location"], folders)
     if location is None:
         raise ValueError(
             "text.location is missing: the folder of the text encoder and its tokenizer; set it, "
-            "or pass --text-encoder PATH"
+            "or pass --text-encoder PATH, or text_encoder=PATH to K.load"
         )
     if section["type"] == "open_clip":
         encoder = load_open_clip(section["model"], location)
     else:
-        encoder = load_transformers(location, section["tokenizer"], section["max_length"])
+        tokenizer = _found(section["tokenizer"], folders)
+        encoder = load_transformers(location, tokenizer, section["max_length"])
     check_widths(config, encoder, location)
     known = section["fingerprint"]
     if known is not None and known != encoder.fingerprint():
@@ -73,6 +80,12 @@ def make_text_encoder(
             f"of the model ({known}); pass the one that it was trained with"
         )
     return encoder.freeze(device)
+
+
+def _found(location: str | None, folders: Sequence[str | Path]) -> str | None:
+    """A location in one of the folders; one that is in none may be a repository of the hub."""
+    found = None if location is None else find_in(folders, location)
+    return location if found is None else str(found)
 
 
 def make_training_encoder(

@@ -259,6 +259,11 @@ class _DiffusersNetwork(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         return self.network.decode(F.pixel_shuffle(latents, self.patch)).sample
 
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes it into a folder for `load_diffusers`, without the path that it was read from."""
+        self.network.register_to_config(_name_or_path="")
+        self.network.save_pretrained(folder)
+
 
 def load_diffusers(path: PathLike, **options: Any) -> Autoencoder:
     """An autoencoder of diffusers from a folder, or the folder `vae` of a pipeline's.

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,10 @@ from .base import Frozen
 from .weights import given_file
 
 _INSTALL = '"k-diffusion[text]"'
+_NAME_IT = (
+    "pass --text-encoder PATH, or text_encoder=PATH to K.load; to train or encode, pass --set "
+    "text.location=PATH"
+)
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt")
 _WEIGHTS = ("model.safetensors", "model-*.safetensors")
 _OLDER_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin")
@@ -38,7 +43,8 @@ class TextEncoder(Frozen):
     """A frozen network from texts to `Texts` of `max_length` tokens, the last of which are padding.
 
     name: where it was loaded from. network: what it runs. encode: texts -> Texts, by the network.
-    Longer texts are cut off. A text without tokens is all padding, as the absence of a text is.
+    save: writes the files that it can be loaded from into a folder. Longer texts are cut off. A
+    text without tokens is all padding, as the absence of a text is.
     """
 
     def __init__(
@@ -47,9 +53,11 @@ class TextEncoder(Frozen):
         network: nn.Module,
         encode: Callable[[list[str]], Texts],
         max_length: int,
+        save: Callable[[Path], object],
     ):
         super().__init__(name)
         self.network, self.encode, self.max_length = network.eval(), encode, max_length
+        self.save = save
         sample = self(["a"])
         self.width, self.pooled_width = sample.tokens.shape[2], sample.pooled.shape[1]
 
@@ -117,7 +125,11 @@ def load_transformers(
             pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         return Texts(tokens, mask == 0, pooled)
 
-    return TextEncoder(str(location), network, encode, max_length).freeze()
+    def save(folder: Path) -> None:
+        network.save_pretrained(folder)
+        tokens_of.save_pretrained(folder)
+
+    return TextEncoder(str(location), network, encode, max_length, save).freeze()
 
 
 def _folder(location: PathLike, what: str, *weights: Sequence[str]) -> Path:
@@ -127,15 +139,19 @@ def _folder(location: PathLike, what: str, *weights: Sequence[str]) -> Path:
     ValueError, HubError.
     """
     folder = Path(location)
+    remedy = _NAME_IT if weights else "set text.tokenizer to the path of its folder"
     if folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(location)):
         raise ValueError(
             f"no {what} at {location}: it is no folder, nor a repository OWNER/NAME of the hub; "
-            "check the path"
+            f"{remedy}"
         )
     for names in weights or ((),):
-        folder = hub.download(str(location), None, ["*.json", *_TOKENIZER_FILES, *names])
+        try:
+            folder = hub.download(str(location), None, ["*.json", *_TOKENIZER_FILES, *names])
+        except hub.HubError as error:
+            raise hub.HubError(f"{error}; {remedy}") from None
         if any(path for name in names for path in folder.glob(name)):
             break
     return folder
@@ -162,7 +178,10 @@ def load_open_clip(model: str, location: PathLike) -> TextEncoder:
     library, ValueError for another name or file.
     """
     library: Any = need("open_clip", "a text encoder of open_clip", '"k-diffusion[clip]"')
-    given_file(location, f"the text encoder {model}")
+    try:
+        file = given_file(location, f"the text encoder {model}")
+    except ValueError as error:
+        raise ValueError(f"{error}; {_NAME_IT}") from None
     if model not in library.list_models():
         raise ValueError(f"open_clip has no model {model!r}; see open_clip.list_models()")
     try:
@@ -187,7 +206,10 @@ def load_open_clip(model: str, location: PathLike) -> TextEncoder:
         places = torch.arange(ids.shape[1], device=ids.device)
         return Texts(seen[0], places > ids.argmax(1, keepdim=True), pooled)
 
-    return TextEncoder(str(location), network, encode, tokenize.context_length).freeze()
+    def save(folder: Path) -> None:
+        shutil.copyfile(file, folder / file.name)
+
+    return TextEncoder(str(location), network, encode, tokenize.context_length, save).freeze()
 
 
 # ---------------------------------------------------------------- texts encoded beforehand

@@ -20,12 +20,13 @@ from torch import nn
 
 from .. import checkpoints, conditions, generation, sampling
 from ..common import hub
-from ..common.files import writable, write_atomically
+from ..common.files import writable, write_atomically, write_folder
 from ..common.images import PIL_MODES, from_pil_image, grid_columns, image_grid, to_pil_image
 from ..common.modules import n_params
 from ..evaluation import report
 from ..guidance import CFGDenoiser
-from ..loading import AUTOENCODER, CONFIG, WEIGHTS, Loaded, Picture
+from ..encoders.autoencoder import Autoencoder
+from ..loading import AUTOENCODER, CONFIG, TEXT_ENCODER, VAE, WEIGHTS, Loaded, Picture
 from ..models.autoencoder import KLAutoencoder
 
 GRID = "samples.png"
@@ -113,16 +114,17 @@ def save_pretrained(
     dtype: str = "fp32",
     samples: int = 16,
 ) -> None:
-    """Write a folder that `load` reads: weights, config, a model card, a grid of samples.
+    """Write a folder that `load` reads: weights, encoders, config, a model card, samples.
 
     model: of `load`. metrics: for the card: the results.json of evaluate.py, its rows, or numbers
     by name. dtype: of the weights; fp32, fp16 or bf16. samples: images on the grid; 0 leaves it
-    out, as do images that aren't pictures, texts without text.prompts and images as conditions. A
-    text encoder is not among the files. Files are model.safetensors, config.json, README.md and
-    samples.png. Raises OSError, ValueError.
+    out, as do images that aren't pictures, texts without text.prompts and images as conditions.
+    Files are model.safetensors, config.json, README.md and samples.png; an autoencoder is in
+    autoencoder.safetensors, one of diffusers in the folder vae, a text encoder with its tokenizer
+    in the folder text_encoder. Raises OSError, ValueError.
     """
-    name, rows, samples = Path(folder).resolve().name, _rows(metrics), _on_grid(model, samples)
-    _write(model, Path(folder), name, rows, dtype, samples)
+    rows, samples = _rows(metrics), _on_grid(model, samples)
+    _write(model, Path(folder), Path(folder).resolve().name, rows, dtype, samples)
 
 
 def push_to_hub(
@@ -150,17 +152,14 @@ def push_to_hub(
 
 
 def _on_grid(model: Loaded, samples: int) -> int:
-    """The number of samples that the grid will have, 0 for none; their text encoder is loaded.
+    """The number of samples that the grid will have, 0 for none; the text encoder is loaded.
 
     So that a missing one is known before anything is written.
     """
+    model.text_encoder()
     texts = model.config.get("text")
     told = model.config.get("image_condition") or (texts and not texts["prompts"])
-    if told or model.image_shape[0] not in PIL_MODES:
-        return 0
-    if samples:
-        model.given(device=next(model.parameters()).device)
-    return samples
+    return 0 if told or model.image_shape[0] not in PIL_MODES else samples
 
 
 def _write(
@@ -175,11 +174,9 @@ def _write(
 
     samples: as `_on_grid` has it.
     """
-    files = [WEIGHTS, CONFIG, "README.md"]
-    path, config = writable(folder / WEIGHTS), model.config
-    if _brings_autoencoder(model):
-        config = _write_autoencoder(model, folder)
-        files.append(AUTOENCODER)
+    path = writable(folder / WEIGHTS)
+    config, files = _write_encoders(model, folder)
+    files += [WEIGHTS, CONFIG, "README.md"]
     checkpoints.write_inference(path, config, model.inner_model.state_dict(), dtype)
     as_json = json.dumps(config, indent=2).encode()
     write_atomically(folder / CONFIG, lambda file: file.write(as_json))
@@ -195,21 +192,46 @@ def _write(
     return files
 
 
-def _brings_autoencoder(model: Loaded) -> bool:
-    """Whether the files have the model's autoencoder. One of diffusers stays where it is."""
-    return model.autoencoder is not None and isinstance(model.autoencoder.network, KLAutoencoder)
+def _write_encoders(model: Loaded, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """Writes the encoders of a model; the config that names them there, and their files."""
+    config: dict[str, Any] = dict(model.config)
+    files: list[str] = []
+    if (coder := model.autoencoder) is not None:
+        place, network = _place(coder), coder.network
+        if place == AUTOENCODER:
+            _write_autoencoder(coder, folder / AUTOENCODER)
+            files = [AUTOENCODER]
+        elif place == VAE:
+            written = write_folder(folder / VAE, network.save_pretrained)
+            files = [f"{VAE}/{name}" for name in written]
+        # a path of this machine is of no use to others, and none of their business
+        location = place or Path(config["autoencoder"]["location"]).name
+        config["autoencoder"] = {**config["autoencoder"], "location": location}
+    if (encoder := model.text_encoder()) is not None:
+        written = write_folder(folder / TEXT_ENCODER, encoder.save)
+        section = {**config["text"], "location": TEXT_ENCODER, "precomputed": None}
+        if section["type"] == "open_clip":
+            section["location"] += f"/{written[0]}"
+        else:
+            section["tokenizer"] = None
+        config["text"] = section
+        files += [f"{TEXT_ENCODER}/{name}" for name in written]
+    return config, files
 
 
-def _write_autoencoder(model: Loaded, folder: Path) -> dict[str, Any]:
-    """Writes the autoencoder of a latent model, and returns the config that names it there."""
-    autoencoder = model.autoencoder
-    assert autoencoder is not None
-    weights, path = autoencoder.network.state_dict(), folder / AUTOENCODER
+def _place(autoencoder: Autoencoder) -> str | None:
+    """The file or folder that an autoencoder is written to; None for one of another class."""
+    if isinstance(autoencoder.network, KLAutoencoder):
+        return AUTOENCODER
+    return VAE if hasattr(autoencoder.network, "save_pretrained") else None
+
+
+def _write_autoencoder(autoencoder: Autoencoder, path: Path) -> None:
+    weights = autoencoder.network.state_dict()
     if autoencoder.config is not None:
         checkpoints.write_inference(path, autoencoder.config, weights, "fp32")
     else:  # its weights tell its architecture
         write_atomically(path, lambda file: file.write(save(weights)))
-    return {**model.config, "autoencoder": {**model.config["autoencoder"], "location": path.name}}
 
 
 def _rows(metrics: Metrics | None) -> Sequence[Mapping[str, Any]]:
@@ -272,19 +294,16 @@ def model_card(
     c, h, w = model.image_shape
     latents, needs = {}, ""
     if (coder := model.autoencoder) is not None:
-        which = AUTOENCODER
-        if not _brings_autoencoder(model):
-            location = model.config["autoencoder"]["location"]
+        which = _place(coder)
+        if which is None:
             needs = ', autoencoder="PATH"'
-            which = (
-                f"{location}, of diffusers, not among the files, fingerprint {coder.fingerprint}"
-            )
+            which = f"not among the files, fingerprint {coder.fingerprint}"
         latents = {"latents": " x ".join(map(str, model.shape)), "autoencoder": which}
     facts = {
         "images": f"{h} x {w} pixels, {c} channel{'s' if c > 1 else ''}, in [-1, 1]",
         **latents,
         "classes": str(model.num_classes or "none"),
-        "texts": f"{texts['type']}, {texts['location']}" if texts else "none",
+        "texts": f"{texts['type']}, {TEXT_ENCODER}" if texts else "none",
         "data set": data,
         "network": f"{config['type']}, {n_params(model.inner_model):,} parameters",
         "noise levels": f"{model.sigma_min:g} to {model.sigma_max:g}",

@@ -44,5 +44,5 @@ def prepare(
     read = [conditions.read_image_condition(config, file, size, say, autoencoder) for file in files]
     images = torch.cat(read) if read else getattr(args, "told_images", None)
     where = getattr(args, "text_encoder", None)
-    encoder = conditions.make_text_encoder(config, device, where)
+    encoder = conditions.make_text_encoder(config, device, where, [args.checkpoint.parent, "."])
     return conditions.given(config, encoder, getattr(args, "prompts", []), images, device)

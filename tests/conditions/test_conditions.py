@@ -106,7 +106,8 @@ def test_guidance_needs_dropout():
 
 def test_stored_texts_have_the_prompts_from_the_start(tmp_path):
     path = tmp_path / "texts.safetensors"
-    write_texts(path, TextEncoder("nowhere", torch.nn.Linear(1, 1), encode, 4), ["a", "aa"])
+    encoder = TextEncoder("nowhere", torch.nn.Linear(1, 1), encode, 4, print)
+    write_texts(path, encoder, ["a", "aa"])
     made = config(text={**TEXT, "precomputed": str(path), "prompts": ["aa"]})
     assert conditions.make_training_encoder(made)(["a"]).pooled[0].tolist() == [1, 1]
     made["text"]["prompts"] = ["aa", "b"]

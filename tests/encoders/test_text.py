@@ -112,7 +112,12 @@ def test_open_clip(tmp_path):
     torch.testing.assert_close(ends @ model.text_projection, made.pooled)
     with pytest.raises(ValueError, match="has no model 'RN51'"):
         text.load_open_clip("RN51", path)
-    with pytest.raises(ValueError, match="no weights of the text encoder tiny-test"):
+    (tmp_path / "copy").mkdir()
+    encoder.save(tmp_path / "copy")
+    again = text.load_open_clip("tiny-test", tmp_path / "copy/weights.pt")
+    assert again.fingerprint() == encoder.fingerprint()
+    says = "no weights of the text encoder tiny-test .* --text-encoder PATH, or text_encoder=PATH"
+    with pytest.raises(ValueError, match=says):
         text.load_open_clip("tiny-test", tmp_path / "none.pt")
     torch.save({"other": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="has no weights of tiny-test"):

@@ -1,6 +1,7 @@
 """`K.sample`, and models that one shares: folders, cards, the hub (a stand-in)."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import latents as tiny
@@ -15,6 +16,7 @@ import k_diffusion as K
 from k_diffusion import checkpoints, generation, guidance
 from k_diffusion.common.hub import HubError
 from k_diffusion.common.images import to_pil_image
+from k_diffusion.encoders.text import TextEncoder, Texts
 from k_diffusion.generation import pretrained
 
 
@@ -177,11 +179,15 @@ def test_the_card_of_a_latent_model_tells_of_its_autoencoder(tmp_path):
     assert "| autoencoder | autoencoder.safetensors |" in card
     assert 'K.load("me/x")' in card
     coder = model.autoencoder
-    coder.network = NotOurs(coder.network)  # as one of diffusers, which doesn't come along
+    coder.network = NotOurs(coder.network)  # of a class that nobody can load
     card = pretrained.model_card(model, "me/x")
-    says = f"ae.safetensors, of diffusers, not among the files, fingerprint {coder.fingerprint}"
+    says = f"not among the files, fingerprint {coder.fingerprint}"
     assert f"| autoencoder | {says} |" in card
     assert 'K.load("me/x", autoencoder="PATH")' in card
+    model.config["autoencoder"]["location"] = str(tmp_path / "own.pt")
+    K.save_pretrained(model, tmp_path / "new", samples=0)
+    config = json.loads((tmp_path / "new/config.json").read_text())
+    assert config["autoencoder"]["location"] == "own.pt"
 
 
 @pytest.mark.filterwarnings("ignore")  # of transformers
@@ -205,6 +211,87 @@ def test_the_text_encoder_is_found_before_anything_is_written(hub, tmp_path, mon
     assert not (tmp_path / "new").exists()
     convert("--text-encoder", "encoder")
     assert (tmp_path / "new/samples.png").exists()
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers
+def test_a_folder_is_whole_wherever_it_goes(hub, tmp_path, monkeypatch):
+    """With an autoencoder of diffusers and a text encoder whose tokenizer is elsewhere."""
+    tiny_diffusers = pytest.importorskip("tiny_diffusers")
+    far = tmp_path / "far"
+    tiny_diffusers.autoencoder(in_channels=1, out_channels=1).save_pretrained(far / "coder")
+    tiny_text.save(far / "encoder", tokenizer=False)
+    tiny_text.save(far / "tokens")
+    config = tiny.config(
+        autoencoder={"location": str(far / "coder"), "mean": 0.1, "std": 2.0},
+        model={"input_channels": 4, "mapping_cond_dim": 12},
+        text={
+            "type": "transformers",
+            "location": str(far / "encoder"),
+            "tokenizer": str(far / "tokens"),
+            "max_length": 4,
+            "prompts": ["a one"],
+            "precomputed": str(far / "texts.safetensors"),
+        },
+    )
+    model = make(K.config.load_config(config))
+    model.denoiser.autoencoder = K.loading.make_autoencoder(model.config)
+    model.config["autoencoder"]["fingerprint"] = model.autoencoder.fingerprint
+    model.config["text"]["fingerprint"] = model.text_encoder().fingerprint()
+    want = pixels(K.sample(model, n=2, steps=2))
+    K.push_to_hub(model, "me/x", samples=1, folder=tmp_path / "new")
+    far.rename(tmp_path / "gone")
+    ((_, files),) = hub.folders
+    files_of_folders = {
+        "vae/config.json",
+        "text_encoder/config.json",
+        "text_encoder/tokenizer.json",
+    }
+    assert files_of_folders < files.keys()
+    assert not any(str(tmp_path).encode() in data for data in files.values())
+    assert b'K.load("me/x")' in files["README.md"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = K.load("../new")
+    monkeypatch.chdir(tmp_path)  # the text encoder is read later than the rest
+    assert (pixels(K.sample(again, n=2, steps=2)) == want).all()
+    K.save_pretrained(again, "new", samples=0)  # over the files that it was read from
+    words = "--checkpoint", "../new/model.safetensors", "-n", 1, "--steps", 1, "--device", "cpu"
+    runs.call("sample", *words, folder=tmp_path / "elsewhere", monkeypatch=monkeypatch)
+    sent = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    def download(repo, revision, allow_patterns, **options):
+        asked.append(allow_patterns)
+        return str(tmp_path / "new")
+
+    monkeypatch.setattr(sent, "snapshot_download", download)
+    assert K.load("me/x").text_encoder().width == 12
+    assert asked[1] == ["vae/*", "text_encoder/*"]
+    (tmp_path / "new/text_encoder").rename(tmp_path / "missing")
+    says = r"no text encoder at text_encoder: .* --text-encoder PATH, or text_encoder=PATH to K.lo"
+    with pytest.raises(ValueError, match=says):
+        K.load("new").text_encoder()
+
+
+def test_weights_of_open_clip_come_along(tmp_path, monkeypatch):
+    lengths = torch.nn.Linear(1, 12)
+
+    def load(model, location):
+        def encode(texts):
+            x = lengths(torch.tensor([[float(len(text))] for text in texts]))
+            return Texts(x[:, None].expand(-1, 77, -1), torch.zeros(len(x), 77).bool(), x)
+
+        copy = lambda folder: (folder / "w.pt").write_bytes(Path(location).read_bytes())  # noqa: E731
+        return TextEncoder("open_clip", lengths, encode, 77, copy)
+
+    monkeypatch.setattr(K.conditions, "load_open_clip", load)
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    section = {"type": "open_clip", "location": str(tmp_path / "w.pt"), "prompts": ["a"]}
+    K.save_pretrained(make(model={"mapping_cond_dim": 12}, text=section), tmp_path / "new")
+    assert (tmp_path / "new/text_encoder/w.pt").read_bytes() == b"weights"
+    again = K.load(tmp_path / "new")
+    assert again.config["text"]["location"] == "text_encoder/w.pt"
+    assert again.text_encoder().width == 12
 
 
 class NotOurs(torch.nn.Module):
@@ -273,7 +360,8 @@ def hub(monkeypatch):
             sent.repositories.append((repo, options))
 
         def upload_folder(self, *, repo_id, folder_path, commit_message, allow_patterns):
-            names = [path.name for path in folder_path.iterdir()]
+            files = [path for path in folder_path.rglob("*") if path.is_file()]
+            names = [path.relative_to(folder_path).as_posix() for path in files]
             names = huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns)
             sent.folders.append((repo_id, {n: (folder_path / n).read_bytes() for n in names}))
             return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")

@@ -202,7 +202,8 @@ class Evaluation:
             return
         denoiser, config = self.source.checkpoint()
         guided = sample.make_guidance(denoiser, config, setting, self.device)
-        setting = argparse.Namespace(**vars(setting) | {"n": self.n} | self.told.flags(setting))
+        changes = {"n": self.n, "checkpoint": self.source.path} | self.told.flags(setting)
+        setting = argparse.Namespace(**vars(setting) | changes)
         drawn = sample.draw(self.accelerator, guided, config, setting, setting.seed, self.device)
         counter.watch(guided)
         for images in drawn.batches:
@@ -324,7 +325,9 @@ class Evaluation:
             seed=self.args.seed,
             batch_size=self.args.batch_size,
             device=self.device,
-            encode=make_text_encoder(config, self.device, self.args.text_encoder),
+            encode=make_text_encoder(
+                config, self.device, self.args.text_encoder, [self.source.path.parent, "."]
+            ),
         )
         if bits is None:
             return
