@@ -18,7 +18,7 @@ from .checkpoints.snapshots import SNAPSHOT, Average, reconstruct
 from .common import hub
 from .common.files import check_readable, find_in
 from .common.untrusted import get_safetensors_metadata
-from .config import load_config, make_denoiser_wrapper, make_model
+from .config import ConfigError, load_config, make_denoiser_wrapper, make_model
 from .encoders.autoencoder import Autoencoder, find_autoencoder, load_diffusers
 from .encoders.text import TextEncoder
 from .models.autoencoder import compvis_autoencoder, compvis_weights
@@ -141,10 +141,7 @@ def load(
     file or repository is run.
     """
     path = _find(str(path_or_repo), revision)
-    config = path.with_name(CONFIG)
-    stored = path.suffix != ".safetensors" or "config" in get_safetensors_metadata(path)
-    given = None if stored or not config.is_file() else config
-    made = load_denoiser(path, given, autoencoder)
+    made = load_denoiser(path, None, autoencoder)
     return Loaded(*made, text_encoder, [path.parent, "."]).to(device)
 
 
@@ -200,12 +197,14 @@ def _weights_in(folder: Path, source: str) -> Path:
         # a run's snapshots are not what it has learned, but parts of it
         found = [p for p in sorted(folder.glob(f"*.{ending}")) if not SNAPSHOT.fullmatch(p.name)]
         if len(found) > 1:
+            _check_ours(folder / CONFIG)
             names = ", ".join(path.name for path in found[:4]) + (", ..." if found[4:] else "")
             raise ValueError(
                 f"{source} has {len(found)} .{ending} files ({names}); name one: {source}/FILE"
             )
         if found:
             return found[0]
+    _check_ours(folder / CONFIG)
     raise ValueError(
         f"{source} has no weights: no .safetensors file; name the file if it has another ending, "
         "or use make_diffusers_denoiser for a model of diffusers"
@@ -220,18 +219,53 @@ def load_denoiser(
 
     path: of the file, or a training run's name or folder, for its latest checkpoint.
 
-    config: a config file; by default the one in the checkpoints. autoencoder: as of `load`. Returns
-    the denoiser and the config; that of a latent model has the autoencoder as its part. Raises
-    ValueError for a damaged file or one of another architecture.
+    config: a config file; by default the one in the checkpoint, or for an inference checkpoint
+    without one the config.json beside it. autoencoder: as of `load`. Returns the denoiser and the
+    config; that of a latent model has the autoencoder as its part. Raises ValueError for a damaged
+    file or one of another architecture.
     """
     path = find_checkpoint(Path(path))
     if path.suffix == ".safetensors":
         weights = checkpoints.read_weights(path)
-        loaded = load_config(config or path, strict=True)
+        loaded = load_config(config, strict=True) if config else _own_config(path)
     else:
         own, weights = checkpoints.read_averaged(path)
         loaded = load_config(config or own, strict=config is not None)
     return _make(weights, loaded, path, autoencoder), loaded
+
+
+def _own_config(path: Path) -> dict[str, Any]:
+    """The config of an inference checkpoint, in it or beside it. Raises ConfigError."""
+    if "config" in get_safetensors_metadata(path):
+        return load_config(path)
+    beside = path.with_name(CONFIG)
+    if not beside.is_file():
+        raise ConfigError(f"{path} has no config in its metadata; put a {CONFIG} beside it")
+    _check_ours(beside)
+    try:
+        return load_config(beside, strict=True)
+    except ConfigError as error:
+        said = str(error).removeprefix(f"{beside}: ")
+        raise ConfigError(f"{beside}, the config of {path.name}: {said}") from None
+
+
+def _check_ours(config: Path) -> None:
+    """Raises ConfigError for a config.json of a model of diffusers or transformers."""
+    raw = _read_json(config)
+    if "model" in raw:
+        return
+    if "_class_name" in raw:
+        raise ConfigError(
+            f"{config} is of a model of diffusers, {raw['_class_name']}; load it by diffusers, "
+            "and K.external.make_diffusers_denoiser makes a denoiser of it; an autoencoder belongs "
+            "into autoencoder.location of a config"
+        )
+    if kind := raw.get("architectures") or raw.get("model_type"):
+        kind = ", ".join(map(str, kind)) if isinstance(kind, list) else kind
+        raise ConfigError(
+            f"{config} is of a model of transformers, {kind}, which is no denoiser; name a model "
+            "of k-diffusion; a text encoder belongs into text.location of a config"
+        )
 
 
 def load_average(
@@ -289,8 +323,8 @@ def make_autoencoder(
     if found is None:
         raise FileNotFoundError(
             f"no autoencoder at {section['location']} (autoencoder.location), nor beside the "
-            "checkpoint or config; pass --autoencoder PATH, or autoencoder=PATH to K.load; to train or encode, "
-            "pass --set autoencoder.location=PATH"
+            "checkpoint or config; pass --autoencoder PATH, or autoencoder=PATH to K.load; to "
+            "train or encode, pass --set autoencoder.location=PATH"
         )
     options = {"input_range": section["input_range"], "tile": section["tile"]}
     autoencoder = load_autoencoder(found, **options)

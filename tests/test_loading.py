@@ -98,6 +98,41 @@ def test_a_config_beside_weights_that_have_none(folder, tmp_path):
     assert torch.equal(estimate(K.load(tmp_path)), estimate(K.load(folder / "a.safetensors")))
 
 
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (None, "w.safetensors has no config in its metadata; put a config.json beside it"),
+        (
+            '{"_class_name": "UNet2DModel", "act_fn": "silu"}',
+            "of diffusers, UNet2DModel; .*make_dif",
+        ),
+        (
+            '{"architectures": ["BertModel"], "model_type": "bert"}',
+            "of transformers, BertModel, .*t",
+        ),
+        ('{"model_type": "bert"}', "of transformers, bert, which is no denoiser"),
+        ('{"modle": {}}', "config.json, the config of w.safetensors: unknown key 'modle'"),
+        ("{nope", "config.json is not JSON"),
+    ],
+)
+def test_a_model_of_others(folder, tmp_path, config, says):
+    save_file(load_file(folder / "a.safetensors"), tmp_path / "w.safetensors")
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    for source in tmp_path, tmp_path / "w.safetensors":
+        with pytest.raises(ValueError, match=says):
+            K.load(source)
+
+
+def test_a_folder_of_others_with_weights_twice_or_not_at_all(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    for names in [], ["a.safetensors", "a.fp16.safetensors"]:
+        for name in names:
+            (tmp_path / name).touch()
+        with pytest.raises(ValueError, match="of a model of diffusers, UNet2DModel"):
+            K.load(tmp_path)
+
+
 def test_the_model_of_a_folder(folder, tmp_path):
     with pytest.raises(ValueError, match="has no weights: no .safetensors file"):
         K.load(tmp_path)
