@@ -1,6 +1,8 @@
 """Rules for numbers that callers pass: each raises a ValueError that names it and what it got."""
 
 import math
+import operator
+from typing import Any
 
 
 def finite(**values: float) -> None:
@@ -29,3 +31,14 @@ def share(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {value}")
+
+
+def count(least: int = 0, **values: Any) -> None:
+    """Each must be a whole number of at least `least`; also one of NumPy's or a tensor's."""
+    for name, value in values.items():
+        try:
+            enough = operator.index(value) >= least
+        except TypeError:
+            enough = False
+        if not enough:
+            raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")

@@ -349,11 +349,14 @@ def given(
     if text is not None:
         prompts = list(prompts) or text["prompts"]
         if not prompts:
-            raise ValueError("this model is told by texts: pass prompts (--prompt TEXT)")
+            raise ValueError(
+                "this model is told by texts: pass --prompt TEXT, or prompts=[TEXT] to K.sample"
+            )
         assert encoder is not None
     if section is not None and images is None:
         raise ValueError(
-            f"this model is told by images ({section['type']}): pass some (--condition-image FILE)"
+            f"this model is told by images ({section['type']}): pass --condition-image FILE, or "
+            "condition_images=[FILE] to K.sample"
         )
     there = text is not None or section is not None
     return InTurn(config, encoder, prompts, images, device) if there else None

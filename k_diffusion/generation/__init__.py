@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import sampling
+from ..common import numbers
 from ..common.modules import eval_mode
 from ..conditions import Given
 from ..distributed import any_process, gather_shares, sharded, share
@@ -72,6 +73,7 @@ def generate(
     if classes is not None and len(classes) != len(seeds):
         raise ValueError(f"needs one class for each of {len(seeds)} seeds, got {len(classes)}")
     check_sampler(sampler)
+    numbers.count(1, batch_size=batch_size)
 
     autoencoder = find_autoencoder(model)
     draw: Callable[..., torch.Tensor] = sampling.sample
@@ -108,8 +110,8 @@ def generate(
         if stop():
             raise SamplingStopped
 
+    starts = range(0, len(seeds), batch_size)
     batch_size = min(batch_size, len(seeds))
-    starts = range(0, len(seeds), batch_size or 1)
     with tqdm(
         total=len(starts) * (len(sigmas) - 1) * resample,
         desc="sampling",

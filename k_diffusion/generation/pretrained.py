@@ -7,8 +7,9 @@ K.push_to_hub(model, "me/digits")
 
 import json
 import math
+import operator
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,14 +20,16 @@ from safetensors.torch import save
 from torch import nn
 
 from .. import checkpoints, conditions, generation, sampling
-from ..common import hub
+from ..common import hub, numbers
 from ..common.files import writable, write_atomically, write_folder
 from ..common.images import PIL_MODES, from_pil_image, grid_columns, image_grid, to_pil_image
 from ..common.modules import n_params
+from ..common.tensors import DTYPES
+from ..common.text import unknown_name
+from ..encoders.autoencoder import Autoencoder
 from ..evaluation import report
 from ..guidance import CFGDenoiser
-from ..encoders.autoencoder import Autoencoder
-from ..loading import AUTOENCODER, CONFIG, TEXT_ENCODER, VAE, WEIGHTS, Loaded, Picture
+from ..loading import AUTOENCODER, CONFIG, TEXT_ENCODER, VAE, WEIGHTS, Loaded, Picture, load
 from ..models.autoencoder import KLAutoencoder
 
 GRID = "samples.png"
@@ -36,9 +39,9 @@ Metrics: TypeAlias = str | Path | Sequence[Mapping[str, Any]] | Mapping[str, flo
 
 
 def sample(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     n: int = 16,
-    classes: int | Sequence[int] | None = None,
+    classes: int | Sequence[int] | torch.Tensor | None = None,
     seed: int = 0,
     sampler: str = "dpmpp_2m",
     steps: int = 32,
@@ -50,7 +53,8 @@ def sample(
 ) -> list[Image.Image]:
     """Images of a model that `load` gave, as n 8-bit PIL images.
 
-    model: what `load` returns, or guidance around it. classes: ids that the images have in turn; by
+    model: what `load` returns, or guidance around it; or what `load` takes, to load it each time.
+    classes: an id, or ids that the images have in turn, also as a tensor (m,) or an array; by
     default all of the model's. seed: image i has seed + i, whatever n and batch_size. sampler: a
     row of `sampling.SAMPLERS`. steps: from sigma_max down to 0. cfg_scale: strength of
     classifier-free guidance, away from all conditions that training left out; 1 for none. schedule:
@@ -59,18 +63,19 @@ def sample(
     of a model that takes images, such as small ones for super-resolution.
 
     Raises TypeError for a model without a config, ValueError for an unknown name, for classes that
-    the model hasn't got, or images of other channels than pictures have.
+    the model hasn't got, or images of other channels than pictures have; and what `load` raises.
     """
+    numbers.count(n=n)
+    numbers.count(1, batch_size=batch_size)
+    if isinstance(model, str | Path):
+        model = load(model)
     loaded = _loaded(model)
     if loaded.image_shape[0] not in PIL_MODES:
         raise ValueError(
             f"the model's images have {loaded.image_shape[0]} channels; pictures have "
             f"{', '.join(map(str, PIL_MODES))}; use generation.generate for tensors"
         )
-    if isinstance(classes, int):
-        classes = [classes]
-    if classes is None and loaded.num_classes:
-        classes = range(loaded.num_classes)
+    ids = range(loaded.num_classes) if classes is None else _class_ids(classes)
     device = next(iter(model.parameters()), torch.empty(0)).device
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if isinstance(condition_images, str | Path | Image.Image):
@@ -85,7 +90,7 @@ def sample(
         loaded.shape,
         range(seed, seed + n),
         sampling.make_sigmas(schedule, steps, loaded.sigma_min, loaded.sigma_max),
-        classes=classes and [classes[i % len(classes)] for i in range(n)],
+        classes=[ids[i % len(ids)] for i in range(n)] if ids else None,
         num_classes=loaded.num_classes,
         sampler=sampler,
         batch_size=batch_size,
@@ -93,6 +98,21 @@ def sample(
         given=given,
     )
     return [to_pil_image(image) for batch in batches for image in batch]
+
+
+def _class_ids(classes: Any) -> list[int]:
+    """Class ids from a whole number or some, as a sequence, an array or a tensor (m,)."""
+    got = classes.tolist() if hasattr(classes, "tolist") else classes
+    try:
+        ids = [operator.index(i) for i in (got if isinstance(got, Iterable) else [got])]
+    except TypeError:
+        ids = []
+    if not ids:
+        raise ValueError(
+            f"classes must be a class id, a whole number, or a sequence of them, got {classes!r}; "
+            "leave it out for all classes"
+        )
+    return ids
 
 
 def _loaded(model: nn.Module) -> Loaded:
@@ -121,9 +141,10 @@ def save_pretrained(
     out, as do images that aren't pictures, texts without text.prompts and images as conditions.
     Files are model.safetensors, config.json, README.md and samples.png; an autoencoder is in
     autoencoder.safetensors, one of diffusers in the folder vae, a text encoder with its tokenizer
-    in the folder text_encoder. Raises OSError, ValueError.
+    in the folder text_encoder. Raises OSError, ValueError, and TypeError for another model, before
+    it writes anything.
     """
-    rows, samples = _rows(metrics), _on_grid(model, samples)
+    rows, samples = _checked(model, metrics, dtype, samples)
     _write(model, Path(folder), Path(folder).resolve().name, rows, dtype, samples)
 
 
@@ -144,22 +165,33 @@ def push_to_hub(
     of `save_pretrained`. Returns the commit's address. Raises HubError where the hub refuses or
     can't be reached, before it samples.
     """
-    rows, samples = _rows(metrics), _on_grid(model, samples)
+    rows, samples = _checked(model, metrics, dtype, samples)
     hub.make_repository(repo_id, private)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         files = _write(model, Path(place), repo_id, rows, dtype, samples)
         return hub.upload(Path(place), repo_id, files)
 
 
-def _on_grid(model: Loaded, samples: int) -> int:
-    """The number of samples that the grid will have, 0 for none; the text encoder is loaded.
+def _checked(
+    model: Loaded, metrics: Metrics | None, dtype: str, samples: int
+) -> tuple[Sequence[Mapping[str, Any]], int]:
+    """The rows of metrics, and the number of samples that the grid will have, 0 for none.
 
-    So that a missing one is known before anything is written.
+    Raises what `save_pretrained` does; its text encoder, which may be missing, is loaded.
     """
+    if not isinstance(model, Loaded):
+        raise TypeError(
+            f"needs a model of K.load, which knows its config, got {type(model).__name__}; pass "
+            "what K.load returned, without guidance around it"
+        )
+    if dtype not in DTYPES:
+        raise unknown_name("dtype", dtype, DTYPES)
+    numbers.count(samples=samples)
+    rows = _rows(metrics)
     model.text_encoder()
     texts = model.config.get("text")
     told = model.config.get("image_condition") or (texts and not texts["prompts"])
-    return 0 if told or model.image_shape[0] not in PIL_MODES else samples
+    return rows, 0 if told or model.image_shape[0] not in PIL_MODES else samples
 
 
 def _write(
@@ -172,7 +204,7 @@ def _write(
 ) -> list[str]:
     """Writes the files of `save_pretrained`, whose names it returns; the card calls it `name`.
 
-    samples: as `_on_grid` has it.
+    metrics, samples: as `_checked` has them.
     """
     path = writable(folder / WEIGHTS)
     config, files = _write_encoders(model, folder)

@@ -93,6 +93,48 @@ def test_an_unconditional_model_in_colour():
         K.sample(model, classes=3)
 
 
+@pytest.mark.parametrize(
+    "classes",
+    [
+        torch.tensor([3, 7]),
+        np.array([3, 7]),
+        (3, 7),
+        range(3, 8, 4),
+        [np.int64(3), torch.tensor(7)],
+    ],
+)
+def test_classes_come_in_many_shapes(model, classes):
+    given = K.sample(model, n=3, classes=[3, 7], steps=2)
+    assert (pixels(K.sample(model, n=3, classes=classes, steps=2)) == pixels(given)).all()
+
+
+@pytest.mark.parametrize("one", [3, np.int64(3), torch.tensor(3)])
+def test_one_class(model, one):
+    given = K.sample(model, n=1, classes=[3], steps=1)
+    assert (pixels(K.sample(model, n=1, classes=one, steps=1)) == pixels(given)).all()
+
+
+@pytest.mark.parametrize("classes", [3.0, "3", [], torch.tensor([3.0]), [[3]], {}, object()])
+def test_what_are_no_classes(model, classes):
+    with pytest.raises(ValueError, match=r"classes must be a class id, .* got .*; leave it out"):
+        K.sample(model, n=1, classes=classes)
+
+
+@pytest.mark.parametrize("wrong", [{"n": -2}, {"n": 1.0}, {"batch_size": 0}, {"batch_size": "4"}])
+def test_numbers_of_images(model, wrong):
+    with pytest.raises(ValueError, match=r"(n|batch_size) must be a whole number, at least [01], "):
+        K.sample(model, **wrong)
+    assert K.sample(model, n=0) == []
+
+
+def test_a_path_is_loaded(model, tmp_path):
+    K.save_pretrained(model, tmp_path, samples=0)
+    images = K.sample(str(tmp_path), n=2, steps=2)
+    assert (pixels(images) == pixels(K.sample(model, n=2, steps=2))).all()
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        K.sample(tmp_path / "gone.pth")
+
+
 def test_what_cannot_be_sampled(model):
     with pytest.raises(ValueError, match="class 10 is out of range"):
         K.sample(model, classes=10)
@@ -241,12 +283,8 @@ def test_a_folder_is_whole_wherever_it_goes(hub, tmp_path, monkeypatch):
     K.push_to_hub(model, "me/x", samples=1, folder=tmp_path / "new")
     far.rename(tmp_path / "gone")
     ((_, files),) = hub.folders
-    files_of_folders = {
-        "vae/config.json",
-        "text_encoder/config.json",
-        "text_encoder/tokenizer.json",
-    }
-    assert files_of_folders < files.keys()
+    assert {"vae/config.json", "text_encoder/config.json"} < files.keys()
+    assert "text_encoder/tokenizer.json" in files
     assert not any(str(tmp_path).encode() in data for data in files.values())
     assert b'K.load("me/x")' in files["README.md"]
     (tmp_path / "elsewhere").mkdir()
@@ -341,6 +379,22 @@ def test_metrics_that_are_none(model, tmp_path, text, says):
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(ValueError, match=says):
         K.save_pretrained(model, tmp_path / "new", tmp_path / "m.json")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"dtype": "fp8"}, "unknown dtype 'fp8'"),
+        ({"samples": -1}, "samples must be a whole number, at least 0, got -1"),
+        ({"samples": 2.5}, "samples must be a whole number"),
+    ],
+)
+def test_wrong_choices_write_nothing(model, tmp_path, wrong, says):
+    with pytest.raises(ValueError, match=says):
+        K.save_pretrained(model, tmp_path / "new", **wrong)
+    with pytest.raises(TypeError, match="needs a model of K.load, .* got Denoiser"):
+        K.save_pretrained(model.denoiser, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

@@ -215,8 +215,8 @@ def test_an_inversion_knows_the_prompt(trained, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ((), "this model is told by texts: pass prompts"),
-        (("--prompt", "a"), r"told by images \(downsampled\): pass some"),
+        ((), "this model is told by texts: pass --prompt"),
+        (("--prompt", "a"), r"told by images \(downsampled\): pass --condition"),
         (("--prompt", "a", "--text-encoder", "nowhere"), "no text encoder at nowhere"),
         (("--prompt", "a", "--condition-image", "none.png"), "can't read the image none.png"),
     ],
