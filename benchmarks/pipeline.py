@@ -73,7 +73,7 @@ class Both:
         generator = torch.Generator(self.device).manual_seed(1)
         x = torch.randn(self.shape, generator=generator, device=self.device)
         x = x * (1 + self.sigmas[0] ** 2).sqrt()
-        images = K.sampling.sample_euler(self.denoiser, x, self.sigmas, disable=True)
+        images = K.sampling.sample_ddim(self.denoiser, x, self.sigmas, disable=True)
         return [to_pil_image(image) for image in images]
 
     def difference(self) -> int:

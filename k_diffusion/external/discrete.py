@@ -67,17 +67,17 @@ class DiscreteSchedule(nn.Module):
 
         sigma: (...), any shape.
         """
-        table = self.log_sigmas.to(sigma.device)
-        log_sigma = sigma.to(torch.promote_types(sigma.dtype, table.dtype)).log()
-        table = table.to(log_sigma.dtype)
-        last = len(table) - 1
         # Each step of a sampler comes by here: few operations. Beyond the ends of the table the
         # first and the last gap count.
+        table = self.log_sigmas
+        dtype = torch.promote_types(sigma.dtype, table.dtype)
+        table, log_sigma = table.to(sigma.device, dtype), sigma.to(dtype).log()
+        last = len(table) - 1
         low = torch.searchsorted(table[1:last], log_sigma, right=True)
         start = table.take(low)
         gap = table[min(1, last) :].take(low) - start
         # Equal neighbours have no gap to divide by, and sigma = 0 no finite logarithm.
-        fraction = (log_sigma - start) / gap.clamp(min=torch.finfo(gap.dtype).tiny)
+        fraction = (log_sigma - start) / gap.clamp_min(torch.finfo(dtype).tiny)
         t = low + fraction.clamp(0, 1)
         if last == 0:
             t = t.clamp(max=0)
