@@ -370,6 +370,17 @@ def test_psnr_of_one_level_of_255_is_48_db(benchmarks_importable):
     assert psnr == pytest.approx(48.13, abs=0.01)
 
 
+def test_the_table_beside_the_pipeline_of_diffusers(benchmarks_importable, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    load("pipeline").main(["--device", "cpu", "--quick", "--results", str(tmp_path)])
+    (section,) = json.loads((tmp_path / "pipeline_cpu.json").read_text()).values()
+    assert [row["network"] for row in section["rows"]] == ["eager", "computes nothing"]
+    for row in section["rows"]:
+        assert row["apart"] <= 1
+        assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"], rel=1e-3)
+    assert "16 x 16, batch of 4, 2 steps of DDIM" in capsys.readouterr().out
+
+
 def test_the_pipeline_of_diffusers_draws_the_same_images():
     pytest.importorskip("diffusers")
     pipeline = load("pipeline")
