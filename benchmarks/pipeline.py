@@ -96,7 +96,8 @@ def measure(args: argparse.Namespace) -> bench.Section:
     """Each kind of network under both, in turn."""
     section: bench.Section = {"on": args.on, "rows": []}
     for network in ["eager", *(["compiled"] if args.compile else []), "computes nothing"]:
-        unet = make_unet(args.size, args.channels).to(args.device, bench.DTYPES[args.dtype])
+        unet = make_unet(args.size, args.channels)
+        torch.nn.Module.to(unet, args.device, bench.DTYPES[args.dtype])  # diffusers' own warns
         if network == "compiled":
             K.models.compile_model(unet)
         elif network != "eager":
