@@ -118,7 +118,7 @@ def test_stored_texts_have_the_prompts_from_the_start(tmp_path):
 def test_stored_texts_have_the_captions_of_files_from_the_start(tmp_path, monkeypatch):
     data = make_training_data(paired_config(tmp_path))
     path = tmp_path / "texts.safetensors"
-    encoder = TextEncoder("nowhere", torch.nn.Linear(1, 1), encode, 4)
+    encoder = TextEncoder("nowhere", torch.nn.Linear(1, 1), encode, 4, print)
     made = config(text={**TEXT, "precomputed": str(path), "prompts": []})
     write_texts(path, encoder, [f"number {i}" for i in range(5)])
     conditions.make_training_encoder(made, data=data)
