@@ -104,8 +104,14 @@ class Loaded(nn.Module):
         """The conditions of samples, in turn, for `generation.generate`; None for a model without.
 
         prompts: texts. images: pictures or their files. Raises ValueError or OSError for what is
-        missing, or that the model doesn't take.
+        missing, or that the model doesn't take, TypeError for what is neither text nor picture.
         """
+        for rule, values, kind in (
+            ("prompts must be texts", prompts, str),
+            ("images as conditions must be pictures of PIL or their files", images, Picture),
+        ):
+            if wrong := [type(value).__name__ for value in values if not isinstance(value, kind)]:
+                raise TypeError(f"{rule}, got {wrong[0]}; pass a sequence of them")
         encoder = self.text_encoder(device)
         size, coder = self.image_shape[1:], self.autoencoder
         read = partial(conditions.read_image_condition, self.config, autoencoder=coder)

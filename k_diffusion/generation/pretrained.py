@@ -65,7 +65,7 @@ def sample(
     Raises TypeError for a model without a config, ValueError for an unknown name, for classes that
     the model hasn't got, or images of other channels than pictures have; and what `load` raises.
     """
-    numbers.count(n=n)
+    numbers.count(n=n, seed=seed)
     numbers.count(1, batch_size=batch_size)
     if isinstance(model, str | Path):
         model = load(model)

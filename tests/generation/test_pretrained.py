@@ -120,11 +120,20 @@ def test_what_are_no_classes(model, classes):
         K.sample(model, n=1, classes=classes)
 
 
-@pytest.mark.parametrize("wrong", [{"n": -2}, {"n": 1.0}, {"batch_size": 0}, {"batch_size": "4"}])
+@pytest.mark.parametrize(
+    "wrong", [{"n": -2}, {"n": 1.0}, {"seed": 1.5}, {"batch_size": 0}, {"batch_size": "4"}]
+)
 def test_numbers_of_images(model, wrong):
-    with pytest.raises(ValueError, match=r"(n|batch_size) must be a whole number, at least [01], "):
+    with pytest.raises(ValueError, match=r"(n|seed|batch_size) must be a whole number, at least"):
         K.sample(model, **wrong)
     assert K.sample(model, n=0) == []
+
+
+def test_what_is_neither_text_nor_picture(model):
+    with pytest.raises(TypeError, match="prompts must be texts, got int"):
+        K.sample(model, prompts=["a", 3])
+    with pytest.raises(TypeError, match="must be pictures of PIL or their files, got Tensor"):
+        K.sample(model, condition_images=torch.zeros(1, 1, 2, 2))
 
 
 def test_a_path_is_loaded(model, tmp_path):
