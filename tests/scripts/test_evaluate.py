@@ -379,7 +379,7 @@ def test_images_that_are_missing_are_said(sketched, evaluate, tmp_path):
     data = "--checkpoint", "paired.safetensors", "--output-dir", "lone", "--data"
     with pytest.raises(SystemExit, match=r"2 of 2 images have no partner in .*sketches"):
         evaluate(*data, tmp_path)
-    with pytest.raises(SystemExit, match=r"told by images \(paired\): pass some"):
+    with pytest.raises(SystemExit, match=r"told by images \(paired\): pass --condition-image"):
         evaluate(*data, "wide.npz")
     assert not (sketched / "lone").exists()
 
