@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from . import checkpoints, conditions
-from .checkpoints.runs import find_checkpoint
+from .checkpoints.runs import find_checkpoint, folder_of
 from .checkpoints.snapshots import SNAPSHOT, Average, reconstruct
 from .common import hub
 from .common.files import check_readable, find_in
@@ -174,7 +174,8 @@ def _find(source: str, revision: str | None) -> Path:
         raise FileNotFoundError(f"the repository {repo} has no file {file}; look at its page")
     if parts := _encoders_beside(path):
         below = path.parent.relative_to(folder)
-        hub.download(repo, revision, [(below / part / "*").as_posix() for part in parts])
+        # a folder of the cache is named by its commit, which a branch may have left since
+        hub.download(repo, folder.name, [(below / part / "*").as_posix() for part in parts])
     return path
 
 
@@ -305,7 +306,7 @@ def _make(
             f"{source} is a model of pixels, which has no use for the autoencoder {autoencoder}"
         )
     if config.get("autoencoder"):
-        denoiser.autoencoder = make_autoencoder(config, autoencoder, [source.parent, "."])
+        denoiser.autoencoder = make_autoencoder(config, autoencoder, [folder_of(source), "."])
     return denoiser
 
 

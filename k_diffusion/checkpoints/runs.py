@@ -78,6 +78,11 @@ def find_run(path: Path, suffix: str = _STATE) -> str | None:
     return names[0] if Path(f"{names[0]}{suffix}").is_file() else None
 
 
+def folder_of(path: Path) -> Path:
+    """That of a checkpoint, or of a run by its name; a run's folder is itself one."""
+    return path if path.is_dir() else path.parent
+
+
 def find_checkpoint(path: Path) -> Path:
     """The latest checkpoint of the run whose name or folder `path` is; another path as it is.
 

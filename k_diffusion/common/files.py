@@ -71,6 +71,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], size: int
 def write_folder(folder: Path, write: Callable[[Path], object]) -> list[str]:
     """Write files into a folder, each of which gets its name once all of them are written.
 
+    Weights that are there under other names, as parts of several files, go: one would load them.
     write: is given a new folder to write them into; what has an older file open, or mapped into
     memory, keeps it. Returns the paths within the folder. Raises OSError.
     """
@@ -83,7 +84,11 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> list[str]:
             place = folder / file.relative_to(part)
             place.parent.mkdir(parents=True, exist_ok=True)
             file.replace(place)
-        return [file.relative_to(part).as_posix() for file in files]
+        names = [file.relative_to(part).as_posix() for file in files]
+        for old in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
+            if old.name not in names:
+                old.unlink()
+        return names
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -32,7 +32,7 @@ def append_dims(x: torch.Tensor, target_dims: int) -> torch.Tensor:
     """
     if x.ndim > target_dims:
         raise ValueError(f"x has {x.ndim} dimensions, more than the {target_dims} asked for")
-    return x.view(*x.shape, *(1,) * (target_dims - x.ndim))
+    return x.reshape(*x.shape, *(1,) * (target_dims - x.ndim))
 
 
 def recordable(x: Any) -> Any:

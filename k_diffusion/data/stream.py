@@ -183,11 +183,12 @@ def make_loader(
     """A DataLoader over the stream.
 
     Small data sets held in memory have no workers where nothing is done with their items, else no
-    more than there are cores beside the training's: a worker takes seconds of one to start. Those
-    that are streamed have one, as each would fetch all rows.
+    more than there are cores beside those of training processes: a worker takes seconds of one to
+    start. Those that are streamed have one, as each would fetch all rows.
     """
     if getattr(data.data, "in_memory", False):
-        beside = memory.cores() - 1 if getattr(data.transform, "works", False) else 0
+        mine = memory.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        beside = max(0, mine - 1) if getattr(data.transform, "works", False) else 0
         num_workers = min(num_workers, beside)
     if getattr(data.data, "window", None):
         num_workers = min(num_workers, 1)

@@ -283,7 +283,7 @@ class StoredTexts:
                 tokens, pooled = (opened.get_slice(name) for name in ("tokens", "pooled"))
                 self._add(names, opened.get_tensor("starts"), tokens, pooled)
                 self.fingerprint, self.max_length = facts["fingerprint"], int(facts["max_length"])
-                self.location = facts["location"]
+                self.location = facts.get("location")
                 self.width, self.pooled_width = (x.get_shape()[1] for x in (tokens, pooled))
             except (SafetensorError, KeyError, ValueError) as error:
                 raise ValueError(f"{file} holds no encoded texts: {error}") from error

@@ -68,6 +68,7 @@ class Guidance(nn.Module):
     """
 
     parts: tuple[str, ...] = ("model",)
+    takes_level = True  # read by samplers
 
     def start_run(self) -> None:
         """Samplers call it before their first step: memories of an earlier run are dropped."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .. import conditions
+from ..checkpoints.runs import folder_of
 from ..common import options
 from ..encoders.autoencoder import Autoencoder
 
@@ -44,5 +45,5 @@ def prepare(
     read = [conditions.read_image_condition(config, file, size, say, autoencoder) for file in files]
     images = torch.cat(read) if read else getattr(args, "told_images", None)
     where = getattr(args, "text_encoder", None)
-    encoder = conditions.make_text_encoder(config, device, where, [args.checkpoint.parent, "."])
+    encoder = conditions.make_text_encoder(config, device, where, [folder_of(args.checkpoint), "."])
     return conditions.given(config, encoder, getattr(args, "prompts", []), images, device)

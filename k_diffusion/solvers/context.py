@@ -53,9 +53,12 @@ def at_level(model: Any, sigma: float | None) -> Any:
 
     So guidance in an interval is decided without a look at the device.
     """
-    # Asked of the class: a compiled module would answer for what it has compiled.
-    guided = sigma is not None and hasattr(type(model), "both")
-    return partial(model, host_sigma=sigma) if guided else model
+    return model if sigma is None or not _takes_level(model) else partial(model, host_sigma=sigma)
+
+
+def _takes_level(model: Any) -> bool:
+    # asked of the class: a compiled module would answer for what it has compiled
+    return getattr(type(model), "takes_level", False)
 
 
 def estimate(
@@ -75,7 +78,8 @@ def estimate_both(
     both = getattr(model, "both", None)
     if both is None:
         return estimate(model, x, sigma, host_sigma, **cond) * 2
-    return both(x, sigma, host_sigma=host_sigma, **cond)
+    told = {"host_sigma": host_sigma} if _takes_level(model) else {}
+    return both(x, sigma, **told, **cond)
 
 
 def evaluate(

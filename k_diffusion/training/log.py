@@ -262,9 +262,6 @@ class Log:
         if not state.losses or state.step == self.begin:
             return
         loss, state.losses = math.fsum(state.losses) / len(state.losses), []
-        if any(step < state.step for step in self.left):  # which the rows to come don't replace
-            self.rows.append([self.begin, *[""] * (len(COLUMNS) - 1)])
-        self.left = []
         row = self._row(state, loss)
         self.write_row(row)
         self.track({k: v for k, v in row.items() if k != "step" and v != ""}, state.step)
@@ -289,6 +286,11 @@ class Log:
     def write_row(self, row: dict[str, Any]) -> None:
         """Append a row to the CSV, on the main process. row: by COLUMNS, which may lack some."""
         self.last_row = row
+        if row["step"] > self.begin:
+            # those that the rows to come don't replace
+            if any(step < row["step"] for step in self.left):
+                self.rows.append([self.begin, *[""] * (len(COLUMNS) - 1)])
+            self.left = []
         if self.accelerator.is_main_process:
             self.rows.append([row.get(column, "") for column in COLUMNS])
             self.attempt(str(self.csv_path), self.write_rows)

@@ -31,6 +31,8 @@ def test_a_folder_gets_files_once_all_are_written(tmp_path):
     (folder / "below").mkdir(parents=True)
     (folder / "a").write_text("old")
     (folder / "own").write_text("own")
+    (folder / "model-00001-of-00001.safetensors").write_text("a part")
+    (folder / "model.safetensors.index.json").write_text("of a")
     old = (folder / "a").open()
 
     def write(part):
@@ -43,6 +45,7 @@ def test_a_folder_gets_files_once_all_are_written(tmp_path):
     assert old.read() == "old"
     texts = [(folder / name).read_text() for name in ("a", "below/b", "own")]
     assert texts == ["new", "new", "own"]
+    assert not list(folder.glob("model*"))
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 

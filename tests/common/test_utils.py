@@ -32,6 +32,7 @@ def test_append_dims():
     assert utils.append_dims(torch.zeros(2), 4).shape == (2, 1, 1, 1)
     assert utils.append_dims(torch.zeros(()), 2).shape == (1, 1)
     assert utils.append_dims(torch.zeros(2, 3), 2).shape == (2, 3)
+    assert utils.append_dims(np.zeros(2), 3).shape == (2, 1, 1)
     with pytest.raises(ValueError, match="3 dimensions, more than the 2"):
         utils.append_dims(torch.zeros(1, 1, 1), 2)
 

@@ -316,6 +316,10 @@ def test_data_sets_in_memory_have_workers_where_they_are_augmented(monkeypatch):
         return stream.make_loader(training, stream.Stream(12, 4, 1), num_workers, "fork")
 
     assert [loader(8).num_workers, loader(1).num_workers, loader(8, 0.0).num_workers] == [2, 1, 0]
+    for processes, workers in (1, 2), (2, 0):  # on this machine
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert loader(8).num_workers == workers
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     made = [[batch["image"] for batch in islice(iter(loader(n)), 4)] for n in (0, 2)]
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 

@@ -5,7 +5,8 @@ import json
 import pytest
 import tiny_text
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from k_diffusion.common import hub
 from k_diffusion.encoders import text
@@ -181,6 +182,10 @@ def test_stored_texts_are_the_encoders(tmp_path, encoder):
     assert stored.fingerprint == encoder.fingerprint()
     for got, want in zip(stored(texts[::-1]), encoder(texts[::-1])):
         torch.testing.assert_close(got, want)
+    with safe_open(path, "pt") as file:  # as older versions wrote it
+        facts = {k: v for k, v in file.metadata().items() if k != "location"}
+    save_file(load_file(path), tmp_path / "old", facts)
+    assert text.StoredTexts(tmp_path / "old").location is None
     with pytest.raises(ValueError, match="captions.safetensors has no text 'b' among its 4;"):
         stored(["b"])
     with pytest.raises(ValueError, match="no weights of encoded texts"):

@@ -308,12 +308,14 @@ def test_a_folder_is_whole_wherever_it_goes(hub, tmp_path, monkeypatch):
     asked = []
 
     def download(repo, revision, allow_patterns, **options):
-        asked.append(allow_patterns)
+        asked.append((revision, allow_patterns))
         return str(tmp_path / "new")
 
     monkeypatch.setattr(sent, "snapshot_download", download)
     assert K.load("me/x").text_encoder().width == 12
-    assert asked[1] == ["vae/*", "text_encoder/*"]
+    # of the commit that the weights are of
+    assert asked[0][0] is None
+    assert asked[1] == ("new", ["vae/*", "text_encoder/*"])
     (tmp_path / "new/text_encoder").rename(tmp_path / "missing")
     says = r"no text encoder at text_encoder: .* --text-encoder PATH, or text_encoder=PATH to K.lo"
     with pytest.raises(ValueError, match=says):

@@ -3,6 +3,7 @@ import torch
 from problems import wide
 from torch import nn
 
+import k_diffusion as K
 from k_diffusion.guidance import (
     AutoguidedDenoiser,
     CFGDenoiser,
@@ -70,6 +71,19 @@ def test_wrappers_do_to_the_unconditional_estimate_what_they_do_to_the_guided_on
     want = law(u + 0.6 * (c - u), u, c)
     torch.testing.assert_close(wrapped.both(x, sigma, mean=mean, **host), want)
     torch.testing.assert_close(wrapped(x, sigma, mean=mean, **host), want[0])
+
+
+def test_a_model_of_ones_own_with_two_estimates_is_called_as_any():
+    class Own(nn.Module):
+        def forward(self, x, sigma):
+            return 0 * x
+
+        def both(self, x, sigma):
+            return 0 * x, x
+
+    x, sigmas = torch.ones(1, 2), torch.tensor([2.0, 1.0, 0.0])
+    assert not K.sampling.sample_euler(Own(), x, sigmas, disable=True).any()
+    assert K.sampling.sample_euler_cfg_pp(Own(), x, sigmas, disable=True).isfinite().all()
 
 
 def test_intervals_of_both_estimates_are_of_each_samples_own_level():

@@ -153,6 +153,8 @@ def test_widths_of_an_average(made, evaluate):
     text = evaluate("--checkpoint", "run", "--ema-width", "0.05,0.07", "--output-dir", "widths")
     rows = results(made, "widths")
     assert [row["settings"]["ema_width"] for row in rows] == [0.05, 0.07]
+    # how images are computed is no part of what was measured
+    assert not {"batch_size", "device", "cuda_graphs"} & set(rows[0]["settings"])
     assert rows[0]["value"] != rows[1]["value"]
     assert re.search(r"^ema_width +FD\[random\]$", text, re.MULTILINE)
     assert (made / "widths/sweep.png").is_file()

@@ -395,6 +395,18 @@ def test_rows_between_the_step_that_a_run_goes_back_to_and_its_next_row_are_left
     assert marks == 1
 
 
+def test_an_evaluation_before_the_first_row_of_a_branch_stays(folder):
+    state = make_state()
+    steps(log.Log(Accelerator(), "a", state, None, every=2), state, [1.0] * 6)
+    state = make_state()
+    state.step = 2
+    written = log.Log(Accelerator(), "a", state, None, every=4)
+    written.write_row({"step": 5, "time": 5.0, "fid": 3.0})
+    written.write_row({"step": 6, "time": 6.0, "loss": 1.0})
+    rows = log.read_rows(folder / "a_metrics.csv")
+    assert [int(row["step"]) for row in rows] == [2, 5, 6]
+
+
 def test_the_loss_curve(tmp_path):
     path = tmp_path / "a.csv"
     write_rows(path)

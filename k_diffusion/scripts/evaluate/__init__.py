@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import distributed
-from ...checkpoints.runs import find_checkpoint
+from ...checkpoints.runs import find_checkpoint, folder_of
 from ...common.files import check_writable, writable, write_atomically
 from ...common.images import grid_columns, image_grid
 from ...common.text import aligned
@@ -326,7 +326,7 @@ class Evaluation:
             batch_size=self.args.batch_size,
             device=self.device,
             encode=make_text_encoder(
-                config, self.device, self.args.text_encoder, [self.source.path.parent, "."]
+                config, self.device, self.args.text_encoder, [folder_of(self.source.path), "."]
             ),
         )
         if bits is None:

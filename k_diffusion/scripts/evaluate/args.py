@@ -121,7 +121,8 @@ def parse_args(
         p.error("--sweep, --likelihood and --ema-width need a --checkpoint")
     widths = args.ema_width or [None]
     args.sources = [(path, w) for path in args.checkpoint or [args.samples] for w in widths]
-    known = sorted(set(vars(choices.parse_args([]))) - {"device", "batch_size"})
+    how = {"device", "batch_size", "cuda_graphs"}  # images are computed, not which
+    known = sorted(set(vars(choices.parse_args([]))) - how)
     args.choices = known
     args.settings = []
     for words in _sweep(args.sweep, known, p):
