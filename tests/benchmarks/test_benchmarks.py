@@ -154,6 +154,28 @@ def test_scaling_is_modelled_by_shards_and_rings(monkeypatch):
     assert again["send"] == pytest.approx(1.5 * ddp["send"])
     text = (ROOT / "docs" / "scaling.md").read_text()
     assert text.count("<!-- steps: benchmarks/scaling.py -->\n| widths, images") == 1
+    assert text.count("<!-- two processes: benchmarks/scaling.py -->\n|") == 1
+
+
+def test_two_processes_are_measured_beside_one(monkeypatch):
+    scaling, made = load("scaling"), []
+
+    def run(folder, processes, way, steps):
+        assert {path.name for path in folder.iterdir()} == {"config.json", "data.py"}
+        made.append((processes, way))
+        return 0.5 * processes, 1000 + 10 * len(made)
+
+    monkeypatch.setattr(scaling, "run", run)
+    monkeypatch.setattr(scaling, "gathered", lambda inner, way: {"again": 5, "keep": 7}[way])
+    one, ddp, again, keep = scaling.measured(tiny_config(), 3)
+    assert made == [(1, None), (2, None), (2, "again"), (2, "keep")]
+    assert [row["images"] for row in (one, ddp)] == [4, 4]  # 2 images in 0.5 s, 4 in 1 s
+    assert [row["more"] for row in (one, ddp, again)] == [0, 10, 20]
+    # DDP's buckets are the gradients once more; FSDP2 has half of all and what it gathered
+    assert one["modelled"] == 0
+    assert keep["modelled"] - again["modelled"] == 2
+    states = 2 * (5 - again["modelled"])  # weights, gradients, moments, averages, and what is small
+    assert states == pytest.approx(5 * ddp["modelled"], rel=0.01)
 
 
 # ---------------------------------------------------------------- the straightforward form
