@@ -64,6 +64,21 @@ def test_what_is_read_is_what_was_written(save, mesh):
     assert weights(moved) == 2
 
 
+def test_members_of_enums_by_their_names(save, monkeypatch):
+    """As Python 3.11.0 to 3.11.3 pickle them."""
+
+    def by_name(member, protocol):
+        return getattr, (type(member), member.name)
+
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    path = save(1, 3.0)
+    shards = next(path.parent.glob("*.dcp"))
+    assert b"getattr" in (shards / ".metadata").read_bytes()
+    assert weights(path) == 3
+
+
 def test_a_step_that_is_saved_again(save, tmp_path):
     """The old shards stay until the new checkpoint is in their checkpoint's place."""
     path = save(1, 1.0)
