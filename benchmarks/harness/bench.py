@@ -19,6 +19,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks of GPUs th
 
 import torch
 
+from k_diffusion.common import memory
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
@@ -159,7 +161,7 @@ def describe(device: torch.device, dtype: str | None = None) -> str:
     if device.type == "cuda":
         parts = [torch.cuda.get_device_name(device), f"CUDA {torch.version.cuda}"]
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        cores = memory.cores()
         threads = torch.get_num_threads()
         parts = [
             _cpu(),

@@ -158,10 +158,8 @@ class ToldImages:
         autoencoder: Autoencoder | None = None,
     ):
         self.reals, self.places, self.autoencoder = reals, places, autoencoder
-        self.config = {
-            **config,
-            "dataset": reals.section,
-        }  # of images, where latents were trained on
+        # a data set of images, where latents were trained on
+        self.config = {**config, "dataset": reals.section}
 
     def __len__(self) -> int:
         return len(self.places)

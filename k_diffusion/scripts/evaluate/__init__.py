@@ -1,8 +1,6 @@
 """evaluate.py: checkpoints, or images, against real images; sweeps; a report."""
 
 import argparse
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -177,7 +175,7 @@ class Evaluation:
                 classify="inception_score" in self.metrics,
                 keep=self.n if self.args.write_samples else _GRID,
             )
-        name = _digest(settings)[:8]
+        name = inputs.digest(settings)[:8]
         page = self._write_nearest(seen, f"nearest_{name}.png") if self.args.nearest else None
         if seen is None:
             return
@@ -387,10 +385,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(x) for x in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _line(settings: dict[str, Any]) -> str:

@@ -221,6 +221,11 @@ def find_data(args: argparse.Namespace, source: Source) -> Against:
     return Against(RealImages(section, (h, w), channels, folder), None, name, folder)
 
 
+def digest(value: Any) -> str:
+    """The SHA-256 of what JSON can hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 class Told(NamedTuple):
     """What samples are told in turn where no flag says it: captions, and images, of the data."""
 
@@ -235,8 +240,7 @@ class Told(NamedTuple):
         """What tells it from others, as the report's settings have it."""
         found = {}
         if self.captions and not setting.prompts:
-            text = json.dumps(self.captions)
-            found["captions_sha256"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+            found["captions_sha256"] = digest(self.captions)[:16]
         if self.images is not None and not setting.condition_image:
             found["told_images_sha256"] = self.images.digest
         return found
