@@ -214,7 +214,7 @@ def test_many_images_are_augmented_as_one_by_one(channels, size):
     assert 10 < moved < 24
     for (image, _, cond), together, plan in zip(alone, augmented, conds, strict=True):
         assert torch.equal(cond, plan)
-        torch.testing.assert_close(together, image, rtol=0, atol=2e-6)
+        torch.testing.assert_close(together, image, rtol=0, atol=4e-5)
         if not cond[2:].any():
             assert torch.equal(together, image)
 

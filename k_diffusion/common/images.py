@@ -38,8 +38,7 @@ def from_pil_image(x: Image.Image) -> torch.Tensor:
         x = x.convert("RGB")
     array = np.asarray(x).astype(np.float32)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    array /= _PIL_MAX[x.mode]  # in place: fresh memory costs more than the arithmetic
-    array *= 2
+    array /= _PIL_MAX[x.mode] / 2  # in place: fresh memory costs more than the arithmetic
     array -= 1
     return torch.from_numpy(array)
 
@@ -73,7 +72,7 @@ class CorruptImageError(OSError):
 
 
 def convert_mode(image: Image.Image, mode: str, background: str = "white") -> Image.Image:
-    """An image in another PIL mode; where that has no alpha, transparent pixels show `background`.
+    """An image in a PIL mode; where that has no alpha, transparent pixels show `background`.
 
     background: a colour that PIL knows, "white" or "#f0f0f0". Pixels beneath full transparency are
     arbitrary, so that dropping alpha would show what nobody has seen. Pixels of 16 bits are scaled
@@ -84,7 +83,7 @@ def convert_mode(image: Image.Image, mode: str, background: str = "white") -> Im
     if image.has_transparency_data and "A" not in mode:
         below = Image.new("RGBA", image.size, ImageColor.getrgb(background))
         image = Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -105,8 +104,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """An image turned as its EXIF orientation says, by which cameras tell how they were held."""
-    return ImageOps.exif_transpose(image)
+    """An image turned as its EXIF orientation says, by which cameras tell how they were held.
+
+    One that is upright is returned as it is.
+    """
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return ImageOps.exif_transpose(image) if turned else image
 
 
 def open_image(
@@ -164,8 +167,10 @@ def decoded(image: Image.Image, mode: str | None, draft: tuple[int, int] | None)
         on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
         image.draft(None, (h, w) if on_its_side else (w, h))
     image.load()
-    turned = upright(image)
-    return turned.copy() if mode is None else convert_mode(turned, mode)
+    made = upright(image)
+    if mode is not None:
+        made = convert_mode(made, mode)
+    return made.copy() if made is image else made  # which knows nothing of the file
 
 
 def unreadable(name: str, cause: Exception) -> CorruptImageError:

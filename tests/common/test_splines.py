@@ -42,8 +42,11 @@ def test_coefficients_and_warps_are_scipys(size, channels):
         moved = matrices(3, reach)
         straight = moved.clone()
         straight[:, 0, 1] = straight[:, 1, 0] = 0
-        for m in moved, straight, torch.stack([moved[0], straight[1], straight[2]]):
-            torch.testing.assert_close(splines.warp(x, m), warp_one_by_one(x, m), rtol=0, atol=4e-6)
+        # of noise, whose slopes are steep, a place off by so little is seen
+        off = 4e-6 + 2e-6 * max(size)
+        mixed = torch.stack([moved[0], straight[1], straight[2]])
+        for m, atol in (straight, 2e-6), (moved, off), (mixed, off):
+            torch.testing.assert_close(splines.warp(x, m), warp_one_by_one(x, m), rtol=0, atol=atol)
 
 
 def test_an_image_is_warped_as_in_any_other_batch():
