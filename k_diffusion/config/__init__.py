@@ -5,13 +5,14 @@ rules.
 """
 
 from .base import ConfigError
-from .load import check_code, load_config, parse_overrides
+from .load import check_code, code_of, load_config, parse_overrides
 from .make import make_denoiser_wrapper, make_model, make_sample_density
 from .model_schema import round_to_power_of_two
 
 __all__ = [
     "ConfigError",
     "check_code",
+    "code_of",
     "load_config",
     "make_denoiser_wrapper",
     "make_model",

@@ -128,6 +128,8 @@ class WebDataset(FilesDataset):
 
     num_classes null: as many as class ids have. image_key: the ending of a sample's image, `image`
     for any image. class_key: that of its class id. split test: every fifth image of each class.
+    streaming: read them through the package webdataset while they are fetched, from URLs too. Then
+    split test is every fifth sample, and num_classes is needed, as are num_examples, of all shards.
     """
 
     type: Literal["webdataset"]
@@ -135,6 +137,9 @@ class WebDataset(FilesDataset):
     num_classes: Count | None = None  # type: ignore[assignment]
     image_key: str = "image"
     class_key: str = "cls"
+    streaming: bool = False
+    shuffle_window: Positive = 1000
+    num_examples: Positive | None = None
 
 
 class LatentsDataset(LocatedDataset):

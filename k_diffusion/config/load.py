@@ -79,18 +79,26 @@ def _first(section: Mapping[str, Any]) -> str:
     return ", ".join(repr(key) for key in section)
 
 
-def check_code(source: str | Path, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """Raises ConfigError before a Python file runs that only a checkpoint names.
+def code_of(dataset: Mapping[str, Any]) -> str | None:
+    """What a `dataset` section has run to make the data: a Python file, a command, or nothing."""
+    location = dataset.get("location")
+    if dataset["type"] == "custom":
+        return f"the Python file {location}"
+    return f"the command {location}" if str(location).startswith("pipe:") else None
 
-    source: where the config comes from. A custom data set's file of a checkpoint's config has to be
-    named again by an override.
+
+def check_code(source: str | Path, config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raises ConfigError before code runs that only a checkpoint names.
+
+    source: where the config comes from. A custom data set's file of a checkpoint's config, or a
+    command of streamed shards, has to be named again by an override.
     """
-    dataset = config["dataset"]
+    code = code_of(config["dataset"])
     named = "location" in parse_overrides(overrides).get("dataset", {})
-    if dataset["type"] == "custom" and Path(source).suffix in CHECKPOINTS and not named:
+    if code and Path(source).suffix in CHECKPOINTS and not named:
         raise ConfigError(
-            f"{source} names the Python file {dataset['location']} to make its data set; a "
-            "checkpoint's code isn't run unless you name it: --set dataset.location=FILE"
+            f"{source} names {code} to make its data set; a checkpoint's code isn't run unless you "
+            "name it: --set dataset.location=..."
         )
 
 

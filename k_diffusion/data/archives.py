@@ -93,12 +93,7 @@ class ArchivedImages(Dataset[dict[str, Any]]):
     def _caption(self, file: int, image: str, offset: int, size: int) -> str:
         with self.files[file].open("rb") as archive:
             archive.seek(offset)
-            try:
-                return " ".join(archive.read(size).decode("utf-8-sig").split())
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"the caption of {image} is not UTF-8 text: {error.reason}"
-                ) from None
+            return caption_text(archive.read(size), image)
 
     def without_caption(self, ending: str) -> list[str]:
         """The images without a text of that ending, which is that of `keys`."""
@@ -147,15 +142,15 @@ def zip_of_images(
 
 
 def tar_shards(
-    section: Mapping[str, Any], transform: Callable[[Image.Image], Any], folder: Path
+    section: Mapping[str, Any], transform: Callable[[Image.Image], Any]
 ) -> ArchivedImages:
-    """The data set of a config's section of type webdataset."""
+    """The data set of a config's section of type webdataset, in files."""
     keys = section["image_key"], section["class_key"], section["caption_key"]
     archives = [(path, _indexed(path, _tar_members, *keys)) for path in shards(section["location"])]
     if not any(members for _, members in archives):
         path = archives[0][0]
         with tarfile.open(path, "r:") as archive:
-            found = {_sample(member.name)[1] for member in archive if member.isreg()}
+            found = {sample_parts(member.name)[1] for member in archive if member.isreg()}
         raise ValueError(
             f"dataset.image_key: no sample of {section['location']} has an image at "
             f"{section['image_key']!r}; the endings in {path.name}: "
@@ -175,15 +170,20 @@ def _checked(data: ArchivedImages, section: Mapping[str, Any]) -> ArchivedImages
     return data
 
 
+def is_url(location: str) -> bool:
+    """Whether it names no file here: a URL, or a command whose output is read by a pipe."""
+    return re.match(r"\w+://|pipe:", location) is not None
+
+
 def shards(location: str) -> list[Path]:
     """The files of a location: a file, a folder's *.tar, or a pattern with *, ?, [] or {00..99}.
 
     Raises ValueError where there are none, and for a URL.
     """
-    if re.match(r"\w+://|pipe:", location):
+    if is_url(location):
         raise ValueError(
             f"dataset.location: shards are read at their places in files, and {location} is none; "
-            "download them"
+            "set dataset.streaming, or download them"
         )
     path = Path(location)
     if path.is_dir():
@@ -278,24 +278,20 @@ def _tar_members(path: Path, image_key: str, class_key: str, caption_key: str) -
     image_key: the ending of its image, "image" for that of any. class_key: that of its class id.
     caption_key: that of its text.
     """
-    endings = [e[1:] for e in IMG_EXTENSIONS] if image_key == "image" else [image_key.lower()]
+    endings = image_endings(image_key)
     members = []
     with tarfile.open(path, "r:") as archive:
         files = (member for member in archive if member.isreg())
-        for key, parts in itertools.groupby(files, key=lambda m: _sample(m.name)[0]):
-            sample = {_sample(part.name)[1]: part for part in parts}
+        for key, parts in itertools.groupby(files, key=lambda m: sample_parts(m.name)[0]):
+            sample = {sample_parts(part.name)[1]: part for part in parts}
             image = next((sample[e] for e in endings if e in sample), None)
             if image is None:
                 continue
             label = None
             if class_key in sample:
                 file = archive.extractfile(sample[class_key])
-                digits = b"" if file is None else file.read(40).strip()
-                if not digits.isdigit():
-                    raise ValueError(
-                        f"{path}: {key}.{class_key} must hold a class id, got {digits[:20]!r}"
-                    )
-                label = int(digits)
+                digits = b"" if file is None else file.read(40)
+                label = class_id(digits, f"{path}: {key}.{class_key}")
             text = sample.get(caption_key)
             caption = None if text is None else (text.offset_data, text.size)
             place = image.offset_data, image.size
@@ -303,8 +299,29 @@ def _tar_members(path: Path, image_key: str, class_key: str, caption_key: str) -
     return members
 
 
-def _sample(name: str) -> tuple[str, str]:
+def sample_parts(name: str) -> tuple[str, str]:
     """The key and the ending of a member: `a/b.c.png` is `a/b` and `c.png`."""
     folder, slash, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
     return f"{folder}{slash}{stem}", ending.lower()
+
+
+def image_endings(image_key: str) -> list[str]:
+    """The endings of what `image_key` names: one, or those of all images for "image"."""
+    return [e[1:] for e in IMG_EXTENSIONS] if image_key == "image" else [image_key.lower()]
+
+
+def class_id(content: bytes, name: str) -> int:
+    """The class id in a file of a sample, which `name` is. Raises ValueError where it is none."""
+    digits = content.strip()
+    if not digits.isdigit():
+        raise ValueError(f"{name} must hold a class id, got {digits[:20]!r}")
+    return int(digits)
+
+
+def caption_text(content: bytes, image: str) -> str:
+    """The caption in a file, of an image of that name. Raises ValueError where it isn't text."""
+    try:
+        return " ".join(content.decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the caption of {image} is not UTF-8 text: {error.reason}") from None

@@ -28,6 +28,7 @@ from .idx import IDXFolder, has_idx
 from .latents import Latents
 from .scan import IMG_EXTENSIONS, Paths, SizedFiles, images_below, in_split
 from .streamed import StreamedRows, rows_of
+from .streamed_shards import streamed_shards
 
 Transform = Callable[[Image.Image], Any]
 _INSTALL = '"k-diffusion[datasets]"'
@@ -333,7 +334,11 @@ DATASETS: dict[str, Callable[[Mapping[str, Any], Transform, Path], Dataset[Any]]
     "mnist": lambda section, transform, folder: _mnist("MNIST", section, transform),
     "fashion-mnist": lambda section, transform, folder: _mnist("FashionMNIST", section, transform),
     "zip": zip_of_images,
-    "webdataset": tar_shards,
+    "webdataset": lambda section, transform, folder: (
+        streamed_shards(section, transform)
+        if section.get("streaming")
+        else tar_shards(section, transform)
+    ),
     "latents": lambda section, transform, folder: Latents(
         section["location"], transform, section["flip_prob"]
     ),

@@ -17,6 +17,7 @@ from ..common.text import unknown_name
 IMG_EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 )
+_SPLITS = ("all", "train", "test")
 _VERSION = 1
 # Fewer are found in a moment.
 _WORTH_KEEPING = 10_000
@@ -30,17 +31,25 @@ def in_split(classes: Sequence[int], split: str) -> list[int]:
 
     Raises ValueError for another split.
     """
-    splits = {"all": (True, True), "train": (True, False), "test": (False, True)}
-    if split not in splits:
-        raise unknown_name("dataset.split", split, splits)
-    train, test = splits[split]
+    if split not in _SPLITS:
+        raise unknown_name("dataset.split", split, _SPLITS)
     seen: Counter[int] = Counter()
     kept = []
     for i, label in enumerate(classes):
         seen[label] += 1
-        if train if seen[label] % 5 else test:
+        if falls_in(seen[label], split):
             kept.append(i)
     return kept
+
+
+def falls_in(number: int, split: str) -> bool:
+    """Whether the item of that number, from 1 on, is in a split: "test" has every fifth."""
+    return split == "all" or (number % 5 == 0) == (split == "test")
+
+
+def count_in(total: int, split: str) -> int:
+    """How many of so many items are in a split."""
+    return {"all": total, "train": total - total // 5, "test": total // 5}[split]
 
 
 class Paths(Sequence[Path]):

@@ -1,4 +1,4 @@
-"""Hugging Face data sets that are read while they are fetched, and resume at the sample."""
+"""Data sets that are read while they are fetched, and resume at the sample."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,10 +7,10 @@ from typing import Any
 from torch.utils.data import Dataset
 
 
-class StreamedRows(Dataset[dict[str, Any]]):
+class StreamedRows(Dataset[Any]):
     """The rows of a streamed data set by number, of which it holds a window.
 
-    data: a `datasets.IterableDataset`, read from its start; length: its number of rows. Rows of the
+    data: an iterable, such as a `datasets.IterableDataset`; length: its number of rows. Rows of the
     window that is held, or of one further on, are had by reading on; those before it by reading
     anew. Raises ValueError where there are fewer rows than length.
     """
@@ -28,7 +28,7 @@ class StreamedRows(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Any:
         window, place = divmod(index, self.window)
         if self._rows is None or window < self._next - 1:
             self._rows, self._next, self._held = iter(self.data), 0, []

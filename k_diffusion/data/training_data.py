@@ -198,8 +198,8 @@ def as_stored(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_split(section: Mapping[str, Any], split: str) -> dict[str, Any]:
-    """A config's `dataset` section for a split; `num_examples` is of the one that it names."""
-    other = "num_examples" in section and split != section["split"]
+    """A config's `dataset` section for a split; rows of `huggingface` are of the one it names."""
+    other = section["type"] == "huggingface" and split != section["split"]
     return {**section, "split": split, **({"num_examples": None} if other else {})}
 
 

@@ -101,6 +101,8 @@ class RealImages(Dataset[dict[str, Any]]):
         """Batches of images with all that goes with them, by their keys."""
         if getattr(self.data.data, "in_memory", False):
             num_workers = 0
+        if getattr(self.data.data, "window", None):
+            num_workers = min(num_workers, 1)  # each would fetch all of a stream
         loader: DataLoader[dict[str, Any]] = DataLoader(
             torch.utils.data.Subset(self, indices),
             batch_size,

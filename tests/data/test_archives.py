@@ -152,8 +152,8 @@ def test_patterns_name_shards_in_order(tmp_path):
 
 
 def test_names_of_samples():
-    assert archives._sample("a.b/c.d.PNG") == ("a.b/c", "d.png")
-    assert archives._sample("c") == ("c", "")
+    assert archives.sample_parts("a.b/c.d.PNG") == ("a.b/c", "d.png")
+    assert archives.sample_parts("c") == ("c", "")
 
 
 @pytest.mark.parametrize("kind", ["zip", "webdataset"])

@@ -133,6 +133,8 @@ ROWS = [
     dataset("no tar file at no_images", type="webdataset", location="no_images"),
     dataset("read at their places in files, and s3://a/b.tar is none", type="webdataset",
             location="s3://a/b.tar"),
+    dataset("dataset.num_examples: streamed shards don't say how many samples they have",
+            type="webdataset", location="s3://a/b.tar", streaming=True),
     dataset("no tar file at a-0.tar, a-1.tar", type="webdataset", location="a-{0..1}.tar"),
     dataset("mnist is not at tiny.json", type="mnist", location="tiny.json"),
     dataset("cifar10 is not at tiny.json", type="cifar10", location="tiny.json"),

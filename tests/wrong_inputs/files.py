@@ -91,6 +91,9 @@ def write(folder: Path) -> None:
         "custom": {**whole, "config": {**config, "dataset": {
             "num_classes": 10, "type": "custom", "location": "stranger.py",
             "get_dataset": "get_dataset", "config": {}}}},
+        "piped": {**whole, "config": {**config, "dataset": {
+            "type": "webdataset", "location": "pipe:touch made_by_a_checkpoint", "streaming": True,
+            "num_classes": 0, "num_examples": 9}}},
     }.items():  # fmt: skip
         torch.save(state, folder / f"{stem}.pth")
     bytes_ = (folder / "a.pth").read_bytes()
@@ -237,6 +240,7 @@ ROWS = [
     Row("convert_for_inference", "a.pth --config gone.json", "no config file gone.json"),
     Row("convert_for_inference", "a.pth --config twice.json", "'model' stands there twice"),
     Row("train", "--resume a.safetensors", "is an inference checkpoint"),
+    Row("train", "--config piped.pth", "names the command pipe:touch .* --set dataset.location"),
     Row("train", "--config custom.pth", "names the Python file stranger.py .* --set dataset.loc"),
     Row("train", "--config custom.safetensors", "names the Python file stranger.py"),
     Row("train", "--dry-run --config custom.pth", "names the Python file stranger.py"),

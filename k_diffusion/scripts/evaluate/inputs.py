@@ -14,7 +14,7 @@ from torch import nn
 from ...checkpoints.snapshots import find_snapshots
 from ...common.files import check_readable, sha256
 from ...conditions import KINDS
-from ...config import load_config
+from ...config import code_of, load_config
 from ...data.latents import images_section
 from ...data.training_data import of_split
 from ...encoders.autoencoder import find_autoencoder
@@ -198,10 +198,10 @@ def find_data(args: argparse.Namespace, source: Source) -> Against:
         if source.config is None:
             raise ValueError("--samples needs --data: a folder, a config, or a reference file")
         section = images_section(source.config["dataset"])
-        if section["type"] == "custom":
+        if code := code_of(section):
             raise ValueError(
-                f"{source.path} names a Python file as its data set, which is not run unasked; "
-                "pass --data CONFIG.json with that data set"
+                f"{source.path} names {code} to make its data set, which is not run unasked; pass "
+                "--data CONFIG.json with that data set"
             )
     elif path.suffix in {".npz", ".pkl"}:
         check_readable(path, "reference file")
