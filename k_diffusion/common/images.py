@@ -108,8 +108,12 @@ def upright(image: Image.Image) -> Image.Image:
 
     One that is upright is returned as it is.
     """
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return ImageOps.exif_transpose(image) if turned else image
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """By EXIF: 1 is upright, and more than 4 on its side."""
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
 
 
 def open_image(
@@ -164,8 +168,7 @@ def decoded(image: Image.Image, mode: str | None, draft: tuple[int, int] | None)
     """As `open_image`, of an image that PIL has opened; raises what PIL does."""
     if draft is not None:
         h, w = draft
-        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-        image.draft(None, (h, w) if on_its_side else (w, h))
+        image.draft(None, (h, w) if _orientation(image) > 4 else (w, h))
     image.load()
     made = upright(image)
     if mode is not None:

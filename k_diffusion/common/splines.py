@@ -140,10 +140,15 @@ def _places(linear: torch.Tensor, shift: torch.Tensor, h: int, w: int) -> list[t
 
     linear: (n, 2, 2). shift: (n, 2).
     """
-    unit = 2 / torch.tensor([w - 1, h - 1]).clamp(min=1).double().view(2, 1, 1)
+    unit = _unit(h, w)
     y = (linear[:, :, 1:] * torch.arange(h) + shift[..., None])[..., None]
     x = (linear[:, :, :1] * torch.arange(w))[:, :, None]
     return [places.float() for places in (y * unit - 1, x * unit, y.remainder(1), x.remainder(1))]
+
+
+def _unit(h: int, w: int) -> torch.Tensor:
+    """A pixel along x and y in `grid_sample`'s coordinates, from -1 to 1: (2, 1, 1), in float64."""
+    return 2 / torch.tensor([w - 1, h - 1]).clamp(min=1).double().view(2, 1, 1)
 
 
 def _turned(images: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
@@ -151,7 +156,7 @@ def _turned(images: torch.Tensor, *places: torch.Tensor) -> torch.Tensor:
     n, _, h, w = images.shape
     found = spline_coefficients(images)
     rows, columns, past_rows, past_columns = places
-    unit = 2 / torch.tensor([w - 1, h - 1]).clamp(min=1).view(2, 1, 1)
+    unit = _unit(h, w).float()
     out = torch.empty_like(images)
     many = max(1, _PIXELS // (n * w))
     for row, past, made in zip(rows.split(many, 2), past_rows.split(many, 2), out.split(many, 2)):

@@ -77,13 +77,7 @@ class ArchivedImages(Dataset[dict[str, Any]]):
             content = self._content(index)
         except OSError as error:
             raise unreadable(name, error) from error
-        draft = getattr(self.transform, "draft", None)
-        image = decode_image(content, name, None, draft)
-        try:
-            made = self.transform(image)
-        except CorruptImageError as error:
-            raise unreadable(name, error) from error
-        item = {self.keys[0]: made}
+        item = {self.keys[0]: transformed(content, name, self.transform)}
         if member.label is not None:
             item[self.keys[1]] = member.label
         if member.caption is not None:
@@ -309,6 +303,15 @@ def sample_parts(name: str) -> tuple[str, str]:
 def image_endings(image_key: str) -> list[str]:
     """The endings of what `image_key` names: one, or those of all images for "image"."""
     return [e[1:] for e in IMG_EXTENSIONS] if image_key == "image" else [image_key.lower()]
+
+
+def transformed(content: bytes, name: str, transform: Callable[[Image.Image], Any]) -> Any:
+    """What `transform` makes of an image in a file, of that name. Raises CorruptImageError."""
+    image = decode_image(content, name, None, getattr(transform, "draft", None))
+    try:
+        return transform(image)
+    except CorruptImageError as error:
+        raise unreadable(name, error) from error
 
 
 def class_id(content: bytes, name: str) -> int:

@@ -1,14 +1,22 @@
 """Tar shards of WebDataset that are read while they are fetched, and resume at the sample."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..common.images import CorruptImageError, decode_image, unreadable
 from ..common.text import need
-from .archives import caption_text, class_id, image_endings, is_url, sample_parts, shards
+from .archives import (
+    caption_text,
+    class_id,
+    image_endings,
+    is_url,
+    sample_parts,
+    shards,
+    transformed,
+)
 from .scan import count_in, falls_in
 from .streamed import StreamedRows
 
@@ -26,14 +34,19 @@ class ShardSamples:
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Names of samples, with what these have by `keys`."""
-        wds = need("webdataset", "streaming of tar shards", '"k-diffusion[datasets]"')
+        wds, braces = (
+            need(module, "streaming of tar shards", '"k-diffusion[datasets]"')
+            for module in ("webdataset", "braceexpand")  # of which the first needs the second
+        )
         image, *others = self.keys
         endings = image_endings(image)
         wanted = {*endings, *others}
         if is_url(self.location):
-            urls = wds.shardlists.expand_urls(self.location)
+            # the package's own list also splits at "::", behind which a command could hide
+            urls = list(braces.braceexpand(self.location))
         else:
-            urls = [str(path) for path in shards(self.location)]
+            # "./" tells a file that is named like a command from one
+            urls = [os.path.join(".", path) for path in shards(self.location)]
         samples = wds.tariterators.tarfile_samples(
             ({"url": url} for url in urls),
             select_files=lambda name: sample_parts(name)[1] in wanted,
@@ -47,7 +60,7 @@ class ShardSamples:
                 found += 1
                 if falls_in(found, self.split):
                     parts = {image: content, **{k: sample[k] for k in others if k in sample}}
-                    yield f"{sample['__key__']} of {sample['__url__']}", parts
+                    yield f"{sample['__key__']} of {sample['__url__'].removeprefix('./')}", parts
         except Exception as error:  # of programs that fetch, of the network, of tarfile
             said = " ".join(str(error.args[0] if error.args else error).split())
             raise ValueError(
@@ -81,12 +94,7 @@ class StreamedShards(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         name, parts = self.data[index]
         image_key, class_key, caption_key = self.keys
-        draft = getattr(self.transform, "draft", None)
-        image = decode_image(parts[image_key], name, None, draft)
-        try:
-            item = {image_key: self.transform(image)}
-        except CorruptImageError as error:
-            raise unreadable(name, error) from error
+        item = {image_key: transformed(parts[image_key], name, self.transform)}
         if class_key in parts:
             item[class_key] = class_id(parts[class_key], f"{class_key} of {name}")
         if caption_key in parts:

@@ -146,6 +146,24 @@ def test_shards_that_cannot_be_streamed(shards):
         made(folder, num_examples=40)[39, 0]
 
 
+def test_only_a_location_that_begins_as_a_command_is_one(shards):
+    """Which is what `check_code` goes by."""
+    folder, images = shards
+    command = "pipe:touch ran;.tar"
+    (folder / "d").mkdir()
+    (folder / "d" / command).write_bytes((folder / "s-000.tar").read_bytes())
+    (folder / command).write_bytes((folder / "s-000.tar").read_bytes())
+    (folder / "s-000.tar").unlink()
+    (folder / "s-001.tar").unlink()
+    for location in ("d", ".", "*.tar"):
+        data = made(location, num_examples=12)
+        assert np.array_equal(as_pixels(data[3, 0]), images[3])
+    for location in ("file://d::pipe:touch ran", "file://d::{p,q}ipe:touch ran"):
+        with pytest.raises(ValueError, match="webdataset can't read"):
+            made(location)
+    assert not (folder / "ran").exists()
+
+
 def test_a_missing_package_is_named(shards, monkeypatch):
     monkeypatch.setitem(sys.modules, "webdataset", None)
     with pytest.raises(ImportError, match=r'needs webdataset; .* pip install "k-diffusion\[datas'):
